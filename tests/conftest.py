@@ -1,0 +1,148 @@
+"""Tiny offline models and data: a two-layer Llama built from a config and a word-level tokenizer."""
+
+import os
+
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
+
+import pytest
+import torch
+from datasets import Dataset
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaForSequenceClassification,
+    PreTrainedTokenizerFast,
+)
+
+
+torch.set_num_threads(1)
+
+WORDS = "the a film movie was is dull slow bad good great warm bright it and but sad plot ending actor user assistant"
+SPECIAL = ["<pad>", "<eos>", "<unk>", "<|user|>", "<|assistant|>"]
+CHAT_TEMPLATE = (
+    "{% for m in messages %}{{ '<|' + m['role'] + '|> ' + m['content'] + ' ' }}"
+    "{% if m['role'] == 'assistant' %}{{ '<eos>' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|> ' }}{% endif %}"
+)
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    vocab = {word: i for i, word in enumerate([*SPECIAL, *WORDS.split()])}
+    backend = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        pad_token="<pad>",
+        eos_token="<eos>",
+        unk_token="<unk>",
+        additional_special_tokens=SPECIAL[3:],
+        padding_side="left",
+        chat_template=CHAT_TEMPLATE,
+    )
+
+
+def tiny_config(tokenizer, **overrides):
+    settings = dict(
+        vocab_size=len(tokenizer),
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=64,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        bos_token_id=None,
+        tie_word_embeddings=False,
+        dtype="float32",
+    )
+    return LlamaConfig(**settings | overrides)
+
+
+def build_policy(tokenizer, seed=0, **overrides):
+    torch.manual_seed(seed)
+    model = LlamaForCausalLM(tiny_config(tokenizer, **overrides))
+    with torch.no_grad():  # far enough from uniform that values, ratios and gradients are of ordinary size
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(0, 0.2)
+    return model
+
+
+@pytest.fixture
+def policy(tokenizer):
+    return build_policy(tokenizer)
+
+
+@pytest.fixture(scope="session")
+def policy_path(tokenizer, tmp_path_factory):
+    path = str(tmp_path_factory.mktemp("policy"))
+    build_policy(tokenizer).save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def reward_model_path(tokenizer, tmp_path_factory):
+    path = str(tmp_path_factory.mktemp("reward_model"))
+    torch.manual_seed(1)
+    LlamaForSequenceClassification(tiny_config(tokenizer, num_labels=1)).save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return path
+
+
+PROMPTS = [
+    "the film was",
+    "a dull plot but",
+    "the ending is",
+    "it was a slow",
+    "the actor",
+    "a sad movie and",
+    "it",
+    "but",
+]
+
+
+@pytest.fixture(scope="session")
+def prompts():
+    return Dataset.from_dict({"prompt": PROMPTS})
+
+
+@pytest.fixture(scope="session")
+def chats():
+    return Dataset.from_dict({"prompt": [[{"role": "user", "content": p}] for p in PROMPTS]})
+
+
+def count_good(completions, **kwargs):
+    """Reward: share of the completion's words that are 'good'."""
+    texts = [c if isinstance(c, str) else c[-1]["content"] for c in completions]
+    return [text.split().count("good") / max(1, len(text.split())) for text in texts]
+
+
+def settings(tmp_path, **overrides):
+    """Fast, silent, exact on CPU."""
+    return (
+        dict(
+            output_dir=str(tmp_path),
+            per_device_train_batch_size=4,
+            per_device_eval_batch_size=4,
+            max_completion_length=6,
+            max_steps=2,
+            learning_rate=1e-2,
+            critic_learning_rate=1e-2,
+            logging_steps=1,
+            save_strategy="no",
+            report_to="none",
+            bf16=False,
+            use_cpu=True,
+            gradient_checkpointing=False,
+            disable_tqdm=True,
+            lr_scheduler_type="constant",
+        )
+        | overrides
+    )

@@ -1,0 +1,226 @@
+"""Configuration of [`ActorCriticTrainer`]."""
+
+from dataclasses import dataclass, field
+
+from trl import GRPOConfig
+
+from .compat import OneGeneration
+
+
+# `vespo` picks its weights by the sign of *the sequence's* advantage; with one advantage per token it has none.
+TOKEN_LOSS_TYPES = ("grpo", "dr_grpo", "dapo", "bnpo", "cispo", "sapo", "luspo")
+
+
+@dataclass
+class ActorCriticConfig(GRPOConfig):
+    r"""
+    Configuration of [`ActorCriticTrainer`]: what it adds to, or sets otherwise than, [`~trl.GRPOConfig`].
+
+    Parameters:
+        num_generations (`int`, *optional*, defaults to `1`):
+            Completions per prompt. The critic replaces the group mean, so one is enough.
+        disable_dropout (`bool`, *optional*, defaults to `True`):
+            Dropout would make the ratio of the first update differ from 1.
+        scale_rewards (`str` or `bool`, *optional*, defaults to `"none"`):
+            `"none"`: the completion's score is its weighted reward. `"group"` or `"batch"`: GRPO's normalized one,
+            the reward less its prompt's mean over a standard deviation, which takes `num_generations >= 2`.
+
+        > The token MDP
+
+        gamma (`float`, *optional*, defaults to `1.0`): Discount per token.
+        lam (`float`, *optional*, defaults to `0.95`): Lambda of generalized advantage estimation.
+        lam_policy (`float`, *optional*): Lambda of the policy's advantages, if not `lam` (VC-PPO).
+        lam_value (`float`, *optional*): Lambda of the critic's targets, if not `lam` (VC-PPO: 1.0).
+        length_adaptive_alpha (`float`, *optional*):
+            Makes the policy's lambda `1 - 1 / (alpha * length)` for each completion (VAPO: 0.05).
+        whiten_advantages (`bool`, *optional*, defaults to `False`):
+            Shift and scale advantages to mean 0 and variance 1 over the own tokens of the global generation batch.
+        truncation (`str`, *optional*, defaults to `"penalty"`):
+            What a completion that reached `max_completion_length` without ending is worth. `"penalty"`: the limit is
+            the MDP's horizon, the episode ended there, and its score is lowered by `missing_eos_penalty`.
+            `"bootstrap"`: the episode was cut, so its score is not earned; the critic's value of the state it was cut
+            in stands for what would have followed. `"mask"`: it is not trained on (`mask_truncated_completions`).
+        missing_eos_penalty (`float`, *optional*, defaults to `0.0`): Used by `truncation="penalty"`.
+
+        > The critic
+
+        critic (`str`, *optional*, defaults to `"shared"`):
+            `"shared"`: a value head on the policy's trunk. `"separate"`: a model of its own.
+        critic_model_name_or_path (`str`, *optional*):
+            What a separate critic starts from: a path or Hub id of a model, reward model or saved critic, or
+            `"reward_model"` for the first model in `reward_funcs`. By default a copy of the policy.
+        critic_detach (`bool`, *optional*, defaults to `False`): Keep value gradients off the shared trunk.
+        critic_learning_rate (`float`, *optional*, defaults to `1e-5`): Learning rate of the critic's own parameters.
+        critic_warmup_steps (`int`, *optional*, defaults to `0`):
+            Optimizer steps in which only the critic's own parameters learn and the policy stays as it is.
+        vf_coef (`float`, *optional*, defaults to `0.1`): Weight of the value loss.
+        cliprange_value (`float`, *optional*): Clip range of the value loss, in units of the return.
+
+        > The KL penalty
+
+        kl_in_reward (`float`, *optional*, defaults to `0.0`):
+            Coefficient of the per-token KL to the reference (k1) taken off the reward. TRL's `beta` puts it into the
+            loss instead; only one of the two may be non-zero.
+        kl_target (`float`, *optional*):
+            Steers `kl_in_reward` towards this KL per completion (nats, summed over its tokens).
+        kl_horizon (`int`, *optional*, defaults to `10000`): Completions in which the coefficient may move by a fifth.
+        target_kl (`float`, *optional*):
+            Ends the epochs on a rollout once the KL per token between the policy and the one that sampled exceeds
+            1.5 times this.
+    """
+
+    num_generations: int = field(default=1, metadata={"help": "Completions per prompt. With a critic, one is enough."})
+    disable_dropout: bool = field(
+        default=True, metadata={"help": "Disable dropout, which would make the first update's ratio differ from 1."}
+    )
+    scale_rewards: str | bool = field(
+        default="none",
+        metadata={
+            "help": "'none': the score is the weighted reward. 'group' or 'batch': GRPO's normalized reward; takes at "
+            "least 2 generations per prompt."
+        },
+    )
+
+    gamma: float = field(default=1.0, metadata={"help": "Discount per token."})
+    lam: float = field(default=0.95, metadata={"help": "Lambda of generalized advantage estimation."})
+    lam_policy: float | None = field(
+        default=None, metadata={"help": "Lambda of the policy's advantages, if not `lam` (VC-PPO)."}
+    )
+    lam_value: float | None = field(
+        default=None, metadata={"help": "Lambda of the critic's targets, if not `lam` (VC-PPO: 1.0)."}
+    )
+    length_adaptive_alpha: float | None = field(
+        default=None,
+        metadata={"help": "Makes the policy's lambda 1 - 1/(alpha * length) for each completion (VAPO: 0.05)."},
+    )
+    whiten_advantages: bool = field(
+        default=False,
+        metadata={"help": "Shift and scale advantages to mean 0, variance 1 over the global generation batch."},
+    )
+    truncation: str = field(
+        default="penalty",
+        metadata={
+            "help": "What a completion cut at `max_completion_length` is worth: its score less `missing_eos_penalty` "
+            "('penalty'), the critic's value of the state it was cut in ('bootstrap'), or nothing: it is not "
+            "trained on ('mask').",
+            "choices": ["bootstrap", "penalty", "mask"],
+        },
+    )
+    missing_eos_penalty: float = field(
+        default=0.0, metadata={"help": "Taken off the score of a cut completion with `truncation='penalty'`."}
+    )
+
+    critic: str = field(
+        default="shared",
+        metadata={
+            "help": "'shared': a value head on the policy's trunk. 'separate': a model of its own.",
+            "choices": ["shared", "separate"],
+        },
+    )
+    critic_model_name_or_path: str | None = field(
+        default=None,
+        metadata={
+            "help": "What a separate critic starts from: a path or Hub id of a model, reward model or saved critic, "
+            "or 'reward_model' for the first model in `reward_funcs`. By default a copy of the policy."
+        },
+    )
+    critic_detach: bool = field(default=False, metadata={"help": "Keep value gradients off the shared trunk."})
+    critic_learning_rate: float = field(
+        default=1e-5, metadata={"help": "Learning rate of the critic's own parameters."}
+    )
+    critic_warmup_steps: int = field(
+        default=0,
+        metadata={"help": "Optimizer steps in which only the critic's own parameters learn; the policy is frozen."},
+    )
+    vf_coef: float = field(default=0.1, metadata={"help": "Weight of the value loss."})
+    cliprange_value: float | None = field(
+        default=None, metadata={"help": "Clip range of the value loss, in units of the return. Off by default."}
+    )
+
+    kl_in_reward: float = field(
+        default=0.0,
+        metadata={
+            "help": "Coefficient of the per-token KL to the reference (k1) taken off the reward. `beta` puts the KL "
+            "into the loss instead; only one of the two may be non-zero."
+        },
+    )
+    kl_target: float | None = field(
+        default=None, metadata={"help": "Steers `kl_in_reward` towards this KL per completion, in nats."}
+    )
+    kl_horizon: int = field(
+        default=10_000, metadata={"help": "Completions in which the KL coefficient may move by a fifth."}
+    )
+    target_kl: float | None = field(
+        default=None,
+        metadata={"help": "Ends the epochs on a rollout when the KL per token to its sampler exceeds 1.5 times this."},
+    )
+
+    def __post_init__(self):
+        one_generation = self.num_generations == 1
+        if one_generation:
+            self.num_generations = OneGeneration()
+        super().__post_init__()
+        if one_generation:
+            self.num_generations = 1
+
+        if self.truncation not in ("bootstrap", "penalty", "mask"):
+            raise ValueError(f"`truncation` must be 'bootstrap', 'penalty' or 'mask', got {self.truncation!r}.")
+        # Two names for one thing: TRL's switch and ours
+        if self.mask_truncated_completions:
+            self.truncation = "mask"
+        self.mask_truncated_completions = self.truncation == "mask"
+        if self.missing_eos_penalty and self.truncation != "penalty":
+            raise ValueError(
+                f"`missing_eos_penalty={self.missing_eos_penalty}` has no effect with truncation={self.truncation!r}. "
+                "Set `truncation='penalty'`, or remove the penalty."
+            )
+        if self.critic not in ("shared", "separate"):
+            raise ValueError(f"`critic` must be 'shared' or 'separate', got {self.critic!r}.")
+        if self.critic == "shared" and self.critic_model_name_or_path is not None:
+            raise ValueError(
+                "`critic_model_name_or_path` names the start of a separate critic, but `critic='shared'`. Set "
+                "`critic='separate'`, or remove the path."
+            )
+        if self.critic == "separate" and self.critic_detach:
+            raise ValueError("`critic_detach` concerns a shared trunk; a separate critic has its own. Remove it.")
+        if self.beta and self.kl_in_reward:
+            raise ValueError(
+                f"The KL penalty is asked for twice: in the loss (`beta={self.beta}`) and in the reward "
+                f"(`kl_in_reward={self.kl_in_reward}`). Set one of them to 0."
+            )
+        if self.kl_target is not None and not self.kl_in_reward:
+            raise ValueError(
+                "`kl_target` steers the coefficient of the KL in the reward, which is 0. Set `kl_in_reward` to the "
+                "coefficient to start from (e.g. 0.05), or remove `kl_target`."
+            )
+        if self.loss_type not in TOKEN_LOSS_TYPES:
+            raise ValueError(
+                f"`loss_type={self.loss_type!r}` is defined for one advantage per sequence and cannot take token-level "
+                f"advantages. Use one of {', '.join(map(repr, TOKEN_LOSS_TYPES))}."
+            )
+        if self.num_generations == 1 and not self.uses_raw_rewards:
+            raise ValueError(
+                "`scale_rewards='group'` or 'batch' and `multi_objective_aggregation='normalize_then_sum'` compare the "
+                "completions of a prompt, but `num_generations=1`. Raise it, or use `scale_rewards='none'` with "
+                "`whiten_advantages=True`."
+            )
+        for name in ("gamma", "lam", "lam_policy", "lam_value"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value <= 1:
+                raise ValueError(f"`{name}` must lie in [0, 1], got {value}.")
+
+    @property
+    def uses_raw_rewards(self) -> bool:
+        """Whether a completion's score is its weighted reward, not one normalized within its group."""
+        return self.scale_rewards == "none" and self.multi_objective_aggregation == "sum_then_normalize"
+
+
+def check_on_policy(config: ActorCriticConfig, algorithm: str) -> None:
+    """Refuse settings that would update the policy more than once per rollout."""
+    if config.gradient_accumulation_steps % (config.steps_per_generation * config.num_iterations) != 0:
+        raise ValueError(
+            f"{algorithm} makes one on-policy update per rollout, but num_iterations={config.num_iterations} and "
+            f"steps_per_generation={config.steps_per_generation} with gradient_accumulation_steps="
+            f"{config.gradient_accumulation_steps} make several. Set `num_iterations=1` and leave "
+            "`steps_per_generation` unset, or use PPO."
+        )

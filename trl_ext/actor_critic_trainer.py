@@ -1,0 +1,415 @@
+r"""
+[`ActorCriticTrainer`]: `GRPOTrainer` with token-level advantages from a critic.
+
+The objective of the actor is TRL's surrogate (`loss_type`) with an advantage per token; the critic's is the squared
+error to the lambda-return. With r_t from [`~trl_ext.token_mdp`] and A, G from generalized advantage estimation:
+
+    L = L_surrogate(pi, A) + vf_coef * mean_t (V(s_t) - G_t)^2 / 2
+
+The path of a batch:
+
+1. TRL generates and scores; `_calculate_rewards` keeps the local scores.
+2. If TRL scores the rollout with the policy anyway (several epochs or minibatches), that forward also gives the
+   values. If one on-policy update follows, the training forward gives them, and no pass is added. Only when the
+   advantages' statistics span several micro-batches of one on-policy update is a pass of our own needed.
+3. `_add_advantages` turns scores, values and log-probabilities into `advantages`, `returns` and `values`, `(B, T)`.
+4. `_compute_loss` adds the value loss to TRL's.
+"""
+
+import math
+import textwrap
+from contextlib import contextmanager, nullcontext
+
+import torch
+from datasets import Dataset
+from transformers import PreTrainedModel
+from transformers.integrations import is_deepspeed_zero3_enabled
+from trl import GRPOTrainer
+
+from . import token_mdp
+from .actor_critic_config import ActorCriticConfig
+from .checkpointing import CheckpointingMixin
+from .checks import check_completion_ids, check_prompt_ids, check_prompts, checked_reward, checked_rollout
+from .compat import MULTIMODAL_KEYS, disable_dropout_in_model, get_config_model_id
+from .critic import (
+    CRITIC_NAME,
+    Critic,
+    attach_critic,
+    critic_from_model,
+    critic_from_policy,
+    shared_critic,
+)
+from .kl_controller import KLController
+from .losses import value_loss
+from .model_card import CardMixin
+from .reporting import ReportingMixin
+
+
+class ActorCriticTrainer(CheckpointingMixin, ReportingMixin, CardMixin, GRPOTrainer):
+    """
+    [`~trl.GRPOTrainer`] with a critic. What changes with respect to the parent:
+
+    - advantages are one per token, from generalized advantage estimation over the critic's values, not one per
+      completion from its group; one completion per prompt is enough;
+    - the critic's loss is added to the policy's, and the critic is saved beside the policy and restored with it;
+    - the KL to the reference may be taken off the reward (`kl_in_reward`) instead of added to the loss.
+
+    Args:
+        critic_model ([`~transformers.PreTrainedModel`], *optional*):
+            Start of a separate critic (see `critic_model_name_or_path` for what is taken up); it is copied.
+        All others are [`~trl.GRPOTrainer`]'s. `args` is an [`ActorCriticConfig`]. If `optimizers` are given, the
+        critic's parameters join the optimizer's last group, and `critic_learning_rate` has no effect.
+    """
+
+    _tag_names = ["trl", "trl_ext", "actor-critic"]
+    _name = "Actor-Critic"
+    _paper = {
+        "title": "High-Dimensional Continuous Control Using Generalized Advantage Estimation",
+        "id": "1506.02438",
+        "citation": textwrap.dedent("""\
+            @inproceedings{schulman2016gae,
+                title     = {{High-Dimensional Continuous Control Using Generalized Advantage Estimation}},
+                author    = {John Schulman and Philipp Moritz and Sergey Levine and Michael I. Jordan and Pieter Abbeel},
+                booktitle = {International Conference on Learning Representations},
+                year      = 2016,
+                eprint    = {arXiv:1506.02438},
+            }"""),
+    }
+    config_class = ActorCriticConfig
+
+    def __init__(
+        self, model, reward_funcs=None, args=None, *other_args, critic_model: PreTrainedModel | None = None, **kwargs
+    ):
+        if args is None:
+            model_name = model if isinstance(model, str) else get_config_model_id(model.config)
+            args = self.config_class(f"{model_name.split('/')[-1]}-{self._name}")
+        if not isinstance(args, self.config_class):
+            raise TypeError(
+                f"`args` must be a `{self.config_class.__name__}`, got `{type(args).__name__}`. It takes every argument "
+                "of `GRPOConfig`."
+            )
+        if critic_model is not None and (args.critic != "separate" or args.critic_model_name_or_path is not None):
+            raise ValueError(
+                "`critic_model` is the start of a separate critic. Set `critic='separate'`, and do not set "
+                "`critic_model_name_or_path` as well."
+            )
+        if kwargs.get("rollout_func") is not None:
+            kwargs["rollout_func"] = checked_rollout(kwargs["rollout_func"])
+        needs_reference = args.beta != 0.0 or args.kl_in_reward != 0.0
+        is_full_model = isinstance(model, PreTrainedModel) and kwargs.get("peft_config") is None
+        if needs_reference and is_full_model and not get_config_model_id(model.config):
+            raise ValueError(
+                "The KL penalty needs a reference, which is loaded from where `model` came from, but `model` was built "
+                "in memory. Save it with `model.save_pretrained(path)` and pass the path."
+            )
+
+        # The parent prepares the reference if `args.beta` is not 0, wherever the KL is used afterwards
+        beta, args.beta = args.beta, args.beta or args.kl_in_reward
+        try:
+            super().__init__(model, reward_funcs, args, *other_args, **kwargs)
+        finally:
+            args.beta = beta
+
+        text_config = self.model.config.get_text_config()
+        context = getattr(text_config, "max_position_embeddings", None)  # absent where positions are unbounded
+        self.max_prompt_length = None if context is None else context - self.max_completion_length
+        if isinstance(self.train_dataset, Dataset):
+            check_prompts(self.train_dataset, self._tokenizer, self.max_prompt_length)
+
+        self.kl_controller = KLController(args.kl_in_reward, args.kl_target, args.kl_horizon)
+        self._policy = self.model  # before any distributed wrapper
+        self.critic = self._make_critic(critic_model)
+        if self.critic is not None:
+            attach_critic(self._policy, self.critic)
+            if self.optimizer is not None:
+                self.optimizer.param_groups[-1]["params"].extend(self.critic.parameters())
+
+        self._scores = None  # (B,), of the completions being scored; nan where no reward function applies
+        self._passes = []  # (log-probabilities, values) of each scoring forward of the present batch
+        self._awaiting = None  # batch whose advantages the forward under way will give
+        self._epochs_ended = False  # by `target_kl`, until the next rollout
+        self._window_kl = torch.zeros(2, device=self.accelerator.device)  # sum and count within the optimizer step
+        self._last_rollout = None  # time of its start and its number of completion tokens
+
+    # --- Critic ---
+
+    def _make_critic(self, critic_model: PreTrainedModel | None) -> Critic | None:
+        if self.args.critic == "shared":
+            return shared_critic(self._policy, detach=self.args.critic_detach)
+        source = critic_model or self.args.critic_model_name_or_path
+        if source == "reward_model":
+            source = next((f for f in self.reward_funcs if isinstance(f, PreTrainedModel)), None)
+            if source is None:
+                raise ValueError(
+                    "`critic_model_name_or_path='reward_model'` takes the critic from a model in `reward_funcs`, but "
+                    "they are all functions. Pass a path, or leave it unset to copy the policy."
+                )
+        if source is not None:
+            critic = critic_from_model(source)
+        elif self._policy_is_quantized or is_deepspeed_zero3_enabled():
+            raise ValueError(
+                "A separate critic cannot be copied from a policy that is quantized or sharded by ZeRO-3. Set "
+                "`critic_model_name_or_path` to what it should start from, or use `critic='shared'`."
+            )
+        else:
+            critic = critic_from_policy(self._policy)
+        if self.args.disable_dropout:
+            disable_dropout_in_model(critic)
+        return critic.requires_grad_(True)
+
+    @property
+    def _policy_is_quantized(self) -> bool:
+        return getattr(self._policy, "is_quantized", False)
+
+    def create_optimizer(self, model=None):
+        is_ours = self.optimizer is None
+        optimizer = super().create_optimizer(model)
+        if is_ours and self.critic is not None:
+            of_critic = {id(p) for p in self.critic.parameters()}
+            for group in list(optimizer.param_groups):
+                moved = [p for p in group["params"] if id(p) in of_critic]
+                group["params"] = [p for p in group["params"] if id(p) not in of_critic]
+                if moved:
+                    optimizer.add_param_group({**group, "params": moved, "lr": self.args.critic_learning_rate})
+        return optimizer
+
+    # --- Rollout ---
+
+    def _tokenize_prompts(self, prompts):
+        outputs = super()._tokenize_prompts(prompts)
+        check_prompt_ids(outputs[0], self.max_prompt_length)
+        return outputs
+
+    def _generate_single_turn(self, *args, **kwargs):
+        # The generation engine is sent the policy's weights: those of the critic would be unknown to it
+        with self._without_critic():
+            outputs = super()._generate_single_turn(*args, **kwargs)
+        check_completion_ids(outputs[0], "The generation engine")
+        return outputs
+
+    def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
+        reward_funcs = self.reward_funcs
+        self.reward_funcs = [
+            func if isinstance(func, torch.nn.Module) else checked_reward(func, name)
+            for func, name in zip(reward_funcs, self.reward_func_names, strict=True)
+        ]
+        try:
+            rewards_per_func = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+        finally:
+            self.reward_funcs = reward_funcs
+        for func, name, rewards in zip(reward_funcs, self.reward_func_names, rewards_per_func.T, strict=True):
+            if isinstance(func, torch.nn.Module) and not rewards.isfinite().all():
+                raise ValueError(f"The reward model '{name}' in `reward_funcs` returned nan or an infinite reward.")
+        unscorable = rewards_per_func.isnan().all(dim=1)
+        if unscorable.all():
+            raise ValueError(
+                "Every reward function returned None for every completion of the batch, so there is nothing to learn "
+                f"from. Make one of {self.reward_func_names} apply, or filter such rows out of the dataset."
+            )
+        scores = (rewards_per_func * self.reward_weights.to(rewards_per_func.device)).nansum(dim=1)
+        first = self.accelerator.process_index * len(prompts)
+        self._scores = scores.masked_fill(unscorable, math.nan)[first : first + len(prompts)]
+        return rewards_per_func
+
+    def _generate_and_score_completions(self, inputs):
+        mode = "train" if self.model.training else "eval"
+        if mode == "train":
+            self._epochs_ended = False
+            self.kl_controller.update()
+        self._passes = []
+        batch = super()._generate_and_score_completions(inputs)
+        batch["scores"] = self._scores
+        if not self.args.uses_raw_rewards:
+            batch["scores"] = batch["advantages"].masked_fill(self._scores.isnan(), math.nan)
+        batch["terminated"] = self._terminated(batch)
+        batch["completion_index"] = torch.arange(len(inputs), device=self._scores.device)
+        self._log_rollout(batch, mode)
+
+        old_logps = batch.get("old_per_token_logps")
+        logps, values = next((p for p in self._passes if p[0] is old_logps), (None, None))
+        if logps is None and self._needs_pass:
+            spans_micro_batches = mode == "train" and self.args.steps_per_generation > 1
+            if not (spans_micro_batches and self._has_batch_statistics):
+                batch["advantages"] = None  # the training forward gives them
+                return batch
+            logps, values = self._score_rollout(batch)
+        self._add_advantages(batch, logps, values)
+        return batch
+
+    @property
+    def _needs_pass(self) -> bool:
+        """Whether advantages depend on the policy's forward over the rollout."""
+        return self.critic is not None or self.args.kl_in_reward != 0.0
+
+    @property
+    def _has_batch_statistics(self) -> bool:
+        """Whether a completion's advantages depend on the other completions of the generation batch."""
+        return self.args.whiten_advantages
+
+    @torch.no_grad()
+    def _score_rollout(self, batch):
+        self._get_per_token_logps_and_entropies(
+            self.model,
+            torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1),
+            torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1),
+            batch["completion_ids"].size(1),
+            batch_size=self.args.per_device_train_batch_size,
+            **{key: batch[key] for key in MULTIMODAL_KEYS if key in batch},
+        )
+        return self._passes[-1]
+
+    def _terminated(self, batch) -> torch.Tensor:
+        """`(B,)`: whether the completion ended by itself, by TRL's notion: its last token is an eos (or pad) id."""
+        last = (batch["completion_mask"].sum(dim=1, keepdim=True) - 1).clamp(min=0)
+        end_ids = torch.tensor([*self.eos_token_ids, self._tokenizer.pad_token_id], device=last.device)
+        return torch.isin(batch["completion_ids"].gather(1, last).squeeze(1), end_ids)
+
+    @staticmethod
+    def _own_tokens(batch) -> torch.Tensor:
+        """`(B, T)` bool: the tokens the policy chose, of completions that have a score."""
+        mask = batch["completion_mask"].bool() & ~batch["scores"].isnan().unsqueeze(1)
+        return mask & batch["tool_mask"].bool() if "tool_mask" in batch else mask
+
+    # --- Advantages ---
+
+    def compute_advantages(
+        self,
+        rewards: torch.Tensor,
+        values: torch.Tensor | None,
+        mask: torch.Tensor,
+        bootstrap: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """
+        Advantages of the policy and targets of the critic, `(B, T)` each, from the arguments (and in the terms) of
+        [`~trl_ext.token_mdp.generalized_advantage_estimate`]. Override it for another estimator.
+        """
+        args = self.args
+        lam_policy = args.lam if args.lam_policy is None else args.lam_policy
+        lam_value = args.lam if args.lam_value is None else args.lam_value
+        if args.length_adaptive_alpha is not None:
+            lam_policy = token_mdp.length_adaptive_lambda(mask.sum(dim=1), args.length_adaptive_alpha)
+        gae = token_mdp.generalized_advantage_estimate
+        advantages, _ = gae(rewards, values, mask, args.gamma, lam_policy, bootstrap)
+        _, returns = gae(rewards, values, mask, args.gamma, lam_value, bootstrap)
+        return advantages, returns
+
+    @torch.no_grad()
+    def _add_advantages(self, batch, logps: torch.Tensor | None, values: torch.Tensor | None) -> None:
+        """Fill in `advantages`, `returns` and `values`; `values` `(B, T+1)` ends with that of the final state."""
+        mode = "train" if self.model.training else "eval"
+        mask = self._own_tokens(batch)
+        scores, cut = batch["scores"].nan_to_num(), ~batch["terminated"]
+        bootstrap = None
+        if self.args.truncation == "bootstrap":
+            final = values.gather(1, batch["completion_mask"].sum(dim=1, keepdim=True)).squeeze(1)
+            bootstrap = torch.where(cut, final, 0)
+            scores = torch.where(cut, 0, scores)
+        elif self.args.truncation == "penalty":
+            scores = scores - self.args.missing_eos_penalty * cut
+        rewards = token_mdp.place_on_last_token(scores, mask)
+        if batch.get("ref_per_token_logps") is not None and logps is not None:
+            k1 = torch.where(mask, token_mdp.kl_estimate(logps, batch["ref_per_token_logps"], "k1"), 0)
+            k3 = torch.where(mask, token_mdp.kl_estimate(logps, batch["ref_per_token_logps"], "k3"), 0)
+            rewards = rewards - self.kl_controller.coef * k1
+            self._log_kl(k1, k3, mask, mode)
+
+        values = None if values is None else values[:, :-1]
+        advantages, returns = self.compute_advantages(rewards, values, mask, bootstrap)
+        self._log_advantages(batch, advantages, returns, values, mask, mode)
+        if self.args.whiten_advantages:
+            _, mean, var = self._global_moments(advantages, mask)
+            advantages = token_mdp.masked_whiten(advantages, mask, mean, var)
+        batch["advantages"], batch["returns"], batch["values"] = advantages, returns, values
+
+    def _global_moments(self, x: torch.Tensor, mask: torch.Tensor):
+        """Count, mean and variance over the own tokens of all processes."""
+        moments = self.accelerator.gather(token_mdp.masked_moments(x, mask).unsqueeze(0))
+        return token_mdp.combine_moments(moments)
+
+    # --- Update ---
+
+    def _get_per_token_logps_and_entropies(self, model, input_ids, attention_mask, logits_to_keep, *args, **kwargs):
+        # Before each of the T tokens, and after the last one
+        recording = nullcontext([]) if self.critic is None else self.critic.recording(num_states=logits_to_keep + 1)
+        with recording as values:
+            outputs = super()._get_per_token_logps_and_entropies(
+                model, input_ids, attention_mask, logits_to_keep, *args, **kwargs
+            )
+        self._passes.append((outputs[0], torch.cat(values) if values else None))
+        if self._awaiting is not None:
+            batch, self._awaiting = self._awaiting, None
+            self._add_advantages(batch, *self._passes[-1])
+        return outputs
+
+    def _compute_loss(self, model, inputs):
+        self._passes = []
+        self._awaiting = inputs if inputs["advantages"] is None else None
+        in_warmup = self.state.global_step < self.args.critic_warmup_steps
+        if self.critic is not None:
+            self.critic.detach = self.args.critic_detach or in_warmup
+        with self._kl_only_in_reward():
+            loss = super()._compute_loss(model, inputs)
+        logps, values = self._passes[-1]
+        mask = self._own_tokens(inputs)
+        if in_warmup:
+            loss = 0 * loss
+        if self.critic is not None:
+            values = values[:, :-1]
+            per_token_loss = value_loss(values, inputs["returns"], inputs["values"], self.args.cliprange_value)
+            per_token_loss = torch.where(mask, per_token_loss, 0)
+            loss = loss + self.args.vf_coef * per_token_loss.sum() / self._tokens_per_window(inputs)
+        else:
+            per_token_loss = None
+        self._log_update(inputs, logps.detach(), values, per_token_loss, mask)
+        self._check_finite(loss, inputs)
+        return loss
+
+    @contextmanager
+    def _kl_only_in_reward(self):
+        """The parent's loss without its KL term, where the KL is already in the reward."""
+        beta = self.beta
+        self.beta = 0.0 if self.args.kl_in_reward else beta
+        try:
+            yield
+        finally:
+            self.beta = beta
+
+    def _tokens_per_window(self, inputs) -> torch.Tensor:
+        """
+        Tokens per process over which an optimizer step averages: the normalizer of TRL's default loss, whatever
+        `loss_type` is, so that the value loss does not depend on how the window is cut into micro-batches.
+        """
+        tokens = inputs["num_items_in_batch"].clamp(min=1.0) / self.accelerator.num_processes
+        if self.model.training:
+            tokens = tokens * self.current_gradient_accumulation_steps / self.args.steps_per_generation
+        return tokens
+
+    def _check_finite(self, loss: torch.Tensor, inputs) -> None:
+        if loss.isfinite():
+            return
+        prompts = self._tokenizer.batch_decode(inputs["prompt_ids"], skip_special_tokens=True)
+        raise FloatingPointError(
+            f"The loss is {loss.item()} in the update after step {self.state.global_step}; training stops here and "
+            "the last checkpoint is kept. Common causes: too high a learning rate, or fp16. The batch's prompts: "
+            + "; ".join(repr(prompt[:80]) for prompt in prompts)
+        )
+
+    def training_step(self, model, inputs, num_items_in_batch):
+        rollout_is_due = self._step % (self.args.steps_per_generation * self.num_iterations) == 0
+        if self._epochs_ended and not rollout_is_due:
+            self._step += 1
+            return torch.zeros((), device=self.accelerator.device)
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        if self.state.global_step < self.args.critic_warmup_steps:
+            # Without a gradient the optimizer passes them over; zeros would still decay weights and count as steps
+            for name, parameter in self._policy.named_parameters():
+                if not name.startswith(f"{CRITIC_NAME}."):
+                    parameter.grad = None
+        if self.args.target_kl is not None and self.accelerator.sync_gradients:
+            kl_sum, count = self.accelerator.reduce(self._window_kl, reduction="sum").tolist()
+            self._window_kl.zero_()
+            if kl_sum > 1.5 * self.args.target_kl * max(count, 1):
+                self._epochs_ended = True
+                model.zero_grad()  # nor is the update made that was about to be
+            self._metrics["train"]["target_kl_exceeded"].append(float(self._epochs_ended))
+        return loss

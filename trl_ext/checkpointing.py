@@ -1,0 +1,98 @@
+"""How [`ActorCriticTrainer`] saves and resumes: the critic, the KL controller, and an unfinished rollout."""
+
+import os
+import shutil
+from contextlib import nullcontext
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from .critic import CRITIC_NAME, VALUE_HEAD_FILE, policy_alone, restore_critic, save_critic
+
+
+KL_CONTROLLER_FILE = "kl_controller.pt"
+
+
+class CheckpointingMixin:
+    """
+    Writes the critic beside the policy wherever the parent saves the policy, and reads it where it reads it. A
+    checkpoint also holds the KL controller and, when it falls between two updates on one rollout, that rollout, so
+    that a resumed run goes on exactly as if it had not stopped.
+    """
+
+    def _without_critic(self):
+        """The plain policy within the context, for the parent to save or load."""
+        return nullcontext() if self.critic is None else policy_alone(self._policy)
+
+    def _save(self, output_dir=None, state_dict=None):
+        prefix = f"{CRITIC_NAME}."
+        policy_state, critic_state = state_dict, None
+        if state_dict is not None:  # gathered by FSDP or DeepSpeed, policy and critic in one
+            policy_state = {name: w for name, w in state_dict.items() if not name.startswith(prefix)}
+            critic_state = {name.removeprefix(prefix): w for name, w in state_dict.items() if name.startswith(prefix)}
+        with self._without_critic():
+            super()._save(output_dir, policy_state)
+        if self.critic is not None and self.args.should_save:
+            save_critic(self.critic, output_dir or self.args.output_dir, critic_state)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        if self.is_fsdp_enabled:  # one sharded state for policy and critic
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            return
+        with self._without_critic():
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        if self.critic is not None:
+            restore_critic(self.critic, resume_from_checkpoint)
+
+    def _load_best_model(self):
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            super()._load_best_model()
+            return
+        with self._without_critic():
+            super()._load_best_model()
+        if self.critic is not None:
+            restore_critic(self.critic, self.state.best_model_checkpoint)
+
+    def _push_from_checkpoint(self, checkpoint_folder):
+        # The parent copies a fixed list of files to `output_dir` and pushes that folder
+        if self.critic is not None and self.is_world_process_zero():
+            for name in (VALUE_HEAD_FILE, CRITIC_NAME):
+                source, target = Path(checkpoint_folder) / name, Path(self.args.output_dir) / name
+                if source.is_dir():
+                    shutil.copytree(source, target, dirs_exist_ok=True)
+                elif source.is_file():
+                    shutil.copy(source, target)
+        super()._push_from_checkpoint(checkpoint_folder)
+
+    def _rollout_file(self, checkpoint: str) -> str:
+        return os.path.join(checkpoint, f"rollout_{self.accelerator.process_index}.pt")
+
+    def _save_rng_state(self, output_dir):
+        super()._save_rng_state(output_dir)
+        if self.args.should_save:
+            torch.save(asdict(self.kl_controller), os.path.join(output_dir, KL_CONTROLLER_FILE))
+        in_rollout = self._step % (self.args.steps_per_generation * self.num_iterations) != 0
+        rollout = {
+            "num_processes": self.accelerator.num_processes,
+            "step": self._step,
+            "epochs_ended": self._epochs_ended,
+            "buffered_inputs": self._buffered_inputs if in_rollout else None,
+        }
+        torch.save(rollout, self._rollout_file(output_dir))
+
+    def _load_rng_state(self, checkpoint):
+        super()._load_rng_state(checkpoint)
+        if checkpoint is None:
+            return
+        kl_file, rollout_file = os.path.join(checkpoint, KL_CONTROLLER_FILE), self._rollout_file(checkpoint)
+        if os.path.isfile(kl_file):
+            for name, value in torch.load(kl_file, weights_only=True).items():
+                setattr(self.kl_controller, name, value)
+        if os.path.isfile(rollout_file):
+            rollout = torch.load(rollout_file, weights_only=True, map_location=self.accelerator.device)
+            # A rollout is cut for a number of processes; with another the next step samples anew
+            if rollout["num_processes"] == self.accelerator.num_processes:
+                self._step = rollout["step"]
+                self._epochs_ended = rollout["epochs_ended"]
+                self._buffered_inputs = rollout["buffered_inputs"]

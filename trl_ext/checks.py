@@ -1,0 +1,92 @@
+"""What the trainers refuse: input that would fail late, or silently. Each error names the argument and the mend."""
+
+import functools
+import math
+from collections.abc import Callable
+
+from datasets import Dataset
+from transformers import PreTrainedTokenizerBase
+
+from .compat import is_async_callable
+
+
+def check_prompts(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, max_prompt_length: int | None) -> None:
+    """
+    Refuse empty prompts, and text prompts that leave no room in the model's context, before anything is generated.
+
+    Every token holds at least one byte, so only texts with more bytes than the context has tokens are tokenized.
+    """
+    if "prompt" not in dataset.column_names:
+        return
+    for row, prompt in enumerate(dataset["prompt"]):
+        if len(prompt) == 0:
+            raise ValueError(
+                f"`train_dataset` has an empty prompt in row {row}. Remove it, e.g. with "
+                "`dataset.filter(lambda row: len(row['prompt']) > 0)`."
+            )
+        is_suspect = max_prompt_length is not None and isinstance(prompt, str)
+        if is_suspect and len(prompt.encode()) > max_prompt_length:
+            check_prompt_ids([tokenizer(prompt)["input_ids"]], max_prompt_length, where=f"row {row} of the dataset")
+
+
+def check_prompt_ids(prompt_ids: list[list[int]], max_prompt_length: int | None, where: str = "the batch") -> None:
+    """Refuse tokenized prompts that are empty or leave no room for a completion in the model's context."""
+    for ids in prompt_ids:
+        if len(ids) == 0:
+            raise ValueError(
+                f"A prompt in {where} has no tokens, so there is no state to generate from. Remove empty prompts from "
+                "the dataset, or use a tokenizer that adds a beginning-of-sequence token."
+            )
+        if max_prompt_length is not None and len(ids) > max_prompt_length:
+            raise ValueError(
+                f"A prompt in {where} has {len(ids)} tokens, but the model's context less `max_completion_length` "
+                f"leaves {max_prompt_length}. Shorten or filter the prompts, or lower `max_completion_length`."
+            )
+
+
+def check_completion_ids(completion_ids: list[list[int]], source: str) -> None:
+    """Refuse empty completions: they have no action to give credit to."""
+    for row, ids in enumerate(completion_ids):
+        if len(ids) == 0:
+            raise ValueError(
+                f"{source} returned an empty completion (row {row} of the batch). A completion holds at least its "
+                "end-of-sequence token; check the generation settings (e.g. stop strings, `max_completion_length`)."
+            )
+
+
+def checked_rollout(rollout_func: Callable) -> Callable:
+    """`rollout_func` that refuses to return an empty completion."""
+
+    @functools.wraps(rollout_func)
+    def rollout(*args, **kwargs):
+        output = rollout_func(*args, **kwargs)
+        check_completion_ids(output["completion_ids"], "`rollout_func`")
+        return output
+
+    return rollout
+
+
+def check_rewards(rewards: list[float | None], name: str) -> list[float | None]:
+    """Refuse nan and infinite rewards; None says 'not applicable' and passes."""
+    for row, reward in enumerate(rewards):
+        if reward is not None and not math.isfinite(reward):
+            raise ValueError(
+                f"The reward function '{name}' returned {reward} for row {row} of the batch. Return a finite number, "
+                "or None where it does not apply."
+            )
+    return rewards
+
+
+def checked_reward(reward_func: Callable, name: str) -> Callable:
+    """`reward_func` (sync or async) that refuses to return nan or an infinity."""
+    if is_async_callable(reward_func):
+
+        async def reward(*args, **kwargs):
+            return check_rewards(await reward_func(*args, **kwargs), name)
+
+    else:
+
+        def reward(*args, **kwargs):
+            return check_rewards(reward_func(*args, **kwargs), name)
+
+    return reward

@@ -1,0 +1,65 @@
+"""
+The only module that imports or names what TRL and transformers keep private. `tests/test_compat.py` checks each entry,
+so that a release which moves one fails there, by name.
+
+Hooks of `GRPOTrainer` that are overridden elsewhere in the package, each calling `super()`:
+
+| hook | relied on for |
+| --- | --- |
+| `_tokenize_prompts(prompts)` | returns the prompts' token ids first |
+| `_generate_single_turn(...)` | returns the completions' token ids first; syncs vLLM's weights inside |
+| `_calculate_rewards(...)` | returns `(N, n_funcs)` gathered over processes, NaN for None |
+| `_generate_and_score_completions(inputs)` | returns the batch as a dict |
+| `_get_per_token_logps_and_entropies(model, input_ids, attention_mask, logits_to_keep, ...)` | log-probs come first |
+| `_compute_loss(model, inputs)` | reads `inputs["advantages"]`, `(B, T)` allowed, after the forward pass |
+| `_step`, `_buffered_inputs` | the position within, and the content of, the rollout buffer |
+| `_metrics`, `_logs` | metrics per mode; the completions table |
+
+and of `transformers.Trainer`: `_save`, `_load_from_checkpoint`, `_load_best_model`, `_save_rng_state`,
+`_load_rng_state`, `_push_from_checkpoint`.
+"""
+
+from trl.trainer.utils import (
+    FusedCausalLMOutput,
+    disable_dropout_in_model,
+    get_config_model_id,
+    is_async_callable,
+)
+
+
+__all__ = [
+    "MULTIMODAL_KEYS",
+    "FusedCausalLMOutput",
+    "OneGeneration",
+    "disable_dropout_in_model",
+    "get_config_model_id",
+    "is_async_callable",
+]
+
+
+# What a rollout batch may hold beside token ids, and `_get_per_token_logps_and_entropies` takes by the same name.
+MULTIMODAL_KEYS = [
+    "pixel_values",
+    "image_grid_thw",
+    "num_images",
+    "pixel_attention_mask",
+    "spatial_shapes",
+    "num_tiles",
+    "image_sizes",
+    "token_type_ids",
+    "mm_token_type_ids",
+    "image_position_ids",
+]
+
+
+class OneGeneration(int):
+    """
+    A 1 that answers no to `< 2`, while `GRPOConfig.__post_init__` looks at it: a group of one has no group advantage,
+    but with a critic none is needed. Unlike passing 2, this keeps the divisibility checks those of one completion.
+    """
+
+    def __new__(cls):
+        return super().__new__(cls, 1)
+
+    def __lt__(self, other):
+        return False

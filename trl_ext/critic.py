@@ -1,0 +1,286 @@
+"""
+The critic V(s): a value head on a trunk, which is the policy's own (shared) or another model's (separate).
+
+The critic is a child module of the policy, so that one optimizer, one `zero_grad`, one gradient clipping and one DDP,
+FSDP or DeepSpeed wrapper hold both. It runs inside the policy's forward, from two hooks, and its values are part of
+that forward's output: distributed wrappers see every parameter used, and a shared trunk is not run twice.
+
+On disk it lies beside the policy, which stays loadable without this package:
+
+    value_head.safetensors             the head of a shared critic
+    critic/                            a separate critic: its trunk, as `save_pretrained` writes it, and
+    critic/value_head.safetensors      its head
+"""
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from huggingface_hub import snapshot_download
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification, PreTrainedModel
+
+from .compat import FusedCausalLMOutput
+
+
+CRITIC_NAME = "critic"  # attribute of the policy, prefix of the critic's parameters, and folder of a separate critic
+VALUE_HEAD_FILE = "value_head.safetensors"
+
+
+class ValueHead(nn.Module):
+    """
+    V(s) = w . h(s) + b, computed in float32 outside autocast whatever the trunk's dtype.
+
+    Starts at V = 0: a random head would be noise in the first advantages (Huang et al. 2022, The 37 implementation
+    details of PPO). Drawing no random numbers also leaves the rollouts those of a run without a critic.
+    """
+
+    def __init__(self, hidden_size: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(1, hidden_size))
+        self.bias = nn.Parameter(torch.zeros(1))
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """`(B, L, H)` -> `(B, L)`."""
+        with torch.autocast(hidden_states.device.type, enabled=False):
+            return nn.functional.linear(hidden_states.float(), self.weight.float(), self.bias.float()).squeeze(-1)
+
+
+class Critic(nn.Module):
+    """
+    Values of a sequence's prefixes.
+
+    Args:
+        hidden_size (`int`): Width of the trunk's last hidden state.
+        trunk (`PreTrainedModel`, *optional*): The critic's own trunk; `None` shares the policy's.
+        detach (`bool`, *optional*, defaults to `False`): Keep the value gradients off a shared trunk.
+    """
+
+    def __init__(self, hidden_size: int, trunk: PreTrainedModel | None = None, detach: bool = False):
+        super().__init__()
+        self.trunk = trunk
+        self.detach = detach
+        self.value_head = ValueHead(hidden_size)
+        self._hidden_states: torch.Tensor | None = None
+        self._recorded: list[torch.Tensor] | None = None
+        self._num_states = 0
+
+    def forward(self, hidden_states: torch.Tensor | None, num_states: int, **inputs) -> torch.Tensor:
+        """
+        V of the last `num_states` prefixes: entry i from the end belongs to the sequence less its last i tokens.
+
+        Args:
+            hidden_states (`torch.Tensor` of shape `(B, L, H)`): The policy trunk's; not read by a separate critic.
+            num_states (`int`): How many.
+            inputs: What the policy's forward was given, `input_ids` and `attention_mask` at least.
+
+        Returns:
+            `torch.Tensor` of shape `(B, num_states)`, float32.
+        """
+        if self.trunk is not None:
+            hidden_states = self.trunk(**inputs, use_cache=False).last_hidden_state
+        elif self.detach:
+            hidden_states = hidden_states.detach()
+        return self.value_head(hidden_states[:, -num_states:])
+
+    @contextmanager
+    def recording(self, num_states: int) -> Iterator[list[torch.Tensor]]:
+        """Collect the values `(B, num_states)` of every scoring forward of the policy within the context."""
+        self._recorded, self._num_states = [], num_states
+        try:
+            yield self._recorded
+        finally:
+            self._recorded = self._hidden_states = None
+
+
+@dataclass
+class ActorCriticOutput(FusedCausalLMOutput):
+    """Output of a policy's scoring forward with the critic's values `(B, num_states)`."""
+
+    values: torch.Tensor | None = None
+
+
+def base_causal_lm(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
+    """The causal language model itself, out of its PEFT wrapper if it has one."""
+    return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+def attach_critic(model: PreTrainedModel | PeftModel, critic: Critic) -> None:
+    """Make `critic` a child of `model` that sees its scoring forwards (those that return log-probabilities)."""
+
+    def keep_hidden_states(module, args, output):
+        if critic._recorded is not None:
+            critic._hidden_states = output.last_hidden_state
+
+    def add_values(module, args, kwargs, output):
+        if critic._recorded is None:
+            return None
+        inputs = {k: v for k, v in kwargs.items() if k not in ("labels", "fused_lm_head", "output_router_logits")}
+        values = critic(critic._hidden_states, critic._num_states, **inputs)
+        critic._recorded.append(values)
+        critic._hidden_states = None
+        return ActorCriticOutput(**output, values=values)
+
+    critic.to(model.device)
+    model.add_module(CRITIC_NAME, critic)
+    base_causal_lm(model).base_model.register_forward_hook(keep_hidden_states)
+    model.register_forward_hook(add_values, with_kwargs=True)
+
+
+@contextmanager
+def policy_alone(model: PreTrainedModel | PeftModel) -> Iterator[None]:
+    """Within the context the policy has no critic: what saves, loads or serves it meets the plain model."""
+    critic = model._modules.pop(CRITIC_NAME)
+    try:
+        yield
+    finally:
+        model.add_module(CRITIC_NAME, critic)
+
+
+def hidden_size_of(model: PreTrainedModel | PeftModel) -> int:
+    """Width of the last hidden state: what the LM head takes, which some models project down to."""
+    return base_causal_lm(model).get_output_embeddings().in_features
+
+
+def shared_critic(model: PreTrainedModel | PeftModel, detach: bool = False) -> Critic:
+    """A critic on the trunk of `model`, starting at V = 0."""
+    return Critic(hidden_size_of(model), detach=detach)
+
+
+def critic_from_policy(model: PreTrainedModel | PeftModel) -> Critic:
+    """A separate critic whose trunk starts as a copy of the policy's (adapters merged), at V = 0."""
+    copied = copy.deepcopy(model)
+    if isinstance(copied, PeftModel):
+        copied = copied.merge_and_unload()
+    return Critic(hidden_size_of(model), trunk=copied.base_model)
+
+
+def critic_from_model(source: str | PreTrainedModel, **model_init_kwargs) -> Critic:
+    """
+    A separate critic from a model or its path or Hub id: a folder written by [`save_critic`] (trunk and head are
+    taken up), a reward model (its score head becomes the value head, Ouyang et al. 2022), or any causal model
+    (V starts at 0).
+    """
+    if isinstance(source, PreTrainedModel):
+        model = copy.deepcopy(source)
+    else:
+        architectures = AutoConfig.from_pretrained(source).architectures or [""]
+        is_reward_model = architectures[0].endswith("ForSequenceClassification")
+        auto_class = AutoModelForSequenceClassification if is_reward_model else AutoModel
+        model = auto_class.from_pretrained(source, **model_init_kwargs)
+    trunk = model.base_model
+    critic = Critic(trunk.config.get_text_config().hidden_size, trunk=trunk)
+    if type(model).__name__.endswith("ForSequenceClassification"):
+        if model.config.num_labels != 1:
+            raise ValueError(
+                f"A critic can be warm-started from a reward model with one label; {model.config._name_or_path!r} "
+                f"has {model.config.num_labels}. Pass another `critic_model_name_or_path`."
+            )
+        with torch.no_grad():
+            critic.value_head.weight.copy_(model.score.weight)
+    elif isinstance(source, str) and (Path(source) / VALUE_HEAD_FILE).is_file():
+        load_value_head(critic, source)
+    return critic
+
+
+def save_critic(critic: Critic, directory: str, state_dict: dict[str, torch.Tensor] | None = None) -> None:
+    """
+    Write the critic beside the policy, in the layout this module describes.
+
+    Args:
+        critic ([`Critic`]): What to write.
+        directory (`str`): The policy's folder.
+        state_dict (`dict[str, torch.Tensor]`, *optional*): The critic's gathered weights, where they are sharded.
+    """
+    state_dict = critic.state_dict() if state_dict is None else state_dict
+    folder = Path(directory)
+    if critic.trunk is not None:
+        folder = folder / CRITIC_NAME
+        trunk = {name.removeprefix("trunk."): w for name, w in state_dict.items() if name.startswith("trunk.")}
+        critic.trunk.save_pretrained(folder, state_dict=trunk)
+    folder.mkdir(parents=True, exist_ok=True)
+    head = {name: state_dict[f"value_head.{name}"].float().contiguous() for name in ("weight", "bias")}
+    save_file(head, folder / VALUE_HEAD_FILE, metadata={"format": "pt"})
+
+
+def load_value_head(critic: Critic, folder: str | Path) -> None:
+    """Fill the critic's head from the file in `folder`, or say why it does not fit."""
+    path = Path(folder) / VALUE_HEAD_FILE
+    if not path.is_file():
+        raise FileNotFoundError(f"No {VALUE_HEAD_FILE} in {folder}: no critic was saved there.")
+    state = load_file(path)
+    saved = {name: tuple(weight.shape) for name, weight in state.items()}
+    expected = {name: tuple(weight.shape) for name, weight in critic.value_head.state_dict().items()}
+    if saved != expected:
+        raise ValueError(
+            f"{path} does not fit this model: the file holds {saved}, its trunk needs {expected}. Load the model that "
+            "the critic was saved with, or start a new critic by removing the file."
+        )
+    critic.value_head.load_state_dict(state)
+
+
+def restore_critic(critic: Critic, directory: str) -> None:
+    """Fill an existing critic (of either kind) from what [`save_critic`] wrote to `directory`."""
+    if critic.trunk is None:
+        load_value_head(critic, directory)
+        return
+    folder = Path(directory) / CRITIC_NAME
+    if not folder.is_dir():
+        raise FileNotFoundError(f"No {CRITIC_NAME}/ folder in {directory}: no separate critic was saved there.")
+    trunk = AutoModel.from_pretrained(folder, dtype=critic.trunk.dtype)
+    critic.trunk.load_state_dict(trunk.state_dict())
+    load_value_head(critic, folder)
+
+
+def load_critic(model: PreTrainedModel | PeftModel, path: str) -> Critic:
+    """
+    Load the critic that lies beside a trained policy.
+
+    Args:
+        model (`PreTrainedModel` or `PeftModel`): The policy, loaded from the same `path` the usual way.
+        path (`str`): Its folder or Hub id.
+
+    Returns:
+        [`Critic`]: In eval mode, on the model's device; give it to [`token_values`].
+
+    Raises:
+        FileNotFoundError: when no critic lies there.
+        ValueError: when it does not fit `model`.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        folder = Path(snapshot_download(path, allow_patterns=[VALUE_HEAD_FILE, f"{CRITIC_NAME}/*"]))
+    if (folder / CRITIC_NAME).is_dir():
+        critic = critic_from_model(str(folder / CRITIC_NAME))
+    else:
+        critic = shared_critic(model)
+        load_value_head(critic, folder)
+    return critic.to(model.device).eval()
+
+
+@torch.no_grad()
+def token_values(
+    model: PreTrainedModel | PeftModel, critic: Critic, input_ids: torch.Tensor, attention_mask: torch.Tensor
+) -> torch.Tensor:
+    """
+    V of every prefix: entry t is the value of the state in which tokens 0..t have been seen.
+
+    Args:
+        model (`PreTrainedModel` or `PeftModel`): The policy; run only if its trunk is the critic's.
+        critic ([`Critic`]): From [`load_critic`], or a trainer's `critic`.
+        input_ids (`torch.Tensor` of shape `(B, L)`): Prompts and completions.
+        attention_mask (`torch.Tensor` of shape `(B, L)`): 1 at real tokens.
+
+    Returns:
+        `torch.Tensor` of shape `(B, L)`, float32.
+    """
+    inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
+    hidden_states = None
+    if critic.trunk is None:
+        hidden_states = base_causal_lm(model).base_model(**inputs, use_cache=False).last_hidden_state
+    return critic(hidden_states, input_ids.size(1), **inputs)

@@ -1,0 +1,123 @@
+"""What [`ActorCriticTrainer`] logs: metrics over all processes, and the columns of TRL's completions table."""
+
+import math
+import time
+
+import torch
+from accelerate.utils import gather_object
+
+from . import token_mdp
+
+
+class ReportingMixin:
+    """
+    Adds to TRL's metrics (each over the own tokens of the global batch):
+
+    | metric | meaning |
+    | --- | --- |
+    | `kl/k1`, `kl/k3` | KL to the reference per token, nats: unbiased, and non-negative |
+    | `kl/coef` | present coefficient of the KL in the reward |
+    | `returns/mean`, `values/mean` | what the critic should and does say |
+    | `advantages/mean`, `advantages/std` | before whitening |
+    | `explained_variance` | share of the returns' variance that the critic explains; 1 is perfect, 0 a constant |
+    | `value_loss`, `value_clip_ratio` | half the squared error per token; share of tokens beyond `cliprange_value` |
+    | `ratio/mean`, `ratio/max` | of the policy to the one that sampled; 1 in the first update on a rollout |
+    | `approx_kl` | k3 of the KL between the same two, per token |
+    | `target_kl_exceeded` | 1 where `target_kl` ended the epochs |
+    | `tokens_per_second` | completion tokens of a rollout over the time until the next one |
+
+    TRL's `frac_reward_zero_std` is dropped for single completions, whose groups have no spread.
+    """
+
+    def _log_rollout(self, batch, mode: str) -> None:
+        """Open the batch's rows in the completions table and measure throughput."""
+        if (self.num_generations if mode == "train" else self.num_generations_eval) == 1:
+            self._metrics[mode].pop("frac_reward_zero_std", None)
+        num_rows = len(batch["scores"]) * self.accelerator.num_processes
+        self._logs["extra"]["value"].extend([math.nan] * num_rows)
+        self._logs["extra"]["decisive_token"].extend([""] * num_rows)
+        self._first_logged_row = len(self._logs["advantages"]) - num_rows
+        if mode == "train":
+            now = time.perf_counter()
+            if self._last_rollout is not None:
+                started, tokens = self._last_rollout
+                self._metrics[mode]["tokens_per_second"].append(tokens / (now - started))
+            self._last_rollout = (now, batch["num_items_in_batch"].item())
+
+    def _log_kl(self, k1: torch.Tensor, k3: torch.Tensor, mask: torch.Tensor, mode: str) -> None:
+        local = torch.stack([k1.sum(), k3.sum(), mask.sum(), mask.any(dim=1).sum()]).double()
+        sum_k1, sum_k3, tokens, completions = self.accelerator.reduce(local, reduction="sum").tolist()
+        self._metrics[mode]["kl/k1"].append(sum_k1 / max(tokens, 1))
+        self._metrics[mode]["kl/k3"].append(sum_k3 / max(tokens, 1))
+        if self.args.kl_in_reward:
+            self._metrics[mode]["kl/coef"].append(self.kl_controller.coef)
+        if mode == "train":
+            self.kl_controller.observe(sum_k1, int(completions))
+
+    def _log_advantages(self, batch, advantages, returns, values, mask, mode: str) -> None:
+        metrics = self._metrics[mode]
+        _, mean, var = self._global_moments(advantages, mask)
+        metrics["advantages/mean"].append(mean.item())
+        metrics["advantages/std"].append(var.sqrt().item())
+        _, mean, var_returns = self._global_moments(returns, mask)
+        metrics["returns/mean"].append(mean.item())
+        if values is not None:
+            metrics["values/mean"].append(self._global_moments(values, mask)[1].item())
+            _, _, var_errors = self._global_moments(returns - values, mask)
+            explained = 1 - var_errors / var_returns
+            metrics["explained_variance"].append(explained.item() if var_returns > 0 else math.nan)
+        self._log_completions_table(batch, advantages, values, mask)
+
+    def _log_completions_table(self, batch, advantages, values, mask) -> None:
+        """
+        One row per completion: its mean advantage, V of its prompt, and the token with the largest advantage in size.
+        Rows are found by index, for the batch may have been shuffled and split since they were opened.
+        """
+        if not self.log_completions:
+            return
+        means = torch.where(mask, advantages, 0).sum(dim=1) / mask.sum(dim=1).clamp(min=1)
+        starts = token_mdp.first_own_token(values, mask) if values is not None else torch.full_like(means, math.nan)
+        largest = torch.where(mask, advantages, 0).abs().argmax(dim=1, keepdim=True)
+        tokens = self._tokenizer.convert_ids_to_tokens(batch["completion_ids"].gather(1, largest).squeeze(1).tolist())
+        credits = advantages.gather(1, largest).squeeze(1).tolist()
+        rows_per_process = len(self._logs["advantages"]) - self._first_logged_row
+        offset = self.accelerator.process_index * (rows_per_process // self.accelerator.num_processes)
+        rows = zip(
+            (batch["completion_index"] + offset).tolist(),
+            means.tolist(),
+            starts.tolist(),
+            [f"{token!r} {credit:+.2f}" for token, credit in zip(tokens, credits, strict=True)],
+            strict=True,
+        )
+        for row, mean, start, token in gather_object(list(rows)):
+            position = self._first_logged_row + row
+            if position >= 0:  # an evaluation batch may be longer than the table
+                self._logs["advantages"][position] = mean
+                self._logs["extra"]["value"][position] = f"{start:.2f}"
+                self._logs["extra"]["decisive_token"][position] = token
+
+    def _log_update(self, inputs, logps, values, per_token_value_loss, mask) -> None:
+        """Metrics of one micro-batch's forward; `values` and `per_token_value_loss` are None without a critic."""
+        mode = "train" if self.model.training else "eval"
+        old_logps = inputs.get("old_per_token_logps")
+        old_logps = logps if old_logps is None else old_logps
+        ratio = torch.where(mask, (logps - old_logps).exp(), 1)
+        approx_kl = torch.where(mask, token_mdp.kl_estimate(old_logps, logps, "k3"), 0).sum()
+        zero = torch.zeros_like(approx_kl)
+        value_loss = value_clipped = zero
+        if values is not None:
+            value_loss = per_token_value_loss.detach().sum()
+            if self.args.cliprange_value is not None:
+                value_clipped = (((values - inputs["values"]).abs() > self.args.cliprange_value) & mask).sum()
+        self._window_kl += torch.stack([approx_kl, mask.sum()])
+        local = torch.stack([mask.sum(), torch.where(mask, ratio, 0).sum(), approx_kl, value_loss, value_clipped])
+        tokens, *sums = self.accelerator.reduce(local, reduction="sum").tolist()
+        ratio_mean, approx_kl, value_loss, value_clipped = (x / max(tokens, 1) for x in sums)
+        metrics = self._metrics[mode]
+        metrics["ratio/mean"].append(ratio_mean)
+        metrics["ratio/max"].append(self.accelerator.gather(ratio.max()).max().item())
+        metrics["approx_kl"].append(approx_kl)
+        if values is not None:
+            metrics["value_loss"].append(value_loss)
+            if self.args.cliprange_value is not None:
+                metrics["value_clip_ratio"].append(value_clipped)
