@@ -47,20 +47,20 @@ def tokenizer():
 
 
 def tiny_config(tokenizer, **overrides):
-    settings = dict(
-        vocab_size=len(tokenizer),
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        max_position_embeddings=64,
-        pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        bos_token_id=None,
-        tie_word_embeddings=False,
-        dtype="float32",
-    )
+    settings = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "max_position_embeddings": 64,
+        "pad_token_id": tokenizer.pad_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "bos_token_id": None,
+        "tie_word_embeddings": False,
+        "dtype": "float32",
+    }
     return LlamaConfig(**settings | overrides)
 
 
@@ -126,23 +126,20 @@ def count_good(completions, **kwargs):
 
 def settings(tmp_path, **overrides):
     """Fast, silent, exact on CPU."""
-    return (
-        dict(
-            output_dir=str(tmp_path),
-            per_device_train_batch_size=4,
-            per_device_eval_batch_size=4,
-            max_completion_length=6,
-            max_steps=2,
-            learning_rate=1e-2,
-            critic_learning_rate=1e-2,
-            logging_steps=1,
-            save_strategy="no",
-            report_to="none",
-            bf16=False,
-            use_cpu=True,
-            gradient_checkpointing=False,
-            disable_tqdm=True,
-            lr_scheduler_type="constant",
-        )
-        | overrides
-    )
+    return {
+        "output_dir": str(tmp_path),
+        "per_device_train_batch_size": 4,
+        "per_device_eval_batch_size": 4,
+        "max_completion_length": 6,
+        "max_steps": 2,
+        "learning_rate": 1e-2,
+        "critic_learning_rate": 1e-2,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "bf16": False,
+        "use_cpu": True,
+        "gradient_checkpointing": False,
+        "disable_tqdm": True,
+        "lr_scheduler_type": "constant",
+    } | overrides
