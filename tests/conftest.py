@@ -143,3 +143,33 @@ def settings(tmp_path, **overrides):
         "disable_tqdm": True,
         "lr_scheduler_type": "constant",
     } | overrides
+
+
+class Rollouts:
+    """Mixin that keeps the batches of a trainer for a test to look at: as rolled out, and as trained on."""
+
+    def _generate_and_score_completions(self, inputs):
+        batch = super()._generate_and_score_completions(inputs)
+        self.rollouts = [*getattr(self, "rollouts", []), batch]
+        return batch
+
+    def _compute_loss(self, model, inputs):
+        loss = super()._compute_loss(model, inputs)
+        self.updates = [*getattr(self, "updates", []), inputs]
+        return loss
+
+
+def recorded(trainer_class):
+    """`trainer_class` with [`Rollouts`] mixed in."""
+    return type(f"Recorded{trainer_class.__name__}", (Rollouts, trainer_class), {})
+
+
+def scripted_rollout(prompts, trainer):
+    """`rollout_func` whose completions depend on nothing but the prompt: equal on every process and in every run."""
+    tokenizer = trainer.processing_class
+    prompt_ids = [tokenizer(prompt)["input_ids"] for prompt in prompts]
+    completion_ids = []
+    for ids in prompt_ids:
+        words = [5 + (7 * sum(ids) + 3 * k * k) % 16 for k in range(2 + sum(ids) % 4)]
+        completion_ids.append(words if sum(ids) % 3 == 0 else [*words, tokenizer.eos_token_id])
+    return {"prompt_ids": prompt_ids, "completion_ids": completion_ids, "logprobs": None}

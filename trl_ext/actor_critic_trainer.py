@@ -29,7 +29,14 @@ from trl import GRPOTrainer
 from . import token_mdp
 from .actor_critic_config import ActorCriticConfig
 from .checkpointing import CheckpointingMixin
-from .checks import check_completion_ids, check_prompt_ids, check_prompts, checked_reward, checked_rollout
+from .checks import (
+    check_completion_ids,
+    check_dataset_size,
+    check_prompt_ids,
+    check_prompts,
+    checked_reward,
+    checked_rollout,
+)
 from .compat import MULTIMODAL_KEYS, disable_dropout_in_model, get_config_model_id
 from .critic import (
     CRITIC_NAME,
@@ -114,6 +121,7 @@ class ActorCriticTrainer(CheckpointingMixin, ReportingMixin, CardMixin, GRPOTrai
         context = getattr(text_config, "max_position_embeddings", None)  # absent where positions are unbounded
         self.max_prompt_length = None if context is None else context - self.max_completion_length
         if isinstance(self.train_dataset, Dataset):
+            check_dataset_size(self.train_dataset, args.generation_batch_size // args.num_generations)
             check_prompts(self.train_dataset, self._tokenizer, self.max_prompt_length)
 
         self.kl_controller = KLController(args.kl_in_reward, args.kl_target, args.kl_horizon)

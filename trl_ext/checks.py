@@ -10,6 +10,16 @@ from transformers import PreTrainedTokenizerBase
 from .compat import is_async_callable
 
 
+def check_dataset_size(dataset: Dataset, prompts_per_rollout: int) -> None:
+    """Refuse a dataset smaller than one rollout: incomplete rollouts are dropped, so it would train on nothing."""
+    if len(dataset) < prompts_per_rollout:
+        raise ValueError(
+            f"`train_dataset` has {len(dataset)} prompts, but one rollout takes {prompts_per_rollout}, and incomplete "
+            "rollouts are dropped: there would be no training step. Add prompts, raise `num_generations`, or lower "
+            "`per_device_train_batch_size`, `gradient_accumulation_steps` or `steps_per_generation`."
+        )
+
+
 def check_prompts(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, max_prompt_length: int | None) -> None:
     """
     Refuse empty prompts, and text prompts that leave no room in the model's context, before anything is generated.

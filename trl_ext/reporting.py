@@ -64,8 +64,8 @@ class ReportingMixin:
         if values is not None:
             metrics["values/mean"].append(self._global_moments(values, mask)[1].item())
             _, _, var_errors = self._global_moments(returns - values, mask)
-            explained = 1 - var_errors / var_returns
-            metrics["explained_variance"].append(explained.item() if var_returns > 0 else math.nan)
+            explained = token_mdp.explained_share(var_errors, var_returns, mean)
+            metrics["explained_variance"].append(explained.item())
         self._log_completions_table(batch, advantages, values, mask)
 
     def _log_completions_table(self, batch, advantages, values, mask) -> None:

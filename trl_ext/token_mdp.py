@@ -280,6 +280,11 @@ def explained_variance(values: torch.Tensor, returns: torch.Tensor, mask: torch.
         returns (`torch.Tensor` of shape `(B, T)`): G_t.
         mask (`torch.Tensor` of shape `(B, T)`): 1 (or True) at the policy's own tokens.
     """
-    var_returns = masked_var(returns, mask)
-    ratio = masked_var(returns - values, mask) / var_returns
-    return torch.where(var_returns > 0, 1 - ratio, torch.nan)
+    _, mean, var_returns = combine_moments(masked_moments(returns, mask).unsqueeze(0))
+    return explained_share(masked_var(returns - values, mask), var_returns, mean)
+
+
+def explained_share(var_errors: torch.Tensor, var_returns: torch.Tensor, mean_returns: torch.Tensor) -> torch.Tensor:
+    """1 - Var[G - V] / Var[G] from the moments themselves (of a global batch, say); nan if Var[G] is rounding error."""
+    varies = var_returns > torch.finfo(var_returns.dtype).eps * mean_returns.square()
+    return torch.where(varies, 1 - var_errors / var_returns, torch.nan)

@@ -1,0 +1,131 @@
+r"""
+Supervised fine-tuning with TRL: the stage before reinforcement learning. Every option of `SFTConfig` and `ModelConfig`
+is an argument here, and `--config FILE.yaml` sets many at once (the command line wins over the file).
+
+From a file, on one GPU:
+
+    accelerate launch --config_file recipes/accelerate_configs/single_gpu.yaml recipes/sft.py --config recipes/sft.yaml
+
+A LoRA adapter on a 4-bit base model, on one GPU:
+
+    accelerate launch --config_file recipes/accelerate_configs/single_gpu.yaml recipes/sft.py \
+        --model_name_or_path Qwen/Qwen2.5-7B --dataset_name trl-lib/Capybara --output_dir qwen-7b-sft \
+        --use_peft --load_in_4bit --dtype bfloat16 --learning_rate 2e-4 --eos_token '<|im_end|>'
+
+Own data (columns as TRL's SFT takes them: `messages`, `text`, or `prompt` and `completion`), eight sharded GPUs:
+
+    accelerate launch --config_file recipes/accelerate_configs/fsdp2.yaml recipes/sft.py \
+        --model_name_or_path Qwen/Qwen2.5-7B --dataset_name demonstrations.jsonl --output_dir qwen-7b-sft --push_to_hub
+"""
+
+import argparse
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from datasets import Dataset, DatasetDict, IterableDataset, load_dataset, load_from_disk
+from trl import (
+    ModelConfig,
+    ScriptArguments,
+    SFTConfig,
+    SFTTrainer,
+    TrlParser,
+    get_peft_config,
+    get_quantization_config,
+)
+
+
+FILE_KINDS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv"}
+
+
+@dataclass
+class RecipeArguments(ScriptArguments):
+    """Arguments common to the recipes."""
+
+    dataset_name: str | None = field(
+        default=None,
+        metadata={
+            "help": "The dataset: a name on the Hub, a .json, .jsonl, .parquet or .csv file, or a folder (of such "
+            "files, or written by `save_to_disk`)."
+        },
+    )
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Shows defaults, and leaves the commands in a script's docstring as they are."""
+
+
+def load_split(args: RecipeArguments, split: str) -> Dataset | IterableDataset:
+    """The split `split` of `--dataset_name`. Data without splits is all training data."""
+    if args.dataset_name is None:
+        raise ValueError("No data: pass --dataset_name, a name on the Hub, a data file or a folder.")
+    path = Path(args.dataset_name)
+    if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():  # what `save_to_disk` leaves
+        splits = load_from_disk(path)
+        splits = splits if isinstance(splits, DatasetDict) else {args.dataset_train_split: splits}
+    elif path.is_file():
+        kind = next((FILE_KINDS[suffix] for suffix in path.suffixes if suffix in FILE_KINDS), None)
+        if kind is None:
+            raise ValueError(f"--dataset_name {path}: unknown kind of file, expected one of {', '.join(FILE_KINDS)}.")
+        splits = load_dataset(kind, data_files={args.dataset_train_split: str(path)}, streaming=args.dataset_streaming)
+    else:
+        splits = load_dataset(args.dataset_name, args.dataset_config, streaming=args.dataset_streaming)
+    if split not in splits:
+        raise ValueError(
+            f"{args.dataset_name} has no split {split!r}, only {', '.join(splits)}. Set --dataset_train_split, or "
+            "--dataset_test_split if it was wanted for evaluation."
+        )
+    return splits[split]
+
+
+def check_model_args(model_args: ModelConfig) -> None:
+    """Refuse what would fail after minutes of loading."""
+    if model_args.model_name_or_path is None:
+        raise ValueError("No model: pass --model_name_or_path, a Hub id or a local folder.")
+    if (model_args.load_in_4bit or model_args.load_in_8bit) and not model_args.use_peft:
+        raise ValueError(
+            "--load_in_4bit and --load_in_8bit freeze the model's weights, so there would be nothing to train. Add "
+            "--use_peft to train an adapter on them."
+        )
+
+
+def model_init_kwargs(model_args: ModelConfig, training_args) -> dict:
+    """How TRL is to load the model; what `--model_init_kwargs` says goes first."""
+    from_flags = {
+        "revision": model_args.model_revision,
+        "attn_implementation": model_args.attn_implementation,
+        "dtype": model_args.dtype,
+    }
+    return from_flags | (training_args.model_init_kwargs or {})
+
+
+def save(trainer, script_args: RecipeArguments) -> None:
+    """Write the final model, and push it if asked to."""
+    trainer.save_model()
+    if trainer.args.push_to_hub:
+        is_local = Path(script_args.dataset_name).exists()
+        trainer.push_to_hub(dataset_name=None if is_local else script_args.dataset_name)
+    trainer.accelerator.end_training()
+
+
+def main() -> None:
+    arguments = (RecipeArguments, SFTConfig, ModelConfig)
+    usage = "%(prog)s [--config FILE.yaml] [OPTIONS]"
+    parser = TrlParser(arguments, usage=usage, description=__doc__, formatter_class=HelpFormatter)
+    script_args, training_args, model_args = parser.parse_args_and_config()
+    check_model_args(model_args)
+    training_args.model_init_kwargs = model_init_kwargs(model_args, training_args)
+    has_eval = training_args.eval_strategy != "no"
+    trainer = SFTTrainer(
+        model=model_args.model_name_or_path,
+        args=training_args,
+        train_dataset=load_split(script_args, script_args.dataset_train_split),
+        eval_dataset=load_split(script_args, script_args.dataset_test_split) if has_eval else None,
+        quantization_config=get_quantization_config(model_args),
+        peft_config=get_peft_config(model_args),
+    )
+    trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
+    save(trainer, script_args)
+
+
+if __name__ == "__main__":
+    main()
