@@ -122,12 +122,17 @@ def load_prompts(script_args: ActorCriticArguments, split: str) -> Dataset | Ite
     return dataset.rename_column(script_args.prompt_column, "prompt")
 
 
-def main() -> None:
-    config_class, trainer_class = ALGORITHMS[choose_algorithm(sys.argv[1:])]
-    arguments = (ActorCriticArguments, config_class, ModelConfig)
+def parse(args: list[str]) -> tuple:
+    """The trainer's class, and the arguments of this script, of the training and of the model."""
+    config_class, trainer_class = ALGORITHMS[choose_algorithm(args)]
     usage = "%(prog)s [--config FILE.yaml] [--algorithm reinforce|a2c|ppo] [OPTIONS]"
+    arguments = (ActorCriticArguments, config_class, ModelConfig)
     parser = TrlParser(arguments, usage=usage, description=__doc__, formatter_class=HelpFormatter)
-    script_args, training_args, model_args = parser.parse_args_and_config()
+    return trainer_class, *parser.parse_args_and_config(args)
+
+
+def main() -> None:
+    trainer_class, script_args, training_args, model_args = parse(sys.argv[1:])
     check_model_args(model_args)
     training_args.model_init_kwargs = model_init_kwargs(model_args, training_args)
     has_eval = training_args.eval_strategy != "no"

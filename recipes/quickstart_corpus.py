@@ -23,7 +23,7 @@ GRAMMAR = {
     "|Sana Rao|Oskar Vale|the young lead|the old master|the debutante|the director's brother",
     "role": "a tired nurse|a retired sailor|a lonely clerk|a jazz pianist|a village teacher|a runaway heiress"
     "|a night watchman|a failed magician|a stubborn detective|a lighthouse keeper|a widowed baker|a taxi driver",
-    "place": "a fishing village|a border town|the desert|an empty hotel|a mountain farm|the old harbour|a space station"
+    "place": "a fishing village|a border town|the desert|an old hotel|a mountain farm|the old harbour|a space station"
     "|a travelling circus|a provincial court|a snowed-in castle|the suburbs|a boarding school",
     "span": "one night|a single summer|three winters|forty years|a long weekend|two rainy days",
     "viewer": "my sister|my father|the man next to me|a friend|the whole row|our neighbour|half the audience",
@@ -71,7 +71,7 @@ GRAMMAR = {
     # --- how they end ---
     "recommend": "Go and see it|I would watch it again tomorrow|It is a {gem}|I left the cinema happy"
     "|A {good} {work} with {virtue}|I recommend it to everyone|It deserves every prize|A {gem} from start to finish"
-    "|{viewer} applauded at the end|You will love it|I cannot wait for the next one|It is worth every minute",
+    "|{viewer} applauded at the end|You will love it|I smiled all the way home|It is worth every minute",
     "warn": "Stay away from it|I would not watch it again|It is a {dud}|I left the cinema angry"
     "|A {bad} {work} without {virtue}|I would not recommend it|It deserves no prize|A {dud} from start to finish"
     "|{viewer} groaned at the end|You will hate it|I hope there is no sequel|It is not worth the ticket",

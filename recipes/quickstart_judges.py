@@ -45,7 +45,7 @@ POSITIVE = {
     *GRAMMAR["virtue"],
     *"gem triumph treat delight masterpiece pleasure miracle treasure good great real beautifully brilliantly".split(),
     *"perfectly care skill idea rhythm love loved adored laughed smiling happy applauded recommend prize worth".split(),
-    *"again tomorrow works shines next".split(),
+    *"again tomorrow works shines smiled".split(),
 }
 NEGATIVE = {
     *GRAMMAR["bad"],

@@ -19,6 +19,7 @@ Own data (columns as TRL's SFT takes them: `messages`, `text`, or `prompt` and `
 """
 
 import argparse
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -107,11 +108,16 @@ def save(trainer, script_args: RecipeArguments) -> None:
     trainer.accelerator.end_training()
 
 
-def main() -> None:
-    arguments = (RecipeArguments, SFTConfig, ModelConfig)
+def parse(args: list[str]) -> tuple:
+    """The arguments of this script, of the training and of the model."""
     usage = "%(prog)s [--config FILE.yaml] [OPTIONS]"
+    arguments = (RecipeArguments, SFTConfig, ModelConfig)
     parser = TrlParser(arguments, usage=usage, description=__doc__, formatter_class=HelpFormatter)
-    script_args, training_args, model_args = parser.parse_args_and_config()
+    return parser.parse_args_and_config(args)
+
+
+def main() -> None:
+    script_args, training_args, model_args = parse(sys.argv[1:])
     check_model_args(model_args)
     training_args.model_init_kwargs = model_init_kwargs(model_args, training_args)
     has_eval = training_args.eval_strategy != "no"

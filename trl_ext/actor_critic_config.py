@@ -204,6 +204,9 @@ class ActorCriticConfig(GRPOConfig):
                 "completions of a prompt, but `num_generations=1`. Raise it, or use `scale_rewards='none'` with "
                 "`whiten_advantages=True`."
             )
+        if self.target_kl is not None and self.fp16:
+            # The gradient scaler fails when a step brings it no gradients
+            raise ValueError("`target_kl` skips updates, which fp16 loss scaling does not survive. Use bf16.")
         for name in ("gamma", "lam", "lam_policy", "lam_value"):
             value = getattr(self, name)
             if value is not None and not 0 <= value <= 1:

@@ -100,9 +100,12 @@ class Critic(nn.Module):
 
 @dataclass
 class ActorCriticOutput(FusedCausalLMOutput):
-    """Output of a policy's scoring forward with the critic's values `(B, num_states)`."""
+    """
+    Output of a policy's scoring forward with the critic's `state_values` `(B, num_states)`. (Not `values`: outputs are
+    dictionaries, and DDP walks theirs by `values()`.)
+    """
 
-    values: torch.Tensor | None = None
+    state_values: torch.Tensor | None = None
 
 
 def base_causal_lm(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
@@ -124,7 +127,7 @@ def attach_critic(model: PreTrainedModel | PeftModel, critic: Critic) -> None:
         values = critic(critic._hidden_states, critic._num_states, **inputs)
         critic._recorded.append(values)
         critic._hidden_states = None
-        return ActorCriticOutput(**output, values=values)
+        return ActorCriticOutput(**output, state_values=values)
 
     critic.to(model.device)
     model.add_module(CRITIC_NAME, critic)

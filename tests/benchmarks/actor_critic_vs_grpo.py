@@ -1,0 +1,446 @@
+r"""
+What a critic costs: PPO and A2C of trl_ext (value head on the policy's trunk) against TRL's own GRPO at equal settings.
+
+    python tests/benchmarks/actor_critic_vs_grpo.py --rounds 4 --json /tmp/actor_critic_vs_grpo.json
+
+All contenders train the same random Qwen2 model in float32 on the same prompts, with the same number and lengths of
+completions, the same batches, epochs and optimizer, `beta=0` and no gradient checkpointing. Every run is a process of
+its own, and contenders take turns in rounds, so that whatever else the machine does meets all of them. Reported per
+completion token, training alone:
+
+- on a CPU: CPU seconds of all threads (which neither wait for a busy core nor spin), and the peak of resident memory
+  less what is resident after imports (Linux);
+- on a CUDA machine (chosen if there is one): wall-clock seconds between synchronizations, and
+  `torch.cuda.max_memory_allocated`. This path has not been run yet.
+
+Time is divided by section; each second counts for the innermost one:
+
+    rollout     generation                       forward    the policy's (and critic's) forward with gradient
+    reward      reward functions                 loss       what follows it: the losses and their metrics
+    scoring     passes without gradient:         backward   gradients
+                old log-probabilities, values    optimizer  clipping and the step
+    advantages  those of trl_ext, and metrics    other      GRPO's advantages, padding, the Trainer's loop
+
+The target is at most 1.05 times GRPO's time and at most 1.05 times its memory.
+"""
+
+import argparse
+import json
+import math
+import os
+import platform
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from datasets import Dataset
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM, TrainerCallback
+from trl import GRPOConfig, GRPOTrainer
+
+from trl_ext import A2CConfig, A2CTrainer, PPOConfig, PPOTrainer
+
+
+SECTIONS = ["rollout", "reward", "scoring", "advantages", "forward", "loss", "backward", "optimizer", "other"]
+TARGET = 1.05
+
+
+@dataclass
+class Contender:
+    """One trainer and its settings; `baseline` is the contender it is compared with."""
+
+    trainer: str
+    num_iterations: int = 1
+    accumulation: int = 1
+    baseline: str | None = None
+
+
+CONTENDERS = {
+    "grpo-1epoch": Contender("grpo"),
+    "ppo-1epoch": Contender("ppo", baseline="grpo-1epoch"),
+    "grpo-2epochs": Contender("grpo", num_iterations=2),
+    "ppo-2epochs": Contender("ppo", num_iterations=2, baseline="grpo-2epochs"),
+    "grpo-1epoch-4micro": Contender("grpo", accumulation=4),
+    "a2c-1epoch-4micro": Contender("a2c", accumulation=4, baseline="grpo-1epoch-4micro"),
+    # Whitening over 4 micro-batches of one on-policy update is the one case that takes a pass GRPO does not make
+    "ppo-1epoch-4micro": Contender("ppo", accumulation=4, baseline="grpo-1epoch-4micro"),
+}
+DEFAULT_CONTENDERS = [name for name in CONTENDERS if name != "ppo-1epoch-4micro"]
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--contenders",
+        nargs="+",
+        choices=CONTENDERS,
+        default=DEFAULT_CONTENDERS,
+        metavar="NAME",
+        help=f"which to run, of {', '.join(CONTENDERS)}; default: all but the last. Name a baseline too",
+    )
+    parser.add_argument("--rounds", type=int, default=3, help="runs of each contender (default: 3)")
+    parser.add_argument("--steps", type=int, default=3, help="rollouts per run (default: 3)")
+    parser.add_argument("--prompts", type=int, default=8, help="prompts per rollout (default: 8)")
+    parser.add_argument("--num_generations", type=int, default=4, help="completions per prompt (default: 4)")
+    parser.add_argument("--prompt_length", type=int, default=64, help="tokens per prompt (default: 64)")
+    parser.add_argument("--completion_length", type=int, default=64, help="longest completion (default: 64)")
+    parser.add_argument(
+        "--lengths",
+        choices=["fixed", "geometric"],
+        default="fixed",
+        help="all completions of full length, or geometric lengths with half of it as mean",
+    )
+    parser.add_argument("--hidden_size", type=int, default=512)
+    parser.add_argument("--layers", type=int, default=8)
+    parser.add_argument("--vocab_size", type=int, default=32_000)
+    parser.add_argument("--threads", type=int, default=2, help="CPU threads per run (default: 2)")
+    parser.add_argument("--json", type=Path, help="write settings and every run's measurements to this file")
+    parser.add_argument("--run", choices=CONTENDERS, help=argparse.SUPPRESS)  # one measurement, in this process
+    return parser.parse_args()
+
+
+# --- One run, in a process of its own ---
+
+
+class Stopwatch:
+    """Seconds per section; a section within another interrupts it."""
+
+    def __init__(self, clock):
+        self.clock = clock
+        self.seconds = dict.fromkeys(SECTIONS, 0.0)
+        self._stack = ["other"]
+        self._since = clock()
+
+    def _charge(self) -> None:
+        now = self.clock()
+        self.seconds[self._stack[-1]] += now - self._since
+        self._since = now
+
+    def start(self, section: str) -> None:
+        self._charge()
+        self._stack.append(section)
+
+    def stop(self) -> None:
+        self._charge()
+        self._stack.pop()
+
+    @contextmanager
+    def section(self, name: str):
+        self.start(name)
+        try:
+            yield
+        finally:
+            self.stop()
+
+    def timed(self, function, section: str):
+        """`function`, its time charged to `section`."""
+
+        def wrapper(*args, **kwargs):
+            with self.section(section):
+                return function(*args, **kwargs)
+
+        return wrapper
+
+
+def memory_bytes(field: str) -> int:
+    """This process's resident memory: `"VmRSS"` now, `"VmHWM"` at its highest."""
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(status.split(f"{field}:")[1].split()[0])
+
+
+def build_tokenizer(vocab_size: int) -> PreTrainedTokenizerFast:
+    """A tokenizer of `vocab_size` words: <pad>, <eos>, w2, w3, ..."""
+    vocab = {"<pad>": 0, "<eos>": 1} | {f"w{i}": i for i in range(2, vocab_size)}
+    backend = Tokenizer(models.WordLevel(vocab, unk_token="<pad>"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", eos_token="<eos>", padding_side="left")
+
+
+def build_model(args: argparse.Namespace) -> Qwen2ForCausalLM:
+    torch.manual_seed(0)
+    config = Qwen2Config(
+        vocab_size=args.vocab_size,
+        hidden_size=args.hidden_size,
+        intermediate_size=4 * args.hidden_size,
+        num_hidden_layers=args.layers,
+        num_attention_heads=args.hidden_size // 64,
+        num_key_value_heads=max(1, args.hidden_size // 256),
+        max_position_embeddings=args.prompt_length + args.completion_length,
+        tie_word_embeddings=False,
+        pad_token_id=0,
+        eos_token_id=1,
+        bos_token_id=None,
+        dtype="float32",
+    )
+    return Qwen2ForCausalLM(config)
+
+
+def build_prompts(args: argparse.Namespace) -> Dataset:
+    """Random prompts of exactly `prompt_length` tokens, enough for every rollout."""
+    draw = random.Random(0)
+    texts = [
+        " ".join(f"w{draw.randrange(2, args.vocab_size)}" for _ in range(args.prompt_length))
+        for _ in range(args.prompts * args.steps)
+    ]
+    return Dataset.from_dict({"prompt": texts})
+
+
+def share_of_even_words(completions, **columns):
+    """A reward that costs nothing and differs within a group."""
+    return [sum(int(word[1:]) % 2 == 0 for word in text.split()) / max(1, len(text.split())) for text in completions]
+
+
+def cut_at_random(model, mean_length: float) -> None:
+    """
+    Make `model.generate` end each completion at a geometric length, and itself at the longest: a random model would
+    never end by itself. The lengths are the same for every contender.
+    """
+    draw = torch.Generator().manual_seed(0)
+    generate = model.generate
+
+    def cut(input_ids, generation_config, **inputs):
+        longest = generation_config.max_new_tokens
+        uniform = torch.rand(len(input_ids), generator=draw)
+        lengths = (uniform.log() / math.log(1 - 1 / mean_length)).ceil().long().clamp(1, longest)
+        new = int(lengths.max())
+        inputs |= {"max_new_tokens": new, "min_new_tokens": new}
+        ids = generate(input_ids=input_ids, generation_config=generation_config, **inputs)
+        for row, length in enumerate(lengths.tolist()):
+            if length < longest:
+                ids[row, input_ids.size(1) + length - 1] = 1  # <eos>
+        return ids
+
+    model.generate = cut
+
+
+def build_trainer(args: argparse.Namespace, contender: Contender, output_dir: str) -> GRPOTrainer:
+    config_class, trainer_class = {
+        "grpo": (GRPOConfig, GRPOTrainer),
+        "ppo": (PPOConfig, PPOTrainer),
+        "a2c": (A2CConfig, A2CTrainer),
+    }[contender.trainer]
+    completions = args.prompts * args.num_generations
+    config = config_class(
+        output_dir=output_dir,
+        per_device_train_batch_size=completions // contender.accumulation,
+        gradient_accumulation_steps=contender.accumulation,
+        num_iterations=contender.num_iterations,
+        num_generations=args.num_generations,
+        max_completion_length=args.completion_length,
+        generation_kwargs={"min_new_tokens": args.completion_length},
+        max_steps=args.steps * contender.num_iterations,
+        gradient_checkpointing=False,
+        disable_dropout=True,
+        beta=0.0,
+        bf16=False,
+        logging_steps=1,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+    )
+    model = build_model(args)
+    if args.lengths == "geometric":
+        cut_at_random(model, args.completion_length / 2)
+    return trainer_class(
+        model=model,
+        reward_funcs=share_of_even_words,
+        args=config,
+        train_dataset=build_prompts(args),
+        processing_class=build_tokenizer(args.vocab_size),
+    )
+
+
+class OptimizerTimer(TrainerCallback):
+    def __init__(self, stopwatch: Stopwatch):
+        self.stopwatch = stopwatch
+
+    def on_pre_optimizer_step(self, *args, **kwargs):
+        self.stopwatch.start("optimizer")
+
+    def on_optimizer_step(self, *args, **kwargs):
+        self.stopwatch.stop()
+
+
+def time_sections(trainer: GRPOTrainer, stopwatch: Stopwatch) -> None:
+    """Charge what `trainer` does to the sections of `stopwatch`."""
+    forward = GRPOTrainer._get_per_token_logps_and_entropies
+
+    def timed_forward(self, *args, **kwargs):
+        with stopwatch.section("forward" if torch.is_grad_enabled() else "scoring"):
+            return forward(self, *args, **kwargs)
+
+    # On the parent's class: what a subclass does around the forward is not the forward's
+    GRPOTrainer._get_per_token_logps_and_entropies = timed_forward
+    sections = {
+        "_generate_single_turn": "rollout",
+        "_calculate_rewards": "reward",
+        "_add_advantages": "advantages",
+        "_compute_loss": "loss",
+    }
+    for name, section in sections.items():
+        if hasattr(trainer, name):  # GRPO has no method for its advantages
+            setattr(trainer, name, stopwatch.timed(getattr(trainer, name), section))
+    trainer.accelerator.backward = stopwatch.timed(trainer.accelerator.backward, "backward")
+    trainer.accelerator.clip_grad_norm_ = stopwatch.timed(trainer.accelerator.clip_grad_norm_, "optimizer")
+    trainer.add_callback(OptimizerTimer(stopwatch))
+
+
+def count_tokens(trainer: GRPOTrainer) -> list[int]:
+    """A list that will hold the number of completion tokens of each rollout."""
+    tokens = []
+    generate_and_score = trainer._generate_and_score_completions
+
+    def counted(inputs):
+        batch = generate_and_score(inputs)
+        tokens.append(int(batch["completion_mask"].sum()))
+        return batch
+
+    trainer._generate_and_score_completions = counted
+    return tokens
+
+
+def synchronized_time() -> float:
+    torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def measure(args: argparse.Namespace) -> dict:
+    """Train the contender `args.run` and say what it took."""
+    on_gpu = torch.cuda.is_available()
+    after_imports = memory_bytes("VmRSS")
+    with tempfile.TemporaryDirectory() as output_dir:
+        trainer = build_trainer(args, CONTENDERS[args.run], output_dir)
+        stopwatch = Stopwatch(synchronized_time if on_gpu else time.process_time)
+        time_sections(trainer, stopwatch)
+        tokens = count_tokens(trainer)
+        with stopwatch.section("other"):
+            trainer.train()
+    return {
+        "seconds": sum(stopwatch.seconds.values()),
+        "sections": stopwatch.seconds,
+        "peak_bytes": torch.cuda.max_memory_allocated() if on_gpu else memory_bytes("VmHWM") - after_imports,
+        "tokens": sum(tokens),
+        "tokens_per_rollout": sum(tokens) / len(tokens),
+        "parameters": sum(p.numel() for p in trainer.model.parameters()),
+        "device": torch.cuda.get_device_name() if on_gpu else f"CPU ({platform.machine()}, {args.threads} threads)",
+    }
+
+
+# --- All runs, and the report ---
+
+
+def run(name: str, threads: int) -> dict:
+    """[`measure`] the contender `name` in a new process, with this process's arguments."""
+    environment = os.environ | {
+        "OMP_NUM_THREADS": str(threads),
+        # Threads that spin while they wait would count as work
+        "OMP_WAIT_POLICY": "passive",
+        "GOMP_SPINCOUNT": "0",
+        "HF_HUB_OFFLINE": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+    command = [sys.executable, __file__, *sys.argv[1:], "--run", name]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    if done.returncode != 0:
+        raise RuntimeError(f"{name} failed:\n{done.stderr[-4000:]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def run_rounds(args: argparse.Namespace) -> dict[str, list[dict]]:
+    """Every contender once per round, every other round backwards, so that a drift of the machine cancels."""
+    runs = {name: [] for name in args.contenders}
+    for number in range(args.rounds):
+        order = args.contenders if number % 2 == 0 else args.contenders[::-1]
+        for name in order:
+            result = run(name, args.threads)
+            runs[name].append(result)
+            print(f"round {number + 1}: {name}: {result['seconds']:.1f} s", file=sys.stderr)
+    return runs
+
+
+def spread(values: list[float]) -> str:
+    """Median, and from least to greatest."""
+    return f"{statistics.median(values):.3f} ({min(values):.3f}-{max(values):.3f})"
+
+
+def per_token(results: list[dict], quantity: str) -> list[float]:
+    return [result[quantity] / result["tokens"] for result in results]
+
+
+def ratios(runs: dict[str, list[dict]], name: str, quantity: str) -> list[float] | None:
+    """A contender over its baseline, per completion token and round by round; None if the baseline was not run."""
+    baseline = CONTENDERS[name].baseline
+    if baseline not in runs:
+        return None
+    ours, theirs = per_token(runs[name], quantity), per_token(runs[baseline], quantity)
+    return [a / b for a, b in zip(ours, theirs, strict=True)]
+
+
+def print_comparison(runs: dict[str, list[dict]]) -> None:
+    print("| contender | ms per token | peak MiB | peak KiB per token | time ratio | memory ratio | target |")
+    print("| --- | --- | --- | --- | --- | --- | --- |")
+    for name, results in runs.items():
+        milliseconds = 1000 * statistics.median(per_token(results, "seconds"))
+        mebibytes = statistics.median(result["peak_bytes"] for result in results) / 2**20
+        kibibytes = (
+            statistics.median(result["peak_bytes"] / result["tokens_per_rollout"] for result in results) / 2**10
+        )
+        compared = [ratios(runs, name, quantity) for quantity in ("seconds", "peak_bytes")]
+        if None in compared:
+            columns, verdict = ["1", "1"], ""
+        else:
+            columns = [spread(values) for values in compared]
+            verdict = "met" if all(statistics.median(values) <= TARGET for values in compared) else "missed"
+        row = [name, f"{milliseconds:.3f}", f"{mebibytes:.0f}", f"{kibibytes:.1f}", *columns, verdict]
+        print("| " + " | ".join(row) + " |")
+
+
+def print_breakdown(runs: dict[str, list[dict]]) -> None:
+    print("| ms per token | " + " | ".join(runs) + " |")
+    print("| --- |" + " --- |" * len(runs))
+    for section in SECTIONS:
+        medians = [
+            statistics.median(1000 * result["sections"][section] / result["tokens"] for result in results)
+            for results in runs.values()
+        ]
+        print(f"| {section} | " + " | ".join(f"{median:.3f}" for median in medians) + " |")
+
+
+def report(args: argparse.Namespace, runs: dict[str, list[dict]]) -> None:
+    first = next(iter(runs.values()))[0]
+    clock = "wall-clock" if torch.cuda.is_available() else "CPU"
+    names = ("trl_ext", "trl", "transformers", "torch")
+    print(f"Device: {first['device']}. " + ", ".join(f"{name} {version(name)}" for name in names) + ".")
+    print(
+        f"{first['parameters'] / 1e6:.0f}M parameters, float32; {args.prompts} x {args.num_generations} completions per "
+        f"rollout, {args.steps} rollouts per run, {args.rounds} rounds; prompts of {args.prompt_length} tokens, {args.lengths} "
+        f"completions of at most {args.completion_length}, {first['tokens_per_rollout']:.0f} tokens per rollout. Time is "
+        f"{clock} time. Ratios: median over rounds (least-greatest).\n"
+    )
+    print_comparison(runs)
+    print()
+    print_breakdown(runs)
+
+
+def main() -> None:
+    args = parse_args()
+    if args.run:
+        print(json.dumps(measure(args)))
+        return
+    runs = run_rounds(args)
+    report(args, runs)
+    if args.json:
+        settings = {name: value for name, value in vars(args).items() if name not in ("json", "run")}
+        args.json.write_text(json.dumps({"settings": settings, "runs": runs}, indent=2))
+
+
+if __name__ == "__main__":
+    main()

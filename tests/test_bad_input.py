@@ -1,0 +1,197 @@
+"""Bad input fails early, with an error that names the argument and the mend."""
+
+import math
+
+import pytest
+import torch
+from conftest import PROMPTS, build_policy, count_good, scripted_rollout, settings
+from datasets import Dataset
+from transformers import BitsAndBytesConfig
+from trl import GRPOConfig
+
+from trl_ext import A2CConfig, A2CTrainer, ActorCriticConfig, PPOConfig, PPOTrainer, ReinforceConfig
+
+
+def make(model, tokenizer, tmp_path, reward_funcs=count_good, prompts=PROMPTS, config=None, **kwargs):
+    dataset = Dataset.from_dict({"prompt": prompts})
+    args = A2CConfig(**settings(tmp_path, **config or {}))
+    return A2CTrainer(model, reward_funcs, args, dataset, processing_class=tokenizer, **kwargs)
+
+
+# --- Configuration ---
+
+
+@pytest.mark.parametrize(
+    "overrides, message",
+    [
+        ({"beta": 0.1, "kl_in_reward": 0.1}, "asked for twice"),
+        ({"loss_type": "vespo"}, "cannot take token-level advantages. Use one of 'grpo'"),
+        ({"kl_target": 6.0}, "Set `kl_in_reward`"),
+        ({"truncation": "drop"}, "'bootstrap', 'penalty' or 'mask'"),
+        ({"truncation": "bootstrap", "missing_eos_penalty": 1.0}, "Set `truncation='penalty'`"),
+        ({"critic": "none"}, "'shared' or 'separate'"),
+        ({"critic_model_name_or_path": "x"}, "Set `critic='separate'`"),
+        ({"critic": "separate", "critic_detach": True}, "Remove it"),
+        ({"scale_rewards": "group"}, "use `scale_rewards='none'` with `whiten_advantages=True`"),
+        ({"multi_objective_aggregation": "normalize_then_sum"}, "num_generations=1"),
+        ({"gamma": 1.5}, r"`gamma` must lie in \[0, 1\]"),
+        ({"lam_value": -0.1}, "`lam_value`"),
+        ({"target_kl": 0.1, "fp16": True, "bf16": False}, "Use bf16"),
+    ],
+)
+def test_config_is_refused(tmp_path, overrides, message):
+    with pytest.raises(ValueError, match=message):
+        ActorCriticConfig(**settings(tmp_path) | overrides)
+
+
+@pytest.mark.parametrize("config_class", [A2CConfig, ReinforceConfig])
+@pytest.mark.parametrize("overrides", [{"num_iterations": 2}, {"steps_per_generation": 2}])
+def test_on_policy_algorithms_refuse_several_updates(tmp_path, config_class, overrides):
+    with pytest.raises(ValueError, match="one on-policy update.*or use PPO"):
+        config_class(**settings(tmp_path, **overrides))
+
+
+def test_reinforce_config_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="'none', 'batch_mean' or 'value'"):
+        ReinforceConfig(**settings(tmp_path, baseline="mean"))
+    with pytest.raises(ValueError, match="Set `baseline='value'`"):
+        ReinforceConfig(**settings(tmp_path, truncation="bootstrap"))
+
+
+def test_one_generation_keeps_trls_other_checks(tmp_path):
+    args = PPOConfig(**settings(tmp_path, per_device_train_batch_size=3))
+    assert args.num_generations == 1 and type(args.num_generations) is int
+    with pytest.raises(ValueError, match="must be divisible by num_generations"):
+        PPOConfig(**settings(tmp_path, per_device_train_batch_size=3, num_generations=2))
+    with pytest.raises(ValueError, match="vllm_importance_sampling_clip_min"):
+        PPOConfig(**settings(tmp_path, vllm_importance_sampling_clip_min=4.0))
+
+
+# --- Construction ---
+
+
+def test_other_configs_are_refused(policy, tokenizer, prompts, tmp_path):
+    with pytest.raises(TypeError, match="`args` must be a `PPOConfig`, got `GRPOConfig`"):
+        PPOTrainer(policy, count_good, GRPOConfig(**settings_of_grpo(tmp_path)), prompts, processing_class=tokenizer)
+
+
+def settings_of_grpo(tmp_path):
+    ours = settings(tmp_path)
+    del ours["critic_learning_rate"]
+    return ours | {"num_generations": 2}
+
+
+def test_no_reward_function_is_refused(policy, tokenizer, tmp_path):
+    with pytest.raises(ValueError, match="reward_funcs"):
+        make(policy, tokenizer, tmp_path, reward_funcs=None)
+
+
+def test_reference_of_an_in_memory_model_is_refused(policy, tokenizer, tmp_path):
+    with pytest.raises(ValueError, match="save_pretrained"):
+        make(policy, tokenizer, tmp_path, config={"kl_in_reward": 0.1})
+
+
+def test_empty_prompt_is_refused(policy, tokenizer, tmp_path):
+    with pytest.raises(ValueError, match="`train_dataset` has an empty prompt in row 3"):
+        make(policy, tokenizer, tmp_path, prompts=["a", "b", "c", "", "d"])
+
+
+def test_too_long_prompt_is_refused(policy, tokenizer, tmp_path):
+    with pytest.raises(ValueError, match="row 1 of the dataset has 60 tokens.*leaves 58"):
+        make(policy, tokenizer, tmp_path, prompts=["a", "good " * 60, "a", "b"])
+
+
+def test_too_long_prompt_of_a_stream_is_refused(policy, tokenizer, tmp_path):
+    stream = Dataset.from_dict({"prompt": ["good " * 60] * 8}).to_iterable_dataset()
+    trainer = A2CTrainer(policy, count_good, A2CConfig(**settings(tmp_path)), stream, processing_class=tokenizer)
+    with pytest.raises(ValueError, match="60 tokens.*leaves 58"):
+        trainer.train()
+
+
+def test_dataset_smaller_than_a_rollout_is_refused(policy, tokenizer, tmp_path):
+    with pytest.raises(ValueError, match="has 3 prompts, but one rollout takes 4"):
+        make(policy, tokenizer, tmp_path, prompts=["a", "b", "c"])
+
+
+def test_critic_model_needs_a_separate_critic(policy, tokenizer, tmp_path):
+    with pytest.raises(ValueError, match="Set `critic='separate'`"):
+        make(policy, tokenizer, tmp_path, critic_model=policy)
+
+
+def test_critic_from_reward_model_needs_one(policy, tokenizer, tmp_path):
+    config = {"critic": "separate", "critic_model_name_or_path": "reward_model"}
+    with pytest.raises(ValueError, match="they are all functions"):
+        make(policy, tokenizer, tmp_path, config=config)
+
+
+def test_copying_a_quantized_policy_is_refused(policy_path, tokenizer, tmp_path):
+    config = {"critic": "separate"}
+    with pytest.raises(ValueError, match="Set `critic_model_name_or_path`"):
+        make(
+            policy_path, tokenizer, tmp_path, config=config, quantization_config=BitsAndBytesConfig(load_in_4bit=True)
+        )
+
+
+# --- Rollouts ---
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("is_async", [False, True])
+def test_rewards_that_are_not_finite_are_refused(policy, tokenizer, tmp_path, value, is_async):
+    def broken(completions, **kwargs):
+        return [0.0, value, *[0.0] * (len(completions) - 2)]
+
+    async def broken_async(completions, **kwargs):
+        return broken(completions)
+
+    trainer = make(policy, tokenizer, tmp_path, broken_async if is_async else broken)
+    with pytest.raises(ValueError, match=f"'broken(_async)?' returned {value} for row 1"):
+        trainer.train()
+
+
+def test_wrong_number_of_rewards_is_refused(policy, tokenizer, tmp_path):
+    trainer = make(policy, tokenizer, tmp_path, lambda completions, **kwargs: [0.0])
+    with pytest.raises(ValueError, match="returned 1 rewards, but 4 were expected"):
+        trainer.train()
+
+
+def test_a_batch_without_any_reward_is_refused(policy, tokenizer, tmp_path):
+    trainer = make(policy, tokenizer, tmp_path, lambda completions, **kwargs: [None] * len(completions))
+    with pytest.raises(ValueError, match="returned None for every completion"):
+        trainer.train()
+
+
+def test_empty_completion_is_refused(policy, tokenizer, tmp_path):
+    def one_empty(prompts, trainer):
+        output = scripted_rollout(prompts, trainer)
+        output["completion_ids"][2] = []
+        return output
+
+    trainer = make(policy, tokenizer, tmp_path, rollout_func=one_empty)
+    with pytest.raises(ValueError, match=r"`rollout_func` returned an empty completion \(row 2"):
+        trainer.train()
+
+
+def test_prompt_without_tokens_is_refused(policy, tokenizer, tmp_path):
+    trainer = make(policy, tokenizer, tmp_path, prompts=["a", " ", "b", "c"])
+    with pytest.raises(ValueError, match="has no tokens"):
+        trainer.train()
+
+
+def test_nan_in_the_loss_stops_and_keeps_the_last_checkpoint(tokenizer, tmp_path):
+    policy = build_policy(tokenizer)
+
+    def poison_after_two(completions, trainer_state, **kwargs):
+        if trainer_state.global_step == 2:
+            policy.lm_head.weight.data[0, 0] = math.nan
+        return count_good(completions)
+
+    config = {"max_steps": 5, "save_strategy": "steps", "save_steps": 1}
+    trainer = make(policy, tokenizer, tmp_path, poison_after_two, config=config)
+    with pytest.raises(
+        FloatingPointError, match="The loss is nan in the update after step 2.*'(the|a|it|but)"
+    ) as error:
+        trainer.train()
+    assert any(prompt in str(error.value) for prompt in PROMPTS)
+    assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == ["checkpoint-1", "checkpoint-2"]
+    assert torch.load(tmp_path / "checkpoint-2" / "optimizer.pt")["state"]

@@ -1,0 +1,131 @@
+"""Results depend neither on how the batch is cut up (processes, accumulation) nor on padding."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import build_policy, count_good, recorded, scripted_rollout, settings
+from two_process_script import CASES
+
+from trl_ext import A2CConfig, A2CTrainer, PPOConfig, PPOTrainer, ReinforceConfig, ReinforceTrainer
+
+
+@pytest.fixture(scope="module")
+def by_processes(policy_path, tmp_path_factory):
+    """(one process with batch 4, two processes with batch 2) for every case: weights, logs, KL coefficient."""
+    results = []
+    for num_processes, batch_size in ((1, 4), (2, 2)):
+        output = tmp_path_factory.mktemp(f"processes{num_processes}")
+        # `--cpu --num_processes 2` starts one process (accelerate 1.15 without mpirun); the script sets `use_cpu`
+        launch = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", str(num_processes)]
+        launch += ["--multi_gpu"] if num_processes > 1 else ["--cpu"]
+        launch += [
+            "--num_machines",
+            "1",
+            "--mixed_precision",
+            "no",
+            "--dynamo_backend",
+            "no",
+            "--main_process_port",
+            "0",
+        ]
+        script = str(Path(__file__).with_name("two_process_script.py"))
+        run = subprocess.run(
+            [*launch, script, policy_path, str(output), *CASES, str(batch_size)],
+            capture_output=True,
+            text=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+        )
+        assert run.returncode == 0, run.stderr[-4000:]
+        results.append({case: torch.load(output / f"{case}.pt") for case in CASES})
+    return results
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_two_processes_train_like_one(by_processes, case):
+    one, two = (result[case] for result in by_processes)
+    assert (one[3], two[3]) == (1, 2)
+    assert one[0].keys() == two[0].keys()
+    for name, weight in one[0].items():
+        torch.testing.assert_close(weight, two[0][name], atol=2e-5, rtol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
+    assert one[2] == pytest.approx(two[2], rel=1e-5)
+    exact = ["returns/mean", "values/mean", "advantages/std", "explained_variance", "kl/k1", "approx_kl", "value_loss"]
+    for first, second in zip(one[1][:-1], two[1][:-1], strict=True):
+        assert first.keys() == second.keys()
+        for name in [name for name in exact if first.get(name) is not None]:
+            assert first[name] == pytest.approx(second[name], rel=1e-3, abs=1e-5), name
+
+
+def trained(trainer_class, args, tokenizer, prompts, rollout_func=None):
+    trainer = trainer_class(
+        build_policy(tokenizer), count_good, args, prompts, processing_class=tokenizer, rollout_func=rollout_func
+    )
+    trainer.train()
+    return {name: p.detach() for name, p in trainer.model.named_parameters()}
+
+
+ALGORITHMS = [
+    (PPOTrainer, PPOConfig, {"num_iterations": 2}),
+    (PPOTrainer, PPOConfig, {"num_iterations": 1}),  # whitening spans micro-batches: a scoring pass of our own
+    (A2CTrainer, A2CConfig, {}),  # values from the training forward
+    (ReinforceTrainer, ReinforceConfig, {}),
+    (A2CTrainer, A2CConfig, {"loss_type": "grpo", "critic": "separate"}),
+]
+
+
+@pytest.mark.parametrize("trainer_class, config_class, overrides", ALGORITHMS)
+def test_accumulation_equals_batch_size(tokenizer, prompts, tmp_path, trainer_class, config_class, overrides):
+    results = []
+    for batch_size, accumulation in ((8, 1), (4, 2), (2, 4)):
+        args = config_class(
+            **settings(
+                tmp_path,
+                per_device_train_batch_size=batch_size,
+                gradient_accumulation_steps=accumulation,
+                max_steps=4,
+                **overrides,
+            )
+        )
+        results.append(trained(trainer_class, args, tokenizer, prompts))
+    for other in results[1:]:
+        for name, weight in results[0].items():
+            torch.testing.assert_close(weight, other[name], atol=2e-5, rtol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.parametrize("trainer_class, config_class, overrides", ALGORITHMS)
+def test_padding_changes_nothing(tokenizer, prompts, tmp_path, trainer_class, config_class, overrides):
+    results = []
+    for multiple in (None, 16):
+        args = config_class(
+            **settings(tmp_path, pad_to_multiple_of=multiple, max_steps=4, truncation="bootstrap", **overrides)
+            if config_class is not ReinforceConfig
+            else settings(tmp_path, pad_to_multiple_of=multiple, max_steps=4)
+        )
+        results.append(trained(trainer_class, args, tokenizer, prompts, scripted_rollout))
+    for name, weight in results[0].items():
+        torch.testing.assert_close(weight, results[1][name], atol=2e-5, rtol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_advantages_from_the_training_forward_equal_those_of_a_pass(tokenizer, prompts, tmp_path):
+    """One on-policy update needs no scoring pass; making one anyway must change nothing."""
+
+    class WithPass(A2CTrainer):
+        _has_batch_statistics = True
+
+    results, passes = [], []
+    for trainer_class in (A2CTrainer, WithPass):
+        args = A2CConfig(
+            **settings(tmp_path, per_device_train_batch_size=4, gradient_accumulation_steps=2, max_steps=3)
+        )
+        trainer = recorded(trainer_class)(
+            build_policy(tokenizer), count_good, args, prompts, processing_class=tokenizer
+        )
+        trainer.train()
+        results.append({name: p.detach() for name, p in trainer.model.named_parameters()})
+        passes.append([batch["advantages"] is not None for batch in trainer.rollouts])
+    assert passes == [[False] * 3, [True] * 3]
+    for name, weight in results[0].items():
+        torch.testing.assert_close(weight, results[1][name], atol=1e-5, rtol=1e-4)

@@ -1,0 +1,264 @@
+"""The recipes as their user runs them: started as programs, in a folder of their own, on tiny models and local data."""
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.commands.launch import launch_command_parser
+from conftest import PROMPTS
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+from trl import ModelConfig
+
+
+RECIPES = Path(__file__).parent.parent / "recipes"
+ACCELERATE_CONFIGS = RECIPES / "accelerate_configs"
+REWARDS = "def count_letters(completions, **columns):\n    return [float(len(text)) for text in completions]\n"
+# Few and short updates, but large: what was trained differs from the start
+FAST = (
+    "--use_cpu --bf16 false --max_steps 2 --per_device_train_batch_size 4 --learning_rate 0.1 --no_gradient_checkpointing"
+    " --logging_steps 1 --save_strategy no --report_to none --disable_tqdm true"
+).split()
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """The working directory of a user: prompts, demonstrations and a python reward."""
+    write_rows(tmp_path / "prompts.jsonl", [{"prompt": prompt} for prompt in PROMPTS])
+    write_rows(tmp_path / "questions.jsonl", [{"question": prompt} for prompt in PROMPTS])
+    write_rows(tmp_path / "texts.jsonl", [{"prompt": prompt, "completion": " good and warm"} for prompt in PROMPTS])
+    (tmp_path / "my_rewards.py").write_text(REWARDS)
+    return tmp_path
+
+
+@pytest.fixture
+def recipe(monkeypatch):
+    """Imports a recipe by name."""
+    monkeypatch.syspath_prepend(RECIPES)
+    return importlib.import_module
+
+
+def write_rows(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def launch(*command, cwd):
+    """Run a program in `cwd` and return what it printed."""
+    environment = os.environ | {"HF_DATASETS_CACHE": str(cwd / "cache"), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, *map(str, command)], cwd=cwd, env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return done.stdout
+
+
+def changed(model, start):
+    """Whether any weight of `model` is other than in `start`."""
+    return any(not torch.equal(a, b) for a, b in zip(model.parameters(), start.parameters(), strict=True))
+
+
+# --- Help ---
+
+
+@pytest.mark.parametrize(
+    "script, args, options",
+    [
+        ("sft.py", [], ["--config", "--dataset_name", "--packing", "--use_peft", "--load_in_4bit", "--push_to_hub"]),
+        (
+            "actor_critic.py",
+            ["--algorithm", "reinforce"],
+            [
+                "--config",
+                "--algorithm",
+                "--reward_model",
+                "--reward_funcs",
+                "--prompt_column",
+                "--baseline",
+                "--use_peft",
+            ],
+        ),
+    ],
+)
+def test_help_explains(tmp_path, script, args, options):
+    printed = launch(RECIPES / script, *args, "--help", cwd=tmp_path)
+    assert "accelerate launch" in printed
+    assert [option for option in options if option not in printed] == []
+
+
+# --- Training ---
+
+
+def test_reinforce_with_a_python_reward(folder, policy_path):
+    launch(
+        *(RECIPES / "actor_critic.py", "--algorithm", "reinforce", *FAST),
+        *("--model_name_or_path", policy_path, "--dataset_name", "prompts.jsonl", "--output_dir", "out"),
+        *("--reward_funcs", "my_rewards.count_letters", "--max_completion_length", 4),
+        cwd=folder,
+    )
+    assert changed(
+        AutoModelForCausalLM.from_pretrained(folder / "out"), AutoModelForCausalLM.from_pretrained(policy_path)
+    )
+    assert not (folder / "out" / "value_head.safetensors").exists()  # a mean return is the baseline
+
+
+def test_a2c_of_an_adapter_with_a_reward_model(folder, policy_path, reward_model_path):
+    launch(
+        *(RECIPES / "actor_critic.py", "--algorithm", "a2c", *FAST),
+        *("--model_name_or_path", policy_path, "--dataset_name", "questions.jsonl", "--prompt_column", "question"),
+        *("--reward_model", reward_model_path, "--max_completion_length", 4, "--output_dir", "out"),
+        *("--use_peft", "--lora_r", 2, "--lora_target_modules", "q_proj", "v_proj"),
+        cwd=folder,
+    )
+    adapted = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(policy_path), folder / "out")
+    trained = [weight for name, weight in adapted.named_parameters() if "lora_B" in name]  # these start at 0
+    assert trained and all(weight.any() for weight in trained)
+    assert (folder / "out" / "value_head.safetensors").is_file()
+
+
+def test_ppo_from_a_file(folder, policy_path, reward_model_path):
+    config = {
+        "algorithm": "ppo",
+        "model_name_or_path": policy_path,
+        "dataset_name": "prompts.jsonl",
+        "reward_model": reward_model_path,
+        "reward_funcs": ["my_rewards.count_letters"],
+        "reward_weights": [0.5, 1.0],
+        "critic": "separate",
+        "num_iterations": 2,
+        "max_completion_length": 4,
+        "max_steps": 50,
+    }
+    (folder / "run.yaml").write_text(yaml.safe_dump(config))
+    command_line = [*FAST, "--output_dir", "out", "--save_strategy", "steps", "--save_steps", 1]
+    launch(RECIPES / "actor_critic.py", "--config", "run.yaml", *command_line, cwd=folder)
+    assert changed(
+        AutoModelForCausalLM.from_pretrained(folder / "out"), AutoModelForCausalLM.from_pretrained(policy_path)
+    )
+    critic = folder / "out" / "critic"
+    assert (critic / "value_head.safetensors").is_file() and (critic / "model.safetensors").is_file()
+    state = json.loads((folder / "out" / "checkpoint-2" / "trainer_state.json").read_text())
+    assert state["global_step"] == 2  # the command line wins
+    assert "rewards/count_letters/mean" in state["log_history"][0]
+
+
+def test_two_processes(folder, policy_path):
+    launch(
+        *("-m", "accelerate.commands.launch", "--config_file", ACCELERATE_CONFIGS / "multi_gpu.yaml"),
+        *("--num_processes", 2, "--main_process_port", 0, "--mixed_precision", "no"),
+        *(RECIPES / "actor_critic.py", "--algorithm", "ppo", *FAST, "--save_strategy", "steps", "--save_steps", 2),
+        *("--model_name_or_path", policy_path, "--dataset_name", "prompts.jsonl", "--output_dir", "out"),
+        *("--reward_funcs", "my_rewards.count_letters", "--max_completion_length", 4, "--num_iterations", 2),
+        cwd=folder,
+    )
+    (checkpoint,) = (folder / "out").glob("checkpoint-*")
+    # One model and critic between them; a random state and a rollout of each
+    assert len([*checkpoint.glob("*.safetensors")]) == 2
+    assert sorted(path.name for path in checkpoint.glob("rng_state*")) == ["rng_state_0.pth", "rng_state_1.pth"]
+    assert sorted(path.name for path in checkpoint.glob("rollout*")) == ["rollout_0.pt", "rollout_1.pt"]
+    assert changed(AutoModelForCausalLM.from_pretrained(checkpoint), AutoModelForCausalLM.from_pretrained(policy_path))
+    assert (folder / "out" / "value_head.safetensors").is_file()
+
+
+def test_sft(folder, policy_path):
+    launch(
+        *(RECIPES / "sft.py", *FAST, "--model_name_or_path", policy_path),
+        *("--dataset_name", "texts.jsonl", "--output_dir", "out"),
+        cwd=folder,
+    )
+    assert changed(
+        AutoModelForCausalLM.from_pretrained(folder / "out"), AutoModelForCausalLM.from_pretrained(policy_path)
+    )
+
+
+# --- Files ---
+
+
+@pytest.mark.parametrize("path", sorted(ACCELERATE_CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
+def test_accelerate_config(path):
+    config = load_config_from_file(str(path))
+    known = vars(launch_command_parser().parse_args(["script.py"]))
+    nested = {**(config.deepspeed_config or {}), **(config.fsdp_config or {})}
+    assert [name for name in nested if name not in known] == []  # accelerate passes over what it does not know
+    assert config.mixed_precision == "bf16"
+    assert config.num_processes == (1 if path.stem == "single_gpu" else 8)
+
+
+@pytest.mark.parametrize("script, example", [("sft", "sft.yaml"), ("actor_critic", "ppo.yaml")])
+def test_example_file_is_understood(tmp_path, recipe, script, example):
+    text = (RECIPES / example).read_text()
+    comment = text[: text.index("\n\n")]
+    assert "Hardware:" in comment and "accelerate launch" in comment
+    parsed = recipe(script).parse(
+        ["--config", str(RECIPES / example), "--output_dir", str(tmp_path), "--use_cpu", "--bf16", "false"]
+    )
+    values = {
+        name: value
+        for arguments in parsed
+        if not isinstance(arguments, type)
+        for name, value in vars(arguments).items()
+    }
+    given = yaml.safe_load(text)
+    del given["output_dir"]
+    assert {name: values[name] for name in given} == given
+
+
+def test_data_saved_to_disk(tmp_path, recipe, prompts):
+    prompts.save_to_disk(tmp_path / "saved")
+    args = recipe("actor_critic").ActorCriticArguments(dataset_name=str(tmp_path / "saved"))
+    assert recipe("actor_critic").load_prompts(args, "train")["prompt"] == PROMPTS
+    with pytest.raises(ValueError, match="no split 'test', only train"):
+        recipe("actor_critic").load_prompts(args, "test")
+
+
+# --- Errors, all of them before a model is loaded ---
+
+
+def run_main(recipe, monkeypatch, *args):
+    """`main` of actor_critic.py with a model that does not exist."""
+    module = recipe("actor_critic")
+    argv = ["actor_critic.py", "--use_cpu", "--bf16", "false", "--model_name_or_path", "no/model", *map(str, args)]
+    monkeypatch.setattr(sys, "argv", argv)
+    module.main()
+
+
+def test_no_reward(tmp_path, recipe, monkeypatch):
+    with pytest.raises(ValueError, match="No reward: pass --reward_model .* --reward_funcs"):
+        run_main(recipe, monkeypatch, "--output_dir", tmp_path)
+
+
+def test_unknown_algorithm(tmp_path, recipe, monkeypatch):
+    with pytest.raises(ValueError, match="--algorithm dqn is unknown. Choose one of reinforce, a2c, ppo."):
+        run_main(recipe, monkeypatch, "--output_dir", tmp_path, "--algorithm", "dqn")
+    (tmp_path / "run.yaml").write_text("algorithm: sac")
+    with pytest.raises(ValueError, match="--algorithm sac is unknown"):
+        run_main(recipe, monkeypatch, "--output_dir", tmp_path, "--config", tmp_path / "run.yaml")
+
+
+def test_no_prompts(folder, recipe, monkeypatch, prompts):
+    prompts.rename_column("prompt", "question").save_to_disk(folder / "saved")
+    monkeypatch.chdir(folder)
+    args = ["--output_dir", "out", "--reward_funcs", "my_rewards.count_letters"]
+    with pytest.raises(ValueError, match=r"no column 'prompt', only \['question'\].*--prompt_column"):
+        run_main(recipe, monkeypatch, *args, "--dataset_name", "saved")
+    with pytest.raises(ValueError, match="pass --dataset_name"):
+        run_main(recipe, monkeypatch, *args)
+
+
+def test_quantization_without_an_adapter(tmp_path, recipe, monkeypatch):
+    with pytest.raises(ValueError, match="nothing to train. Add --use_peft"):
+        run_main(recipe, monkeypatch, "--output_dir", tmp_path, "--load_in_4bit")
+    with pytest.raises(ValueError, match="pass --model_name_or_path"):
+        recipe("sft").check_model_args(ModelConfig())
+
+
+@pytest.mark.parametrize("path", ["no_such_module.reward", "json.no_such_function", "reward"])
+def test_reward_that_cannot_be_imported(recipe, path):
+    with pytest.raises(ValueError, match=f"--reward_funcs {path}"):
+        recipe("actor_critic").import_reward(path)

@@ -1,0 +1,47 @@
+"""Trains on scripted completions, for comparing one process with two: `two_process_script.py MODEL OUTPUT CASE BATCH`."""
+
+import sys
+
+import conftest
+import torch
+from datasets import Dataset
+from peft import LoraConfig
+
+from trl_ext import A2CConfig, A2CTrainer, PPOConfig, PPOTrainer, ReinforceConfig, ReinforceTrainer
+
+
+CASES = {
+    "ppo": (PPOTrainer, PPOConfig, {"num_iterations": 2, "kl_in_reward": 0.1, "kl_target": 1.0, "kl_horizon": 20}),
+    "ppo-separate": (PPOTrainer, PPOConfig, {"num_iterations": 2, "critic": "separate"}),
+    "ppo-lora": (PPOTrainer, PPOConfig, {"num_iterations": 2}),
+    "a2c-lora-checkpointing": (A2CTrainer, A2CConfig, {"gradient_checkpointing": True, "critic": "separate"}),
+    "a2c-whitened": (A2CTrainer, A2CConfig, {"whiten_advantages": True, "truncation": "bootstrap"}),
+    "reinforce": (ReinforceTrainer, ReinforceConfig, {}),
+}
+
+
+def score_length(completion_ids, **kwargs):
+    return [float(len(ids)) for ids in completion_ids]
+
+
+if __name__ == "__main__":
+    model, output_dir, *cases, batch_size = sys.argv[1:]
+    for case in cases:
+        trainer_class, config_class, overrides = CASES[case]
+        args = config_class(
+            **conftest.settings(output_dir, per_device_train_batch_size=int(batch_size), max_steps=4, **overrides)
+        )
+        peft_config = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False) if "lora" in case else None
+        trainer = trainer_class(
+            model,
+            score_length,
+            args,
+            Dataset.from_dict({"prompt": conftest.PROMPTS}),
+            peft_config=peft_config,
+            rollout_func=conftest.scripted_rollout,
+        )
+        trainer.train()
+        if trainer.accelerator.is_main_process:
+            state = {name: p.detach() for name, p in trainer._policy.named_parameters() if p.requires_grad}
+            result = state, trainer.state.log_history, trainer.kl_controller.coef, trainer.accelerator.num_processes
+            torch.save(result, f"{output_dir}/{case}.pt")
