@@ -6,6 +6,7 @@ import pytest
 import torch
 from conftest import PROMPTS, build_policy, count_good, scripted_rollout, settings
 from datasets import Dataset
+from peft import LoraConfig
 from transformers import BitsAndBytesConfig
 from trl import GRPOConfig
 
@@ -36,6 +37,8 @@ def make(model, tokenizer, tmp_path, reward_funcs=count_good, prompts=PROMPTS, c
         ({"multi_objective_aggregation": "normalize_then_sum"}, "num_generations=1"),
         ({"gamma": 1.5}, r"`gamma` must lie in \[0, 1\]"),
         ({"lam_value": -0.1}, "`lam_value`"),
+        ({"kl_in_reward": 0.1, "kl_target": 0.0}, "`kl_target` must be positive"),
+        ({"kl_horizon": 0}, "`kl_horizon` must be positive"),
         ({"target_kl": 0.1, "fp16": True, "bf16": False}, "Use bf16"),
     ],
 )
@@ -125,11 +128,12 @@ def test_critic_from_reward_model_needs_one(policy, tokenizer, tmp_path):
 
 
 def test_copying_a_quantized_policy_is_refused(policy_path, tokenizer, tmp_path):
-    config = {"critic": "separate"}
+    quantized = {
+        "quantization_config": BitsAndBytesConfig(load_in_4bit=True),
+        "peft_config": LoraConfig(target_modules="all-linear"),
+    }
     with pytest.raises(ValueError, match="Set `critic_model_name_or_path`"):
-        make(
-            policy_path, tokenizer, tmp_path, config=config, quantization_config=BitsAndBytesConfig(load_in_4bit=True)
-        )
+        make(policy_path, tokenizer, tmp_path, config={"critic": "separate"}, **quantized)
 
 
 # --- Rollouts ---

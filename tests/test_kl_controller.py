@@ -98,3 +98,11 @@ def test_state_survives_a_roundtrip():
     assert restored == controller
     assert step(restored, 7.0) == step(controller, 7.0) > 1
     assert restored == controller
+
+
+def test_coefficient_stays_positive_however_large_the_batch():
+    controller = KLController(0.1, target=6.0, horizon=10)
+    for _ in range(5):
+        controller.observe(0.0, 1000)
+        controller.update()
+    assert controller.coef == pytest.approx(0.1 * 0.8**5)

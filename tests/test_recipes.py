@@ -21,7 +21,7 @@ from trl import ModelConfig
 RECIPES = Path(__file__).parent.parent / "recipes"
 ACCELERATE_CONFIGS = RECIPES / "accelerate_configs"
 REWARDS = "def count_letters(completions, **columns):\n    return [float(len(text)) for text in completions]\n"
-# Few and short updates, but large: what was trained differs from the start
+# Few updates, but large: what was trained differs from the start
 FAST = (
     "--use_cpu --bf16 false --max_steps 2 --per_device_train_batch_size 4 --learning_rate 0.1 --no_gradient_checkpointing"
     " --logging_steps 1 --save_strategy no --report_to none --disable_tqdm true"
@@ -149,6 +149,7 @@ def test_ppo_from_a_file(folder, policy_path, reward_model_path):
 
 
 def test_two_processes(folder, policy_path):
+    # With `--cpu` accelerate would start one process; so it is told of GPUs, and the script to do without
     launch(
         *("-m", "accelerate.commands.launch", "--config_file", ACCELERATE_CONFIGS / "multi_gpu.yaml"),
         *("--num_processes", 2, "--main_process_port", 0, "--mixed_precision", "no"),

@@ -495,21 +495,9 @@ def noise(dtype):
     return x, y, mask
 
 
-NOT_PROMOTED = {
-    "first_own_token": "returns the dtype of `values`",
-    "masked_whiten": "a scalar float32 mean does not promote a half-precision `x`",
-    "explained_variance": "`returns - values` is taken in half precision",
-}
-
-
 @pytest.mark.parametrize(
     "name",
-    [
-        pytest.param(name, marks=pytest.mark.xfail(reason=NOT_PROMOTED[name], strict=True))
-        if name in NOT_PROMOTED
-        else name
-        for name in FUNCTIONS
-    ],
+    FUNCTIONS,
 )
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_is_computed_in_float32(name, dtype):
@@ -685,7 +673,6 @@ def test_explained_variance_of_constant_returns_is_nan(dtype):
         assert explained_variance(values, returns, torch.ones(1, length)).isnan(), (constant, length)
 
 
-@pytest.mark.xfail(reason="nan already where std < sqrt(eps) |mean|, a thousand times the rounding", strict=True)
 @pytest.mark.parametrize("offset", [100.0, 1000.0])
 def test_explained_variance_of_returns_that_vary_far_from_zero(offset):
     """A hundred and more float32 steps apart, so that they do vary."""

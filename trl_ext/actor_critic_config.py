@@ -207,6 +207,10 @@ class ActorCriticConfig(GRPOConfig):
         if self.target_kl is not None and self.fp16:
             # The gradient scaler fails when a step brings it no gradients
             raise ValueError("`target_kl` skips updates, which fp16 loss scaling does not survive. Use bf16.")
+        for name in ("kl_target", "kl_horizon", "target_kl", "length_adaptive_alpha", "cliprange_value"):
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise ValueError(f"`{name}` must be positive, got {value}.")
         for name in ("gamma", "lam", "lam_policy", "lam_value"):
             value = getattr(self, name)
             if value is not None and not 0 <= value <= 1:

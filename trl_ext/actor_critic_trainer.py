@@ -24,7 +24,7 @@ import torch
 from datasets import Dataset
 from transformers import PreTrainedModel
 from transformers.integrations import is_deepspeed_zero3_enabled
-from trl import GRPOTrainer
+from trl import GRPOTrainer, SyncRefModelCallback
 
 from . import token_mdp
 from .actor_critic_config import ActorCriticConfig
@@ -41,6 +41,7 @@ from .compat import MULTIMODAL_KEYS, disable_dropout_in_model, get_config_model_
 from .critic import (
     CRITIC_NAME,
     Critic,
+    SyncReferenceCallback,
     attach_critic,
     critic_from_model,
     critic_from_policy,
@@ -129,6 +130,9 @@ class ActorCriticTrainer(CheckpointingMixin, ReportingMixin, CardMixin, GRPOTrai
         self.critic = self._make_critic(critic_model)
         if self.critic is not None:
             attach_critic(self._policy, self.critic)
+            if args.sync_ref_model:
+                self.remove_callback(SyncRefModelCallback)
+                self.add_callback(SyncReferenceCallback(self.ref_model, self.accelerator))
             if self.optimizer is not None:
                 self.optimizer.param_groups[-1]["params"].extend(self.critic.parameters())
 
@@ -188,10 +192,13 @@ class ActorCriticTrainer(CheckpointingMixin, ReportingMixin, CardMixin, GRPOTrai
         check_prompt_ids(outputs[0], self.max_prompt_length)
         return outputs
 
-    def _generate_single_turn(self, *args, **kwargs):
+    def _generate(self, prompts):
         # The generation engine is sent the policy's weights: those of the critic would be unknown to it
         with self._without_critic():
-            outputs = super()._generate_single_turn(*args, **kwargs)
+            return super()._generate(prompts)
+
+    def _generate_single_turn(self, *args, **kwargs):
+        outputs = super()._generate_single_turn(*args, **kwargs)
         check_completion_ids(outputs[0], "The generation engine")
         return outputs
 

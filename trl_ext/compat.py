@@ -7,7 +7,8 @@ Hooks of `GRPOTrainer` that are overridden elsewhere in the package, each callin
 | hook | relied on for |
 | --- | --- |
 | `_tokenize_prompts(prompts)` | returns the prompts' token ids first |
-| `_generate_single_turn(...)` | returns the completions' token ids first; syncs vLLM's weights inside |
+| `_generate(prompts)` | sends the model's weights to the generation engine nowhere else |
+| `_generate_single_turn(...)` | returns the completions' token ids first |
 | `_calculate_rewards(...)` | returns `(N, n_funcs)` gathered over processes, NaN for None |
 | `_generate_and_score_completions(inputs)` | returns the batch as a dict |
 | `_get_per_token_logps_and_entropies(model, input_ids, attention_mask, logits_to_keep, ...)` | log-probs come first |

@@ -24,6 +24,7 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification, PreTrainedModel
+from trl import SyncRefModelCallback
 
 from .compat import FusedCausalLMOutput
 
@@ -143,6 +144,14 @@ def policy_alone(model: PreTrainedModel | PeftModel) -> Iterator[None]:
         yield
     finally:
         model.add_module(CRITIC_NAME, critic)
+
+
+class SyncReferenceCallback(SyncRefModelCallback):
+    """TRL's `sync_ref_model`, which walks the parameters of policy and reference in parallel, without the critic."""
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        with policy_alone(self.accelerator.unwrap_model(model)):
+            super().on_step_end(args, state, control, model=model, **kwargs)
 
 
 def hidden_size_of(model: PreTrainedModel | PeftModel) -> int:

@@ -9,9 +9,10 @@ class KLController:
     Proportional controller of the KL coefficient.
 
         e    = clip(KL / target - 1, -0.2, 0.2)
-        beta <- beta (1 + e n / horizon)
+        beta <- beta (1 + e min(n / horizon, 1))
 
-    with n the number of completions seen since the last update. Without a `target`, beta stays what it is.
+    with n the number of completions seen since the last update; the `min` keeps beta positive however large a batch
+    is. Without a `target`, beta stays what it is.
 
     Args:
         coef (`float`): beta, the present coefficient.
@@ -36,5 +37,5 @@ class KLController:
         """Move `coef` by what was observed since the last update, and forget it."""
         if self.target is not None and self.num_completions > 0:
             error = self.kl_sum / self.num_completions / self.target - 1
-            self.coef *= 1 + max(-0.2, min(0.2, error)) * self.num_completions / self.horizon
+            self.coef *= 1 + max(-0.2, min(0.2, error)) * min(self.num_completions / self.horizon, 1)
         self.kl_sum, self.num_completions = 0.0, 0

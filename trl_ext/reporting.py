@@ -45,7 +45,7 @@ class ReportingMixin:
             self._last_rollout = (now, batch["num_items_in_batch"].item())
 
     def _log_kl(self, k1: torch.Tensor, k3: torch.Tensor, mask: torch.Tensor, mode: str) -> None:
-        local = torch.stack([k1.sum(), k3.sum(), mask.sum(), mask.any(dim=1).sum()]).double()
+        local = torch.stack([k1.sum(), k3.sum(), mask.sum(), mask.any(dim=1).sum()])
         sum_k1, sum_k3, tokens, completions = self.accelerator.reduce(local, reduction="sum").tolist()
         self._metrics[mode]["kl/k1"].append(sum_k1 / max(tokens, 1))
         self._metrics[mode]["kl/k3"].append(sum_k3 / max(tokens, 1))

@@ -71,7 +71,7 @@ def generalized_advantage_estimate(
     Reference: Schulman et al. 2016, https://huggingface.co/papers/1506.02438, eq. 16.
     """
     _check_same_shape(rewards=rewards, values=values, mask=mask)
-    dtype = _promote(rewards, values)
+    dtype = _promote(rewards, values) if bootstrap is None else _promote(rewards, values, bootstrap)
     own = mask.bool()
     # `where`, not a product: a masked position may hold inf or nan
     rewards = torch.where(own, rewards, 0).to(dtype)
@@ -145,7 +145,7 @@ def first_own_token(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     _check_same_shape(values=values, mask=mask)
     own = mask.bool()
     is_first = own & (own.long().cumsum(dim=1) == 1)
-    return torch.where(is_first, values, 0).sum(dim=1)
+    return torch.where(is_first, values, 0).to(_promote(values)).sum(dim=1)
 
 
 def length_adaptive_lambda(lengths: torch.Tensor, alpha: float = 0.05) -> torch.Tensor:
@@ -174,7 +174,12 @@ def place_on_last_token(scores: torch.Tensor, mask: torch.Tensor) -> torch.Tenso
 
     Returns:
         `torch.Tensor` of shape `(B, T)`. A row without an own token gets no reward.
+
+    Raises:
+        ValueError: when there is not one score per row.
     """
+    if scores.shape != mask.shape[:1]:
+        raise ValueError(f"Expected scores of shape {tuple(mask.shape[:1])}, one per row, got {tuple(scores.shape)}.")
     own = mask.bool()
     remaining = own.long().flip(1).cumsum(dim=1).flip(1)  # own tokens from t on, t included
     return torch.where(own & (remaining == 1), scores.unsqueeze(1), 0).to(_promote(scores))
@@ -267,7 +272,7 @@ def masked_whiten(
     """
     mean = masked_mean(x, mask) if mean is None else mean
     var = masked_var(x, mask) if var is None else var
-    return torch.where(mask.bool(), (x - mean) * torch.rsqrt(var + eps), 0)
+    return torch.where(mask.bool(), (x.to(_promote(x)) - mean) * torch.rsqrt(var + eps), 0)
 
 
 def explained_variance(values: torch.Tensor, returns: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
@@ -281,10 +286,11 @@ def explained_variance(values: torch.Tensor, returns: torch.Tensor, mask: torch.
         mask (`torch.Tensor` of shape `(B, T)`): 1 (or True) at the policy's own tokens.
     """
     _, mean, var_returns = combine_moments(masked_moments(returns, mask).unsqueeze(0))
-    return explained_share(masked_var(returns - values, mask), var_returns, mean)
+    return explained_share(masked_var(returns.to(_promote(returns)) - values, mask), var_returns, mean)
 
 
 def explained_share(var_errors: torch.Tensor, var_returns: torch.Tensor, mean_returns: torch.Tensor) -> torch.Tensor:
     """1 - Var[G - V] / Var[G] from the moments themselves (of a global batch, say); nan if Var[G] is rounding error."""
-    varies = var_returns > torch.finfo(var_returns.dtype).eps * mean_returns.square()
+    rounding = 8 * torch.finfo(var_returns.dtype).eps * mean_returns
+    varies = var_returns > rounding.square()
     return torch.where(varies, 1 - var_errors / var_returns, torch.nan)

@@ -88,7 +88,7 @@ def parse_args() -> argparse.Namespace:
     )
     parser.add_argument("--rounds", type=int, default=3, help="runs of each contender (default: 3)")
     parser.add_argument("--steps", type=int, default=3, help="rollouts per run (default: 3)")
-    parser.add_argument("--prompts", type=int, default=8, help="prompts per rollout (default: 8)")
+    parser.add_argument("--prompts", type=int, default=4, help="prompts per rollout (default: 4)")
     parser.add_argument("--num_generations", type=int, default=4, help="completions per prompt (default: 4)")
     parser.add_argument("--prompt_length", type=int, default=64, help="tokens per prompt (default: 64)")
     parser.add_argument("--completion_length", type=int, default=64, help="longest completion (default: 64)")
@@ -169,7 +169,7 @@ def build_model(args: argparse.Namespace) -> Qwen2ForCausalLM:
     config = Qwen2Config(
         vocab_size=args.vocab_size,
         hidden_size=args.hidden_size,
-        intermediate_size=4 * args.hidden_size,
+        intermediate_size=3 * args.hidden_size,
         num_hidden_layers=args.layers,
         num_attention_heads=args.hidden_size // 64,
         num_key_value_heads=max(1, args.hidden_size // 256),

@@ -1,0 +1,131 @@
+"""Contract with TRL and transformers: each test names the seam that has moved when it fails."""
+
+import inspect
+import re
+
+import pytest
+from transformers import Trainer
+from trl import GRPOConfig, GRPOTrainer
+from trl.trainer import grpo_trainer, utils
+
+from trl_ext import compat
+
+
+def parameters(function):
+    return list(inspect.signature(function).parameters)
+
+
+@pytest.mark.parametrize(
+    "name, expected",
+    [
+        ("_tokenize_prompts", ["self", "prompts"]),
+        ("_generate", ["self", "prompts"]),
+        ("_calculate_rewards", ["self", "inputs", "prompts", "completions", "completion_ids_list"]),
+        ("_generate_and_score_completions", ["self", "inputs"]),
+        ("_compute_loss", ["self", "model", "inputs"]),
+        ("training_step", ["self", "model", "inputs", "num_items_in_batch"]),
+        ("create_model_card", ["self", "model_name", "dataset_name", "tags"]),
+    ],
+)
+def test_hook_signature(name, expected):
+    assert parameters(getattr(GRPOTrainer, name)) == expected, f"GRPOTrainer.{name} has moved"
+
+
+def test_scoring_forward_starts_with_the_arguments_we_name():
+    hook = parameters(GRPOTrainer._get_per_token_logps_and_entropies)
+    assert hook[:5] == ["self", "model", "input_ids", "attention_mask", "logits_to_keep"]
+    assert "batch_size" in hook
+    missing = set(compat.MULTIMODAL_KEYS) - set(hook)
+    assert not missing, f"GRPOTrainer._get_per_token_logps_and_entropies no longer takes {missing}"
+    unknown = set(hook[5:]) - set(compat.MULTIMODAL_KEYS) - {"batch_size", "compute_entropy", "compute_aux_loss"}
+    assert not unknown, f"GRPOTrainer._get_per_token_logps_and_entropies now also takes {unknown}"
+
+
+def test_advantages_are_read_after_the_forward_and_may_be_per_token():
+    source = inspect.getsource(GRPOTrainer._compute_loss)
+    forward, read = source.index("self._get_per_token_logps_and_entropies("), source.index('inputs["advantages"]')
+    assert forward < read and source.count('inputs["advantages"]') == 1
+    assert "advantages.dim() == 1" in source
+
+
+def test_the_kl_term_is_switched_by_beta():
+    source = inspect.getsource(GRPOTrainer._compute_loss)
+    assert "if self.beta != 0.0:\n            per_token_loss = per_token_loss + self.beta * per_token_kl" in source
+
+
+def test_weights_are_sent_to_engines_within_generate_only():
+    """`sync_weights` is called in `_generate` and in what it calls."""
+    callers = {
+        name
+        for name, function in inspect.getmembers(GRPOTrainer, inspect.isfunction)
+        if "sync_weights()" in inspect.getsource(function)
+    }
+    assert callers == {"_generate", "_generate_single_turn"}
+
+
+def test_rollout_buffer():
+    source = inspect.getsource(GRPOTrainer._prepare_inputs)
+    assert "self._step % generate_every == 0 or self._buffered_inputs is None" in source
+    assert "self._buffered_inputs[self._step % self.args.steps_per_generation]" in source
+    assert "self._step += 1" in inspect.getsource(GRPOTrainer.training_step)
+
+
+def test_reused_rollouts_survive_shuffling_and_splitting():
+    """What we put into the batch: (B, T), (B,), 0-d and None."""
+    import torch
+
+    batch = {
+        "prompt_ids": torch.arange(4)[:, None],
+        "returns": torch.arange(4)[:, None] * torch.ones(4, 3),
+        "scores": torch.arange(4.0),
+        "num_items_in_batch": torch.tensor(5),
+        "advantages": None,
+    }
+    for part in utils.split_tensor_dict(utils.shuffle_sequence_dict(batch), 2):
+        assert (part["returns"] == part["prompt_ids"]).all() and (part["scores"] == part["prompt_ids"][:, 0]).all()
+        assert part["advantages"] is None and part["num_items_in_batch"] == 5
+
+
+def test_reference_needs_beta_at_construction():
+    source = inspect.getsource(GRPOTrainer.__init__)
+    assert set(re.findall(r"args\.beta\b[^\n]*", source)) == {"args.beta != 0.0:", "args.beta"}
+
+
+def test_one_generation_is_refused_by_trl_and_let_through_by_us(tmp_path):
+    common = {"output_dir": str(tmp_path), "report_to": "none", "bf16": False}
+    with pytest.raises(ValueError, match="at least 2 generations"):
+        GRPOConfig(num_generations=1, **common)
+    assert GRPOConfig(num_generations=compat.OneGeneration(), **common).num_generations == 1
+
+
+def test_logs_and_metrics():
+    source = inspect.getsource(GRPOTrainer.__init__)
+    assert 'self._metrics = {"train": defaultdict(list), "eval": defaultdict(list)}' in source
+    for column in ('"advantages": deque(', '"extra": defaultdict(lambda: deque('):
+        assert column in source
+
+
+def test_fused_output_is_what_the_scoring_forward_returns():
+    assert grpo_trainer.add_fused_lm_head is utils.add_fused_lm_head
+    assert "return FusedCausalLMOutput(" in inspect.getsource(utils.add_fused_lm_head)
+    assert 'backbone_attr = "base_model"' in inspect.getsource(utils.add_fused_lm_head)
+
+
+@pytest.mark.parametrize(
+    "name, expected",
+    [
+        ("_save", ["self", "output_dir", "state_dict"]),
+        ("_load_from_checkpoint", ["self", "resume_from_checkpoint", "model"]),
+        ("_load_best_model", ["self"]),
+        ("_save_rng_state", ["self", "output_dir"]),
+        ("_load_rng_state", ["self", "checkpoint"]),
+        ("_push_from_checkpoint", ["self", "checkpoint_folder"]),
+        ("create_optimizer", ["self", "model"]),
+    ],
+)
+def test_transformers_hook_signature(name, expected):
+    assert parameters(getattr(Trainer, name)) == expected, f"transformers.Trainer.{name} has moved"
+
+
+def test_rng_state_is_saved_with_every_resumable_checkpoint():
+    assert "self._save_rng_state(output_dir)" in inspect.getsource(Trainer._save_checkpoint)

@@ -1,0 +1,426 @@
+"""What TRL's users do with `GRPOTrainer`, done with its subclasses."""
+
+from dataclasses import dataclass
+from unittest.mock import MagicMock
+
+import pytest
+import torch
+from conftest import build_policy, count_good, recorded, scripted_rollout, settings, tiny_config
+from datasets import Dataset
+from peft import LoraConfig, get_peft_model
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    BitsAndBytesConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    TrainerCallback,
+)
+from trl.chat_template_utils import qwen3_chat_template
+
+from trl_ext import (
+    A2CConfig,
+    A2CTrainer,
+    ActorCriticConfig,
+    ActorCriticTrainer,
+    PPOConfig,
+    PPOTrainer,
+    ReinforceConfig,
+    ReinforceTrainer,
+)
+
+
+def variety(completion_ids, **kwargs):
+    """Reward: differs from completion to completion."""
+    return [sum(ids) % 7 / 7 for ids in completion_ids]
+
+
+def train(trainer):
+    """Train, and require that every trainable parameter was moved and every metric of the last step is finite."""
+    start = {n: p.detach().clone() for n, p in trainer.model.named_parameters() if p.requires_grad}
+    trainer.train()
+    assert trainer.state.log_history[-1]["train_loss"] is not None
+    moved = {n: not torch.equal(start[n], p) for n, p in trainer.model.named_parameters() if p.requires_grad}
+    assert any(moved.values()) and all(moved[n] for n in moved if "layers.0.mlp.up_proj" in n or "value_head" in n), (
+        moved
+    )
+    return trainer
+
+
+def ppo(model, tmp_path, dataset, reward_funcs=variety, trainer_kwargs=None, **overrides):
+    args = PPOConfig(**settings(tmp_path, **{"num_iterations": 2, **overrides}))
+    return PPOTrainer(model, reward_funcs, args, dataset, **trainer_kwargs or {})
+
+
+MATRIX = [
+    (PPOTrainer, PPOConfig, {"num_iterations": 2}),
+    (PPOTrainer, PPOConfig, {"critic": "separate"}),
+    (A2CTrainer, A2CConfig, {}),
+    (ReinforceTrainer, ReinforceConfig, {}),
+    (ReinforceTrainer, ReinforceConfig, {"baseline": "value", "one_step_mdp": True}),
+]
+
+
+@pytest.mark.parametrize("data", ["text", "chat"])
+@pytest.mark.parametrize("use_peft", [False, True])
+@pytest.mark.parametrize("trainer_class, config_class, overrides", MATRIX)
+def test_matrix(policy_path, prompts, chats, tmp_path, trainer_class, config_class, overrides, use_peft, data):
+    dataset = prompts if data == "text" else chats
+    args = config_class(
+        **settings(tmp_path, eval_strategy="steps", eval_steps=2, gradient_checkpointing=True, **overrides)
+    )
+    peft_config = LoraConfig(r=4, target_modules="all-linear") if use_peft else None
+    trainer = trainer_class(policy_path, variety, args, dataset, eval_dataset=dataset, peft_config=peft_config)
+    train(trainer)
+    evaluation = next(logs for logs in trainer.state.log_history if "eval_loss" in logs)
+    assert 0 <= evaluation["eval_reward"] <= 1 and evaluation["eval_ratio/mean"] > 0
+
+
+def test_only_model_reward_model_and_dataset(tokenizer, reward_model_path, prompts, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    build_policy(tokenizer, max_position_embeddings=512).save_pretrained("policy")
+    tokenizer.save_pretrained("policy")
+
+    @dataclass
+    class OnCPU(PPOConfig):  # the defaults ask for bf16, which only this lets pass without a GPU
+        use_cpu: bool = True
+
+    monkeypatch.setattr(PPOTrainer, "config_class", OnCPU)
+    trainer = PPOTrainer("policy", reward_model_path, train_dataset=prompts)
+    assert trainer.args.output_dir == "policy-PPO" and trainer.args.num_iterations == 4
+
+
+def test_reward_models_functions_and_weights(policy_path, reward_model_path, prompts, tmp_path):
+    async def length(completions, **kwargs):
+        return [float(len(c)) for c in completions]
+
+    def sometimes(completions, log_extra, log_metric, **kwargs):
+        log_extra("index", list(range(len(completions))))
+        log_metric("batch_size", len(completions))
+        return [1.0 if i % 2 else None for i in range(len(completions))]
+
+    model = AutoModelForSequenceClassification.from_pretrained(reward_model_path)
+    reward_funcs = [model, reward_model_path, count_good, length, sometimes]
+    trainer = ppo(policy_path, tmp_path, prompts, reward_funcs, reward_weights=[1.0, 0.5, 2.0, 0.01, 0.1])
+    train(trainer)
+    logs = trainer.state.log_history[0]
+    assert logs["batch_size"] == 4 and logs["rewards/sometimes/mean"] == 1
+    means = [logs[f"rewards/{name}/mean"] for name in trainer.reward_func_names]
+    assert logs["reward"] == pytest.approx(
+        sum(w * m for w, m in zip([1, 0.5, 2, 0.01, 0.05], means, strict=True)), abs=1e-5
+    )
+    assert trainer.reward_funcs[2] is count_good and trainer.reward_funcs[3] is length
+
+
+@pytest.mark.parametrize("loss_type", ["grpo", "dr_grpo", "dapo", "bnpo", "cispo", "sapo", "luspo"])
+def test_loss_types(policy_path, prompts, tmp_path, loss_type):
+    overrides = {"epsilon_high": 5.0} if loss_type == "cispo" else {}
+    train(ppo(policy_path, tmp_path, prompts, loss_type=loss_type, gradient_accumulation_steps=2, **overrides))
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        {"num_generations": 4},
+        {"num_generations": 4, "scale_rewards": "group"},
+        {"num_generations": 4, "scale_rewards": "batch"},
+        {"num_generations": 2, "multi_objective_aggregation": "normalize_then_sum"},
+        {"num_generations": 4, "num_generations_eval": 1},
+        {"steps_per_generation": 2},
+        {"generation_batch_size": 8},
+        {"importance_sampling_level": "sequence", "loss_type": "grpo"},
+        {"epsilon_high": 0.28, "delta": 4.0},
+        {"entropy_coef": 0.01, "top_entropy_quantile": 0.5},
+        {"use_adaptive_entropy": True, "entropy_target": 1.0},
+        {"mask_truncated_completions": True, "max_completion_length": 16},
+        {"off_policy_mask_threshold": 0.5},
+        {"beta": 0.1},
+        {"beta": 0.1, "sync_ref_model": True, "ref_model_sync_steps": 1},
+        {"lam_policy": 0.9, "lam_value": 1.0, "length_adaptive_alpha": 0.5},
+        {"model_init_kwargs": {"dtype": "float32"}},
+        {"temperature": 0.7, "top_p": 0.9, "top_k": 10, "repetition_penalty": 1.1, "generation_kwargs": {"min_new_tokens": 2}},
+        {"critic": "separate", "truncation": "bootstrap", "cliprange_value": 0.2},
+    ],
+)  # fmt: skip
+def test_options(policy_path, prompts, tmp_path, overrides):
+    train(
+        ppo(policy_path, tmp_path, prompts, trainer_kwargs={"eval_dataset": prompts}, max_steps=4, **overrides)
+    ).evaluate()
+
+
+def test_group_scaling_is_grpos_own(policy_path, prompts, tmp_path):
+    """With the value 0, lambda 1 and no whitening, the advantage is GRPO's."""
+    args = ActorCriticConfig(**settings(tmp_path, num_generations=4, scale_rewards="group", lam=1.0, max_steps=1))
+    trainer = recorded(ActorCriticTrainer)(policy_path, count_good, args, prompts)
+    trainer.train()
+    batch, rewards = trainer.updates[0], torch.tensor(list(trainer._logs["rewards"]["count_good"]))
+    expected = (rewards - rewards.mean()) / (rewards.std() + 1e-4)
+    torch.testing.assert_close(batch["advantages"][:, 0], expected[batch["completion_index"]])
+
+
+def test_streaming_dataset(policy_path, prompts, tmp_path):
+    train(ppo(policy_path, tmp_path, prompts.to_iterable_dataset(), max_steps=4))
+
+
+def test_extra_columns_reach_the_reward(policy_path, prompts, tmp_path):
+    def expects(prompts, answer, **kwargs):
+        assert all(a == f"answer to {p}" for p, a in zip(prompts, answer, strict=True))
+        return [float(len(a)) for a in answer]
+
+    ppo(policy_path, tmp_path, prompts.map(lambda row: {"answer": f"answer to {row['prompt']}"}), expects).train()
+
+
+def test_bf16_autocast_and_checkpointing(policy_path, prompts, tmp_path):
+    trainer = ppo(policy_path, tmp_path, prompts, bf16=True, gradient_checkpointing=True)
+    train(trainer)
+    assert {p.dtype for p in trainer.critic.parameters()} == {torch.float32}
+    assert trainer.state.log_history[0]["ratio/max"] == pytest.approx(1, abs=1e-3)
+
+
+def test_half_precision_policy_keeps_a_float32_head(policy_path, prompts, tmp_path):
+    trainer = ppo(policy_path, tmp_path, prompts, model_init_kwargs={"dtype": "bfloat16"}, max_steps=4)
+    train(trainer)
+    assert trainer.model.lm_head.weight.dtype == torch.bfloat16
+    assert {p.dtype for p in trainer.critic.parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize("kl", ["beta", "kl_in_reward"])
+def test_peft_model_with_a_trained_adapter_refers_to_its_copy(policy_path, prompts, tmp_path, kl):
+    model = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(policy_path),
+        LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False),
+    )
+    trainer = ppo(model, tmp_path, prompts, max_steps=4, **{kl: 0.1})
+    first = train(trainer).state.log_history[0]
+    assert abs(first["kl/k3"]) < 1e-6  # to the starting adapter, not to the base model
+
+
+def test_four_bit_policy(policy_path, prompts, tmp_path):
+    quantized = {
+        "quantization_config": BitsAndBytesConfig(load_in_4bit=True),
+        "peft_config": LoraConfig(r=4, target_modules="all-linear"),
+    }
+    trainer = ppo(policy_path, tmp_path, prompts, trainer_kwargs=quantized, kl_in_reward=0.1, max_steps=4)
+    head = trainer.critic.value_head.weight
+    trainer.train()
+    assert head.dtype == torch.float32 and head.abs().max() > 0
+
+
+def test_critic_from_the_reward_model(policy_path, reward_model_path, prompts, tmp_path):
+    """Its first values are the reward model's scores of the prefixes."""
+    model = AutoModelForSequenceClassification.from_pretrained(reward_model_path)
+    for source in ("reward_model", reward_model_path):
+        args = A2CConfig(
+            **settings(
+                tmp_path,
+                critic="separate",
+                critic_model_name_or_path=source,
+                learning_rate=0.0,
+                critic_learning_rate=0.0,
+                max_steps=1,
+            )
+        )
+        trainer = recorded(A2CTrainer)(policy_path, model, args, prompts, rollout_func=scripted_rollout)
+        trainer.train()
+        batch = trainer.updates[0]
+        for i in range(4):
+            prompt = batch["prompt_ids"][i][batch["prompt_mask"][i].bool()]
+            for t in range(3):
+                prefix = torch.cat([prompt, batch["completion_ids"][i, :t]])[None]
+                torch.testing.assert_close(batch["values"][i, t], model(prefix).logits[0, 0], atol=1e-5, rtol=1e-4)
+    assert not model.training and model.score.weight.grad is None
+
+
+def test_critic_from_a_model_instance(policy_path, tokenizer, prompts, tmp_path):
+    own = build_policy(tokenizer, seed=7, hidden_size=32)
+    trainer = ppo(policy_path, tmp_path, prompts, trainer_kwargs={"critic_model": own}, critic="separate")
+    train(trainer)
+    assert trainer.critic.value_head.weight.shape == (1, 32)
+
+
+def test_prompts_of_many_lengths_and_callbacks(policy_path, prompts, tmp_path):
+    steps = []
+
+    class Count(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            steps.append(state.global_step)
+
+    ppo(policy_path, tmp_path, prompts, trainer_kwargs={"callbacks": [Count()]}, max_steps=3).train()
+    assert steps == [1, 2, 3]
+
+
+def test_environment_tokens_are_not_time_steps(policy, tokenizer, prompts, tmp_path):
+    """`env_mask` of a custom rollout: the same own tokens get the same returns with and without a tool between them."""
+
+    def with_tool_text(prompts, trainer):
+        output = scripted_rollout(prompts, trainer)
+        output["env_mask"] = [[1] + [0] * 3 + [1] * (len(ids) - 1) for ids in output["completion_ids"]]
+        output["completion_ids"] = [[ids[0], 9, 9, 9, *ids[1:]] for ids in output["completion_ids"]]
+        return output
+
+    def score(prompts, **kwargs):
+        return [float(len(p)) for p in prompts]
+
+    returns = []
+    for rollout in (scripted_rollout, with_tool_text):
+        args = A2CConfig(**settings(tmp_path, gamma=0.5, max_steps=1, max_completion_length=16))
+        trainer = recorded(A2CTrainer)(
+            build_policy(tokenizer), score, args, prompts, processing_class=tokenizer, rollout_func=rollout
+        )
+        trainer.train()
+        batch = trainer.updates[0]
+        own = (
+            batch["completion_mask"].bool() & batch.get("tool_mask", torch.ones_like(batch["completion_mask"])).bool()
+        )
+        assert (batch["advantages"][~own] == 0).all()
+        order = batch["completion_index"].argsort()
+        returns.append([batch["returns"][i][own[i]] for i in order])
+    for without, with_tool in zip(*returns, strict=True):
+        torch.testing.assert_close(without, with_tool)
+
+
+# --- Engines: up to the call ---
+
+
+def test_vllm_is_never_sent_the_critic(policy_path, prompts, tmp_path):
+    trainer = ppo(policy_path, tmp_path, prompts, max_steps=2)
+    sent = []
+
+    def generate(prompts, images, num_generations, profiler):
+        completions = [[7, 8, trainer.processing_class.eos_token_id] for _ in prompts]
+        return None, completions, [[[-1.0]] * 3 for _ in prompts], None
+
+    trainer.use_vllm, trainer._last_loaded_step = True, -1
+    trainer.vllm_generation = MagicMock(generate=generate)
+    trainer.vllm_generation.sync_weights = lambda: sent.extend(n for n, _ in trainer.model.named_parameters())
+    trainer.train()
+    assert "lm_head.weight" in sent and not any("critic" in name for name in sent)
+    assert "critic.value_head.weight" in dict(trainer.model.named_parameters())
+    assert trainer.state.log_history[0]["sampling/importance_sampling_ratio/mean"] != 1
+
+
+def test_continuous_batching_is_not_given_the_critic(policy_path, prompts, tmp_path):
+    trainer = ppo(policy_path, tmp_path, prompts, max_steps=2)
+    seen = []
+
+    def generate_batch(prompt_ids, **kwargs):
+        seen.extend(n for n, _ in trainer.model.named_parameters())
+        return {
+            i: MagicMock(generated_tokens=[7, 8, trainer.processing_class.eos_token_id])
+            for i in range(len(prompt_ids))
+        }
+
+    trainer.use_transformers_continuous_batching = True
+    trainer.continuous_batching_config = None
+    trainer.model.generate_batch = generate_batch
+    trainer.train()
+    assert seen and not any("critic" in name for name in seen)
+    assert {p.dtype for p in trainer.critic.parameters()} == {torch.float32}
+
+
+# --- Tools and environments ---
+
+
+@pytest.fixture
+def tool_model():
+    """A policy over bytes with Qwen3's chat template, which TRL can parse tool calls of."""
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<tool_call>", "</tool_call>", "<think>", "</think>"]
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    backend = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
+    backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, pad_token=special[0], eos_token=special[2], padding_side="left"
+    )
+    tokenizer.add_special_tokens({"additional_special_tokens": special[1:2]})
+    tokenizer.add_tokens(special[3:])
+    tokenizer.chat_template = qwen3_chat_template
+    return LlamaForCausalLM(tiny_config(tokenizer, max_position_embeddings=4096)), tokenizer
+
+
+def script_generation(model, tokenizer, turns):
+    """Make `model.generate` answer each call with the next of `turns` (the last one again when they run out)."""
+    calls = iter([*turns, *turns[-1:] * 100])
+
+    def generate(input_ids, **kwargs):
+        answer = torch.tensor(tokenizer(next(calls))["input_ids"]).expand(len(input_ids), -1)
+        return torch.cat([input_ids, answer], dim=1)
+
+    model.generate = generate
+
+
+CALL = '<tool_call>\n{"name": "multiply", "arguments": {"a": 3, "b": 4}}\n</tool_call><|im_end|>'
+
+
+@pytest.mark.parametrize("trainer_class, config_class", [(PPOTrainer, PPOConfig), (ReinforceTrainer, ReinforceConfig)])
+def test_tools(tool_model, tmp_path, trainer_class, config_class):
+    calls = []
+
+    def multiply(a: int, b: int) -> int:
+        """
+        Multiplies two integers.
+
+        Args:
+            a: The first integer.
+            b: The second integer.
+
+        Returns:
+            Their product.
+        """
+        calls.append((a, b))
+        return a * b
+
+    model, tokenizer = tool_model
+    script_generation(model, tokenizer, [CALL, "It is 12.<|im_end|>"])
+    dataset = Dataset.from_dict({"prompt": [[{"role": "user", "content": "What is 3 times 4?"}]] * 4})
+    args = config_class(**settings(tmp_path, max_completion_length=300, max_steps=1))
+    trainer = recorded(trainer_class)(
+        model,
+        lambda completions, **kw: [1.0, 2.0, 3.0, 4.0],
+        args,
+        dataset,
+        processing_class=tokenizer,
+        tools=[multiply],
+    )
+    trainer.train()
+    assert calls == [(3, 4)] * 4
+    batch = trainer.updates[0]
+    tool = batch["completion_mask"].bool() & ~batch["tool_mask"].bool()
+    assert "12" in tokenizer.decode(batch["completion_ids"][0][tool[0]])
+    assert (batch["advantages"][tool] == 0).all() and (batch["returns"][tool] == 0).all()
+    own = batch["completion_mask"].bool() & ~tool
+    assert batch["terminated"].all() and (batch["returns"][own] > 0).all()
+
+
+def test_environments(tool_model, tmp_path):
+    class Counter:
+        def reset(self, **kwargs):
+            self.total = 0
+            return " Count to seven."
+
+        def multiply(self, a: int, b: int) -> int:
+            """
+            Multiplies two integers and remembers the product.
+
+            Args:
+                a: The first integer.
+                b: The second integer.
+
+            Returns:
+                Their product.
+            """
+            self.total += a * b
+            return self.total
+
+        def get_reward(self) -> float:
+            return float(self.total)
+
+    model, tokenizer = tool_model
+    script_generation(model, tokenizer, [CALL, "Done.<|im_end|>"])
+    dataset = Dataset.from_dict({"prompt": [[{"role": "user", "content": "Go."}]] * 4})
+    args = PPOConfig(**settings(tmp_path, max_completion_length=300, max_steps=1, lam=1.0))
+    trainer = recorded(PPOTrainer)(model, None, args, dataset, processing_class=tokenizer, environment_factory=Counter)
+    trainer.train()
+    batch = trainer.updates[0]
+    own = batch["completion_mask"].bool() & batch["tool_mask"].bool()
+    assert (batch["returns"][own] == 12).all()
