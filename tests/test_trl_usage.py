@@ -79,7 +79,7 @@ def test_matrix(policy_path, prompts, chats, tmp_path, trainer_class, config_cla
 
 def test_only_model_reward_model_and_dataset(tokenizer, reward_model_path, prompts, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    build_policy(tokenizer, max_position_embeddings=512).save_pretrained("policy")
+    build_policy(tokenizer, max_position_embeddings=1024).save_pretrained("policy")
     tokenizer.save_pretrained("policy")
 
     @dataclass
