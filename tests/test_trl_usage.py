@@ -17,6 +17,7 @@ from transformers import (
     PreTrainedTokenizerFast,
     TrainerCallback,
 )
+from trl import GRPOConfig, GRPOTrainer
 from trl.chat_template_utils import qwen3_chat_template
 
 from trl_ext import (
@@ -424,3 +425,26 @@ def test_environments(tool_model, tmp_path):
     batch = trainer.updates[0]
     own = batch["completion_mask"].bool() & batch["tool_mask"].bool()
     assert (batch["returns"][own] == 12).all()
+
+
+# --- What the critic costs ---
+
+
+@pytest.mark.parametrize("num_iterations, kl", [(1, {}), (2, {}), (2, {"beta": 0.1}), (2, {"kl_in_reward": 0.1})])
+def test_a_shared_critic_adds_no_forward_and_no_logits(policy_path, prompts, tmp_path, num_iterations, kl):
+    """Runs of the trunk as many as GRPO's, and none of the LM head's own forward, which builds logits."""
+    counts = []
+    for trainer_class, config_class in ((GRPOTrainer, GRPOConfig), (PPOTrainer, PPOConfig)):
+        ours = settings(tmp_path, num_generations=2, num_iterations=num_iterations, max_steps=2 * num_iterations)
+        if config_class is GRPOConfig:
+            del ours["critic_learning_rate"]
+        in_loss = {"beta": sum(kl.values())} if config_class is GRPOConfig else kl
+        args = config_class(**ours, **in_loss)
+        trainer = trainer_class(policy_path, variety, args, prompts, rollout_func=scripted_rollout)
+        calls = {"trunk": 0, "logits": 0}
+        for model in filter(None, (trainer.model, trainer.ref_model)):
+            model.model.register_forward_hook(lambda *_, calls=calls: calls.update(trunk=calls["trunk"] + 1))
+            model.lm_head.register_forward_hook(lambda *_, calls=calls: calls.update(logits=calls["logits"] + 1))
+        trainer.train()
+        counts.append(calls)
+    assert counts[0] == counts[1] and counts[1]["logits"] == 0 and counts[1]["trunk"] > 0

@@ -76,6 +76,7 @@ class CardMixin:
         if dataset_name is None and isinstance(self.train_dataset, Dataset):
             dataset_name = self.train_dataset.info.dataset_name
         extra_tags = [tags] if isinstance(tags, str) else list(tags or [])
+        rewards = list(zip(self.reward_func_names, self.reward_weights.tolist(), strict=True))
         is_adapter = isinstance(self._policy, PeftModel)
         card_data = ModelCardData(
             base_model=base_model,
@@ -98,7 +99,8 @@ class CardMixin:
             trainer_name=self._name,
             trainer_class=type(self).__name__,
             paper=self._paper,
-            rewards=list(zip(self.reward_func_names, self.reward_weights.tolist(), strict=True)),
+            rewards=[(name, weight) for name, weight in rewards if weight != 0],
+            watched=[name for name, weight in rewards if weight == 0],
             critic=None if self.critic is None else self.args.critic,
             hyper_parameters=self._hyper_parameters(),
             metrics=self._final_metrics(),
