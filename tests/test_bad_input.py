@@ -59,6 +59,8 @@ def test_reinforce_config_is_refused(tmp_path):
         ReinforceConfig(**settings(tmp_path, baseline="mean"))
     with pytest.raises(ValueError, match="Set `baseline='value'`"):
         ReinforceConfig(**settings(tmp_path, truncation="bootstrap"))
+    with pytest.raises(ValueError, match="Set `baseline='value'`"):
+        ReinforceConfig(**settings(tmp_path, critic="separate"))
 
 
 def test_one_generation_keeps_trls_other_checks(tmp_path):
@@ -199,3 +201,14 @@ def test_nan_in_the_loss_stops_and_keeps_the_last_checkpoint(tokenizer, tmp_path
     assert any(prompt in str(error.value) for prompt in PROMPTS)
     assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == ["checkpoint-1", "checkpoint-2"]
     assert torch.load(tmp_path / "checkpoint-2" / "optimizer.pt")["state"]
+
+
+def test_bootstrapping_when_every_completion_is_cut_warns(policy, tokenizer, tmp_path):
+    def never_ends(prompts, trainer):
+        output = scripted_rollout(prompts, trainer)
+        output["completion_ids"] = [[7, 8, 9] for _ in prompts]
+        return output
+
+    trainer = make(policy, tokenizer, tmp_path, config={"truncation": "bootstrap"}, rollout_func=never_ends)
+    with pytest.warns(UserWarning, match="none of them earns its score"):
+        trainer.train()

@@ -18,6 +18,7 @@ The path of a batch:
 
 import math
 import textwrap
+import warnings
 from contextlib import contextmanager, nullcontext
 
 import torch
@@ -239,6 +240,12 @@ class ActorCriticTrainer(CheckpointingMixin, ReportingMixin, CardMixin, GRPOTrai
         batch["terminated"] = self._terminated(batch)
         batch["completion_index"] = torch.arange(len(inputs), device=self._scores.device)
         self._log_rollout(batch, mode)
+        if self.args.truncation == "bootstrap" and self._metrics[mode]["completions/clipped_ratio"][-1] == 1.0:
+            warnings.warn(
+                "Every completion of this rollout was cut. With `truncation='bootstrap'` none of them earns its score, "
+                "so nothing is learned from the reward. Raise `max_completion_length`, or use `truncation='penalty'`.",
+                stacklevel=2,
+            )
 
         old_logps = batch.get("old_per_token_logps")
         logps, values = next((p for p in self._passes if p[0] is old_logps), (None, None))

@@ -49,8 +49,11 @@ class ReinforceConfig(ActorCriticConfig):
         check_on_policy(self, "REINFORCE")
         if self.baseline not in ("none", "batch_mean", "value"):
             raise ValueError(f"`baseline` must be 'none', 'batch_mean' or 'value', got {self.baseline!r}.")
-        if self.baseline != "value" and self.truncation == "bootstrap":
-            raise ValueError("`truncation='bootstrap'` needs a critic. Set `baseline='value'`.")
+        for name, value in (("truncation", "bootstrap"), ("critic", "separate")):
+            if self.baseline != "value" and getattr(self, name) == value:
+                raise ValueError(
+                    f"`{name}={value!r}` needs a critic, and `baseline={self.baseline!r}` has none. Set `baseline='value'`."
+                )
 
 
 class ReinforceTrainer(ActorCriticTrainer):
