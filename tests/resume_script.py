@@ -27,9 +27,12 @@ if __name__ == "__main__":
     args = PPOConfig(
         **conftest.settings(
             output_dir,
-            max_steps=7,
+            max_steps=18,  # rollouts of four updates, epochs of eight
             save_strategy="steps",
             save_steps=1,
+            eval_strategy="steps",
+            eval_steps=3,
+            per_device_eval_batch_size=8,
             num_iterations=2,
             steps_per_generation=2,
             gradient_accumulation_steps=1,
@@ -43,5 +46,5 @@ if __name__ == "__main__":
     )
     callbacks = [DieAt(int(flags[flags.index("--die-at") + 1]))] if "--die-at" in flags else []
     dataset = Dataset.from_dict({"prompt": conftest.PROMPTS})
-    trainer = PPOTrainer(model, conftest.count_good, args, dataset, callbacks=callbacks)
+    trainer = PPOTrainer(model, conftest.count_good, args, dataset, eval_dataset=dataset, callbacks=callbacks)
     trainer.train(resume_from_checkpoint="--resume" in flags or None)

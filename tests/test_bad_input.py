@@ -6,8 +6,8 @@ import pytest
 import torch
 from conftest import PROMPTS, build_policy, count_good, scripted_rollout, settings
 from datasets import Dataset
-from peft import LoraConfig
-from transformers import BitsAndBytesConfig
+from peft import LoraConfig, PromptTuningConfig
+from transformers import BertConfig, BertForSequenceClassification, BitsAndBytesConfig
 from trl import GRPOConfig
 
 from trl_ext import A2CConfig, A2CTrainer, ActorCriticConfig, PPOConfig, PPOTrainer, ReinforceConfig
@@ -31,7 +31,6 @@ def make(model, tokenizer, tmp_path, reward_funcs=count_good, prompts=PROMPTS, c
         ({"truncation": "drop"}, "'bootstrap', 'penalty' or 'mask'"),
         ({"truncation": "bootstrap", "missing_eos_penalty": 1.0}, "Set `truncation='penalty'`"),
         ({"critic": "none"}, "'shared' or 'separate'"),
-        ({"critic_model_name_or_path": "x"}, "Set `critic='separate'`"),
         ({"critic": "separate", "critic_detach": True}, "Remove it"),
         ({"scale_rewards": "group"}, "use `scale_rewards='none'` with `whiten_advantages=True`"),
         ({"multi_objective_aggregation": "normalize_then_sum"}, "num_generations=1"),
@@ -39,6 +38,8 @@ def make(model, tokenizer, tmp_path, reward_funcs=count_good, prompts=PROMPTS, c
         ({"lam_value": -0.1}, "`lam_value`"),
         ({"kl_in_reward": 0.1, "kl_target": 0.0}, "`kl_target` must be positive"),
         ({"kl_horizon": 0}, "`kl_horizon` must be positive"),
+        ({"kl_in_reward": -0.1}, "`kl_in_reward` must not be negative"),
+        ({"critic_warmup_steps": -1}, "`critic_warmup_steps` must not be negative"),
         ({"target_kl": 0.1, "fp16": True, "bf16": False}, "Use bf16"),
     ],
 )
@@ -61,6 +62,11 @@ def test_reinforce_config_is_refused(tmp_path):
         ReinforceConfig(**settings(tmp_path, truncation="bootstrap"))
     with pytest.raises(ValueError, match="Set `baseline='value'`"):
         ReinforceConfig(**settings(tmp_path, critic="separate"))
+
+
+def test_reinforce_refuses_what_only_a_critic_uses(tmp_path):
+    with pytest.raises(ValueError, match="critic_warmup_steps would do nothing"):
+        ReinforceConfig(**settings(tmp_path, critic_warmup_steps=3))
 
 
 def test_one_generation_keeps_trls_other_checks(tmp_path):
@@ -125,7 +131,7 @@ def test_critic_model_needs_a_separate_critic(policy, tokenizer, tmp_path):
 
 def test_critic_from_reward_model_needs_one(policy, tokenizer, tmp_path):
     config = {"critic": "separate", "critic_model_name_or_path": "reward_model"}
-    with pytest.raises(ValueError, match="they are all functions"):
+    with pytest.raises(ValueError, match="none of them is a plain transformers model"):
         make(policy, tokenizer, tmp_path, config=config)
 
 
@@ -136,6 +142,31 @@ def test_copying_a_quantized_policy_is_refused(policy_path, tokenizer, tmp_path)
     }
     with pytest.raises(ValueError, match="Set `critic_model_name_or_path`"):
         make(policy_path, tokenizer, tmp_path, config={"critic": "separate"}, **quantized)
+
+
+def test_critic_of_another_vocabulary_is_refused(policy, tokenizer, tmp_path):
+    smaller = build_policy(tokenizer, vocab_size=10)
+    with pytest.raises(ValueError, match="knows 10 tokens and the policy 27"):
+        make(policy, tokenizer, tmp_path, config={"critic": "separate"}, critic_model=smaller)
+
+
+def test_critic_from_an_encoder_is_refused(policy, tokenizer, tmp_path):
+    encoder = BertForSequenceClassification(
+        BertConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=1, intermediate_size=16, num_labels=1)
+    )
+    with pytest.raises(ValueError, match="needs a causal model; BertForSequenceClassification is not"):
+        make(policy, tokenizer, tmp_path, config={"critic": "separate"}, critic_model=encoder)
+
+
+def test_shared_critic_from_a_folder_without_one_is_refused(policy_path, tokenizer, tmp_path):
+    with pytest.raises(FileNotFoundError, match="no critic was saved there"):
+        make(policy_path, tokenizer, tmp_path, config={"critic_model_name_or_path": policy_path})
+
+
+def test_copying_a_prompt_tuned_policy_is_refused(policy_path, tokenizer, tmp_path):
+    prompt_tuning = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
+    with pytest.raises(ValueError, match="PROMPT_TUNING.*Set `critic_model_name_or_path`"):
+        make(policy_path, tokenizer, tmp_path, config={"critic": "separate"}, peft_config=prompt_tuning)
 
 
 # --- Rollouts ---
@@ -159,6 +190,17 @@ def test_wrong_number_of_rewards_is_refused(policy, tokenizer, tmp_path):
     trainer = make(policy, tokenizer, tmp_path, lambda completions, **kwargs: [0.0])
     with pytest.raises(ValueError, match="returned 1 rewards, but 4 were expected"):
         trainer.train()
+
+
+def test_a_reward_function_without_a_result_is_refused(policy, tokenizer, tmp_path):
+    trainer = make(policy, tokenizer, tmp_path, lambda completions, **kwargs: None)
+    with pytest.raises(ValueError, match="returned None. Return a list"):
+        trainer.train()
+
+
+def test_an_evaluation_batch_without_any_reward_passes(policy, tokenizer, tmp_path):
+    trainer = make(policy, tokenizer, tmp_path, lambda completions, **kwargs: [None] * len(completions))
+    trainer.evaluate(trainer.train_dataset)
 
 
 def test_a_batch_without_any_reward_is_refused(policy, tokenizer, tmp_path):

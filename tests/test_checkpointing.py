@@ -10,14 +10,23 @@ from unittest.mock import MagicMock
 import pytest
 import torch
 import transformers.trainer
-from conftest import build_policy, count_good, settings
+from conftest import build_policy, count_good, recorded, settings
 from datasets import load_dataset
 from huggingface_hub import ModelCard
 from peft import AutoPeftModelForCausalLM, LoraConfig
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-from trl_ext import A2CConfig, A2CTrainer, PPOConfig, PPOTrainer, load_critic, token_values
+from trl_ext import (
+    A2CConfig,
+    A2CTrainer,
+    PPOConfig,
+    PPOTrainer,
+    ReinforceConfig,
+    ReinforceTrainer,
+    load_critic,
+    token_values,
+)
 
 
 def run_script(*args):
@@ -46,26 +55,31 @@ def assert_equal_states(first, second):
         assert same, name
 
 
-def test_a_killed_run_resumes_bit_for_bit(policy_path, tmp_path):
-    """Killed after step 5, which is the first update of a rollout's four."""
-    whole, broken = tmp_path / "whole", tmp_path / "broken"
-    done = run_script(policy_path, whole)
+@pytest.fixture(scope="module")
+def whole_run(policy_path, tmp_path_factory):
+    output = tmp_path_factory.mktemp("whole")
+    done = run_script(policy_path, output)
     assert done.returncode == 0, done.stderr[-3000:]
-    killed = run_script(policy_path, broken, "--die-at", 5)
-    assert killed.returncode == -signal.SIGKILL and not (broken / "checkpoint-6").exists()
+    return output
+
+
+# After the first update of a rollout's four; at the end of an epoch, where the prompts' order is drawn anew
+@pytest.mark.parametrize("step", [5, 16])
+def test_a_killed_run_resumes_bit_for_bit(policy_path, whole_run, tmp_path, step):
+    whole, broken, last = whole_run, tmp_path / "broken", "checkpoint-18"
+    killed = run_script(policy_path, broken, "--die-at", step)
+    assert killed.returncode == -signal.SIGKILL and not (broken / f"checkpoint-{step + 1}").exists()
     resumed = run_script(policy_path, broken, "--resume")
     assert resumed.returncode == 0, resumed.stderr[-3000:]
     for file in ("model.safetensors", "value_head.safetensors"):
-        first, second = (load_file(folder / "checkpoint-7" / file) for folder in (whole, broken))
+        first, second = (load_file(folder / last / file) for folder in (whole, broken))
         assert_equal_states(first, second)
     for file in ("optimizer.pt", "scheduler.pt", "kl_controller.pt", "rollout_0.pt"):
-        first, second = (torch.load(folder / "checkpoint-7" / file) for folder in (whole, broken))
+        first, second = (torch.load(folder / last / file) for folder in (whole, broken))
         assert_equal_states(first, second)
-    first, second = (
-        torch.load(folder / "checkpoint-7" / "rng_state.pth", weights_only=False) for folder in (whole, broken)
-    )
+    first, second = (torch.load(folder / last / "rng_state.pth", weights_only=False) for folder in (whole, broken))
     assert torch.equal(first["cpu"], second["cpu"]) and first["python"] == second["python"]
-    assert torch.load(whole / "checkpoint-7" / "kl_controller.pt")["coef"] != 0.1
+    assert torch.load(whole / last / "kl_controller.pt")["coef"] != 0.1
 
 
 @pytest.mark.parametrize("critic", ["shared", "separate"])
@@ -196,3 +210,99 @@ def test_completions_parquet_is_written(policy_path, prompts, tmp_path):
     A2CTrainer(policy_path, count_good, args, prompts).train()
     rows = load_dataset("parquet", data_files=str(tmp_path / "completions" / "*.parquet"), split="train")
     assert {"prompt", "completion", "count_good", "advantage", "value", "decisive_token"} <= set(rows.column_names)
+
+
+def test_resuming_another_layout_samples_anew(policy_path, prompts, tmp_path):
+    def config(**overrides):
+        overrides = {"num_iterations": 2, "save_strategy": "steps", "save_steps": 1, "max_steps": 3, **overrides}
+        return PPOConfig(**settings(tmp_path, **overrides))
+
+    PPOTrainer(policy_path, count_good, config(), prompts).train()
+    overrides = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4}
+    trainer = PPOTrainer(policy_path, count_good, config(**overrides), prompts)
+    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    assert trainer.state.global_step == 3
+
+
+def test_resuming_keeps_the_kl_settings_of_the_configuration(policy_path, prompts, tmp_path):
+    def trainer(**overrides):
+        overrides = {"kl_in_reward": 0.1, "save_strategy": "steps", "save_steps": 2, "max_steps": 2, **overrides}
+        return A2CTrainer(policy_path, count_good, A2CConfig(**settings(tmp_path, **overrides)), prompts)
+
+    first = trainer(kl_target=1.0, kl_horizon=20)
+    first.train()
+    fixed = trainer(kl_in_reward=0.7, max_steps=3)
+    fixed.train(resume_from_checkpoint=True)
+    assert fixed.kl_controller.coef == 0.7
+    steered = trainer(kl_target=9.0, kl_horizon=1000, max_steps=3)
+    steered.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert steered.kl_controller.target == 9.0 and steered.kl_controller.horizon == 1000
+    assert steered.kl_controller.coef == pytest.approx(first.kl_controller.coef, rel=0.21)
+    assert steered.kl_controller.coef != 0.1
+
+
+def test_training_again_starts_a_new_rollout(policy_path, prompts, tmp_path):
+    args = PPOConfig(**settings(tmp_path, num_iterations=4, max_steps=2, learning_rate=5e-2, target_kl=1e-3))
+    trainer = recorded(PPOTrainer)(policy_path, count_good, args, prompts)
+    trainer.train()
+    assert trainer._epochs_ended
+    trainer.train()
+    assert len(trainer.rollouts) == 2
+
+
+def test_a_shared_critic_goes_on_where_another_run_left_it(policy_path, prompts, tmp_path):
+    first = A2CTrainer(policy_path, count_good, A2CConfig(**settings(tmp_path)), prompts)
+    first.train()
+    first.save_model()
+    args = A2CConfig(**settings(tmp_path / "next", critic_model_name_or_path=str(tmp_path)))
+    again = A2CTrainer(str(tmp_path), count_good, args, prompts)
+    assert again.critic.value_head.weight.abs().max() > 0
+    assert torch.equal(again.critic.value_head.weight, first.critic.value_head.weight)
+
+
+def test_a_separate_critic_goes_on_where_another_run_left_it(policy_path, prompts, tmp_path):
+    first = A2CTrainer(policy_path, count_good, A2CConfig(**settings(tmp_path, critic="separate")), prompts)
+    first.train()
+    first.save_model()
+    args = A2CConfig(**settings(tmp_path / "next", critic="separate", critic_model_name_or_path=str(tmp_path)))
+    again = A2CTrainer(policy_path, count_good, args, prompts)
+    assert_equal_states(first.critic.state_dict(), again.critic.state_dict())
+
+
+def test_a_folder_holds_the_critic_of_the_last_run_only(policy_path, prompts, tmp_path):
+    for critic in ("separate", "shared", "separate"):
+        trainer = A2CTrainer(policy_path, count_good, A2CConfig(**settings(tmp_path, critic=critic)), prompts)
+        trainer.save_model()
+        assert (load_critic(trainer.model, str(tmp_path)).trunk is None) == (critic == "shared")
+
+
+def test_a_critic_of_low_precision_on_disk_is_trained_like_the_policy(
+    policy_path, reward_model_path, prompts, tmp_path
+):
+    model = AutoModelForSequenceClassification.from_pretrained(reward_model_path, dtype=torch.bfloat16)
+    model.save_pretrained(tmp_path / "reward_model")
+    for source in (str(tmp_path / "reward_model"), model):
+        path, instance = (source, None) if isinstance(source, str) else (None, source)
+        args = A2CConfig(**settings(tmp_path, critic="separate", critic_model_name_or_path=path))
+        trainer = A2CTrainer(policy_path, count_good, args, prompts, critic_model=instance)
+        assert {p.dtype for p in trainer.critic.parameters()} == {torch.float32}
+
+
+def test_the_trainers_model_saves_without_the_critic(policy_path, prompts, tmp_path):
+    """Also by its own `save_pretrained`, and for the next trainer that takes it."""
+    model = AutoModelForCausalLM.from_pretrained(policy_path)
+    trainer = A2CTrainer(
+        model,
+        count_good,
+        A2CConfig(**settings(tmp_path)),
+        prompts,
+        processing_class=AutoTokenizer.from_pretrained(policy_path),
+    )
+    trainer.model.save_pretrained(tmp_path / "own")
+    assert not any("critic" in name for name in load_file(tmp_path / "own" / "model.safetensors"))
+    hooks = len(model._forward_hooks) + len(model.model._forward_hooks)
+    again = ReinforceTrainer(
+        model, count_good, ReinforceConfig(**settings(tmp_path)), prompts, processing_class=trainer.processing_class
+    )
+    assert not any("critic" in name for name, _ in again.model.named_parameters())
+    assert len(model._forward_hooks) + len(model.model._forward_hooks) == hooks - 2

@@ -63,6 +63,52 @@ def test_weights_are_sent_to_engines_within_generate_only():
     assert callers == {"_generate", "_generate_single_turn"}
 
 
+def test_first_outputs_are_token_ids():
+    assert "prompt_ids, images, multimodal_fields = self._tokenize_prompts(prompts)" in inspect.getsource(
+        GRPOTrainer._generate
+    )
+    assert "completion_ids, logprobs = self._generate_single_turn(" in inspect.getsource(GRPOTrainer._generate)
+
+
+def test_rewards_are_gathered_with_nan_for_none():
+    source = inspect.getsource(GRPOTrainer._calculate_rewards)
+    assert "rewards_per_func = gather(rewards_per_func)\n        return rewards_per_func" in source
+    assert "reward if reward is not None else torch.nan" in source
+
+
+def test_the_rollout_batch():
+    """Old log-probabilities are those the hook returned, by identity; the token count is that of all processes."""
+    source = inspect.getsource(GRPOTrainer._generate_and_score_completions)
+    assert "old_per_token_logps, _, _ = self._get_per_token_logps_and_entropies(" in source
+    assert source.count("old_per_token_logps = ") == 1 and source.count("old_per_token_logps, _, _ = ") == 1
+    assert 'output["old_per_token_logps"] = old_per_token_logps' in source
+    assert "num_items_in_batch = self.accelerator.gather(loss_mask.sum()).sum()" in source
+    assert 'mode = "train" if self.model.training else "eval"' in source
+    assert '"completions/clipped_ratio"].append(' in inspect.getsource(GRPOTrainer._generate)
+
+
+def test_the_scoring_forward_names_its_arguments():
+    """The critic's hook reads them by name."""
+    source = inspect.getsource(GRPOTrainer._get_per_token_logps_and_entropies)
+    assert "outputs = model(**model_inputs, labels=labels, fused_lm_head=True)" in source
+
+
+def test_attributes_we_read():
+    source = inspect.getsource(GRPOTrainer.__init__)
+    for name in ("_tokenizer", "eos_token_ids", "_step", "_buffered_inputs", "reward_func_names", "reward_weights"):
+        assert f"self.{name} = " in source, name
+    assert "self.current_gradient_accumulation_steps = " in inspect.getsource(Trainer._run_epoch)
+
+
+def test_random_states_are_loaded_wherever_an_epoch_is_resumed():
+    assert inspect.getsource(Trainer._run_epoch).count("self._load_rng_state(resume_from_checkpoint)") == 2
+
+
+def test_the_sampler_draws_from_a_generator_of_its_own():
+    source = inspect.getsource(utils.RepeatSampler)
+    assert "self.generator.manual_seed(seed)" in source and "generator=self.generator" in source
+
+
 def test_rollout_buffer():
     source = inspect.getsource(GRPOTrainer._prepare_inputs)
     assert "self._step % generate_every == 0 or self._buffered_inputs is None" in source

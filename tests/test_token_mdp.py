@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from trl_ext import token_mdp
 from trl_ext.token_mdp import (
     combine_moments,
     discounted_returns,
@@ -703,3 +704,36 @@ def test_length_adaptive_lambda():
     curve = length_adaptive_lambda(torch.arange(1, 2000))
     assert (curve[20:] > curve[19:-1]).all() and (curve[:20] == 0).all()
     assert (curve >= 0).all() and (curve < 1).all()
+
+
+# --- The decoupled estimator and the penalized reward ---
+
+
+def test_decoupled_lambdas_are_two_estimates():
+    torch.manual_seed(0)
+    rewards, values = torch.randn(4, 7, dtype=torch.float64), torch.randn(4, 7, dtype=torch.float64)
+    mask, bootstrap = torch.rand(4, 7) < 0.7, torch.randn(4, dtype=torch.float64)
+    advantages, returns = token_mdp.decoupled_advantage_estimate(rewards, values, mask, 0.9, 0.0, 1.0, bootstrap)
+    # lambda 0 of the policy: one-step errors; lambda 1 of the critic: Monte-Carlo returns, whatever the values say
+    for row in range(4):
+        own = mask[row].nonzero()[:, 0].tolist()
+        after = [*own[1:], None]
+        for t, following in zip(own, after, strict=True):
+            next_value = bootstrap[row] if following is None else values[row, following]
+            next_return = bootstrap[row] if following is None else returns[row, following]
+            assert_close(advantages[row, t], rewards[row, t] + 0.9 * next_value - values[row, t])
+            assert_close(returns[row, t], rewards[row, t] + 0.9 * next_return)
+    per_row = torch.tensor([0.0, 0.3, 0.5, 1.0], dtype=torch.float64)
+    _, returns_of_rows = token_mdp.decoupled_advantage_estimate(rewards, values, mask, 0.9, per_row, 1.0, bootstrap)
+    assert_close(returns_of_rows, returns)
+
+
+def test_penalized_rewards_sum_to_the_score_less_the_log_ratio():
+    torch.manual_seed(0)
+    logps, ref_logps = torch.randn(3, 5), torch.randn(3, 5)
+    mask = torch.tensor([[1, 1, 1, 0, 0], [1, 0, 1, 1, 0], [0, 0, 0, 0, 0]])
+    junk = torch.where(mask.bool(), logps, torch.inf)
+    rewards = token_mdp.kl_penalized(torch.ones(3, 5), junk, ref_logps, mask, 0.25)
+    log_ratio = torch.stack([(logps - ref_logps)[row][mask[row].bool()].sum() for row in range(3)])
+    assert_close(rewards.sum(dim=1), mask.sum(dim=1) - 0.25 * log_ratio)
+    assert (rewards[mask == 0] == 0).all()

@@ -313,6 +313,45 @@ def test_target_kl_ends_the_epochs_until_the_next_rollout(policy, tokenizer, pro
     assert moved == [True, False, False, False] * 2
 
 
+def test_evaluation_does_not_hide_the_kl_that_ends_the_epochs(policy, tokenizer, prompts, tmp_path):
+    def steps_taken(**overrides):
+        args = PPOConfig(
+            **settings(tmp_path, learning_rate=5e-2, num_iterations=4, max_steps=4, target_kl=0.3, **overrides)
+        )
+        trainer = PPOTrainer(
+            build_policy(tokenizer),
+            count_good,
+            args,
+            prompts,
+            eval_dataset=prompts,
+            processing_class=tokenizer,
+            rollout_func=scripted_rollout,
+        )
+        trainer.train()
+        return [logs["target_kl_exceeded"] for logs in trainer.state.log_history if "target_kl_exceeded" in logs]
+
+    without = steps_taken()
+    assert without[-1] == 1 and without == steps_taken(eval_strategy="steps", eval_steps=1)
+
+
+def test_warmup_leaves_the_kl_coefficient_alone(policy_path, prompts, tmp_path):
+    args = A2CConfig(
+        **settings(tmp_path, kl_in_reward=0.1, kl_target=6.0, kl_horizon=10, critic_warmup_steps=3, max_steps=4)
+    )
+    trainer = A2CTrainer(policy_path, count_good, args, prompts)
+    trainer.train()
+    assert [logs["kl/coef"] for logs in trainer.state.log_history[:-1]] == [0.1] * 4
+
+
+def test_a_separate_critic_is_not_run_for_the_reference(policy_path, prompts, tmp_path):
+    args = PPOConfig(**settings(tmp_path, critic="separate", kl_in_reward=0.1, num_iterations=2, max_steps=2))
+    trainer = PPOTrainer(policy_path, count_good, args, prompts, peft_config=LoraConfig(target_modules="all-linear"))
+    calls = []
+    trainer.critic.trunk.register_forward_hook(lambda *_: calls.append(1))
+    trainer.train()
+    assert len(calls) == 3  # the rollout's values and two updates
+
+
 def test_value_gradients_are_zeroed_between_steps(policy, tokenizer, prompts, tmp_path):
     """A critic outside the model would accumulate gradients for the whole run."""
     args = A2CConfig(**settings(tmp_path, max_steps=3))

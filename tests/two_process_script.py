@@ -1,5 +1,6 @@
 """Trains on scripted completions, for comparing one process with two: `two_process_script.py MODEL OUTPUT CASE BATCH`."""
 
+import os
 import sys
 
 import conftest
@@ -45,3 +46,6 @@ if __name__ == "__main__":
             state = {name: p.detach() for name, p in trainer._policy.named_parameters() if p.requires_grad}
             result = state, trainer.state.log_history, trainer.kl_controller.coef, trainer.accelerator.num_processes
             torch.save(result, f"{output_dir}/{case}.pt")
+    # Without teardown: torch 2.13's gloo can deadlock there, joining a thread that waits for the interpreter's lock
+    sys.stdout.flush()
+    os._exit(0)

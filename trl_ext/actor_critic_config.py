@@ -47,8 +47,10 @@ class ActorCriticConfig(GRPOConfig):
         critic (`str`, *optional*, defaults to `"shared"`):
             `"shared"`: a value head on the policy's trunk. `"separate"`: a model of its own.
         critic_model_name_or_path (`str`, *optional*):
-            What a separate critic starts from: a path or Hub id of a model, reward model or saved critic, or
-            `"reward_model"` for the first model in `reward_funcs`. By default a copy of the policy.
+            What the critic starts from. A shared one: the folder or Hub id of a trained policy, whose value head is
+            taken up; by default 0. A separate one: a path or Hub id of a model, a reward model or a trained policy with
+            a separate critic, or `"reward_model"` for the first model in `reward_funcs`; by default a copy of the
+            policy.
         critic_detach (`bool`, *optional*, defaults to `False`): Keep value gradients off the shared trunk.
         critic_learning_rate (`float`, *optional*, defaults to `1e-5`): Learning rate of the critic's own parameters.
         critic_warmup_steps (`int`, *optional*, defaults to `0`):
@@ -120,8 +122,10 @@ class ActorCriticConfig(GRPOConfig):
     critic_model_name_or_path: str | None = field(
         default=None,
         metadata={
-            "help": "What a separate critic starts from: a path or Hub id of a model, reward model or saved critic, "
-            "or 'reward_model' for the first model in `reward_funcs`. By default a copy of the policy."
+            "help": "What the critic starts from. Shared: the folder or Hub id of a trained policy, whose value head "
+            "is taken up (default: 0). Separate: a path or Hub id of a model, a reward model or a trained policy with "
+            "a separate critic, or 'reward_model' for the first model in `reward_funcs` (default: a copy of the "
+            "policy)."
         },
     )
     critic_detach: bool = field(default=False, metadata={"help": "Keep value gradients off the shared trunk."})
@@ -176,11 +180,6 @@ class ActorCriticConfig(GRPOConfig):
             )
         if self.critic not in ("shared", "separate"):
             raise ValueError(f"`critic` must be 'shared' or 'separate', got {self.critic!r}.")
-        if self.critic == "shared" and self.critic_model_name_or_path is not None:
-            raise ValueError(
-                "`critic_model_name_or_path` names the start of a separate critic, but `critic='shared'`. Set "
-                "`critic='separate'`, or remove the path."
-            )
         if self.critic == "separate" and self.critic_detach:
             raise ValueError("`critic_detach` concerns a shared trunk; a separate critic has its own. Remove it.")
         if self.beta and self.kl_in_reward:
@@ -207,6 +206,9 @@ class ActorCriticConfig(GRPOConfig):
         if self.target_kl is not None and self.fp16:
             # The gradient scaler fails when a step brings it no gradients
             raise ValueError("`target_kl` skips updates, which fp16 loss scaling does not survive. Use bf16.")
+        for name in ("kl_in_reward", "vf_coef", "critic_learning_rate", "critic_warmup_steps", "missing_eos_penalty"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"`{name}` must not be negative, got {getattr(self, name)}.")
         for name in ("kl_target", "kl_horizon", "target_kl", "length_adaptive_alpha", "cliprange_value"):
             value = getattr(self, name)
             if value is not None and value <= 0:

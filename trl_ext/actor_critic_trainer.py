@@ -29,7 +29,7 @@ from trl import GRPOTrainer, SyncRefModelCallback
 
 from . import token_mdp
 from .actor_critic_config import ActorCriticConfig
-from .checkpointing import CheckpointingMixin
+from .checkpointing import CheckpointingMixin, StartOfTraining
 from .checks import (
     check_completion_ids,
     check_dataset_size,
@@ -38,14 +38,23 @@ from .checks import (
     checked_reward,
     checked_rollout,
 )
-from .compat import MULTIMODAL_KEYS, disable_dropout_in_model, get_config_model_id
+from .compat import (
+    MULTIMODAL_KEYS,
+    disable_dropout_in_model,
+    disable_gradient_checkpointing,
+    get_config_model_id,
+)
 from .critic import (
     CRITIC_NAME,
     Critic,
     SyncReferenceCallback,
     attach_critic,
+    check_vocabulary,
     critic_from_model,
     critic_from_policy,
+    detach_critic,
+    load_value_head,
+    local_folder,
     shared_critic,
 )
 from .kl_controller import KLController
@@ -121,13 +130,14 @@ class ActorCriticTrainer(CheckpointingMixin, ReportingMixin, CardMixin, GRPOTrai
 
         text_config = self.model.config.get_text_config()
         context = getattr(text_config, "max_position_embeddings", None)  # absent where positions are unbounded
-        self.max_prompt_length = None if context is None else context - self.max_completion_length
+        self.max_prompt_length = None if context is None else context - (self.max_completion_length or 1)
         if isinstance(self.train_dataset, Dataset):
             check_dataset_size(self.train_dataset, args.generation_batch_size // args.num_generations)
             check_prompts(self.train_dataset, self._tokenizer, self.max_prompt_length)
 
         self.kl_controller = KLController(args.kl_in_reward, args.kl_target, args.kl_horizon)
         self._policy = self.model  # before any distributed wrapper
+        detach_critic(self._policy)  # an earlier trainer's
         self.critic = self._make_critic(critic_model)
         if self.critic is not None:
             attach_critic(self._policy, self.critic)
@@ -137,6 +147,7 @@ class ActorCriticTrainer(CheckpointingMixin, ReportingMixin, CardMixin, GRPOTrai
             if self.optimizer is not None:
                 self.optimizer.param_groups[-1]["params"].extend(self.critic.parameters())
 
+        self.add_callback(StartOfTraining(self))
         self._scores = None  # (B,), of the completions being scored; nan where no reward function applies
         self._passes = []  # (log-probabilities, values) of each scoring forward of the present batch
         self._awaiting = None  # batch whose advantages the forward under way will give
@@ -147,18 +158,25 @@ class ActorCriticTrainer(CheckpointingMixin, ReportingMixin, CardMixin, GRPOTrai
     # --- Critic ---
 
     def _make_critic(self, critic_model: PreTrainedModel | None) -> Critic | None:
+        path = self.args.critic_model_name_or_path
         if self.args.critic == "shared":
-            return shared_critic(self._policy, detach=self.args.critic_detach)
-        source = critic_model or self.args.critic_model_name_or_path
+            critic = shared_critic(self._policy, detach=self.args.critic_detach)
+            if path is not None:
+                load_value_head(critic, local_folder(path))
+            return critic
+        source = critic_model or path
         if source == "reward_model":
             source = next((f for f in self.reward_funcs if isinstance(f, PreTrainedModel)), None)
             if source is None:
                 raise ValueError(
                     "`critic_model_name_or_path='reward_model'` takes the critic from a model in `reward_funcs`, but "
-                    "they are all functions. Pass a path, or leave it unset to copy the policy."
+                    "none of them is a plain transformers model. Pass a path, or leave it unset to copy the policy."
                 )
         if source is not None:
-            critic = critic_from_model(source)
+            # A policy in 4 bits is no model for the dtype of what is to be trained
+            dtype = torch.float32 if self._policy_is_quantized else self._policy.dtype
+            critic = critic_from_model(source, dtype, trust_remote_code=self.args.trust_remote_code)
+            check_vocabulary(critic, self._policy)
         elif self._policy_is_quantized or is_deepspeed_zero3_enabled():
             raise ValueError(
                 "A separate critic cannot be copied from a policy that is quantized or sharded by ZeRO-3. Set "
@@ -169,6 +187,10 @@ class ActorCriticTrainer(CheckpointingMixin, ReportingMixin, CardMixin, GRPOTrai
         if self.args.disable_dropout:
             disable_dropout_in_model(critic)
         return critic.requires_grad_(True)
+
+    @property
+    def _in_critic_warmup(self) -> bool:
+        return self.state.global_step < self.args.critic_warmup_steps
 
     @property
     def _policy_is_quantized(self) -> bool:
@@ -217,7 +239,7 @@ class ActorCriticTrainer(CheckpointingMixin, ReportingMixin, CardMixin, GRPOTrai
             if isinstance(func, torch.nn.Module) and not rewards.isfinite().all():
                 raise ValueError(f"The reward model '{name}' in `reward_funcs` returned nan or an infinite reward.")
         unscorable = rewards_per_func.isnan().all(dim=1)
-        if unscorable.all():
+        if unscorable.all() and self.model.training:
             raise ValueError(
                 "Every reward function returned None for every completion of the batch, so there is nothing to learn "
                 f"from. Make one of {self.reward_func_names} apply, or filter such rows out of the dataset."
@@ -249,6 +271,8 @@ class ActorCriticTrainer(CheckpointingMixin, ReportingMixin, CardMixin, GRPOTrai
 
         old_logps = batch.get("old_per_token_logps")
         logps, values = next((p for p in self._passes if p[0] is old_logps), (None, None))
+        if logps is None and old_logps is not None:
+            raise RuntimeError("TRL no longer passes on the log-probabilities of its scoring pass as they were.")
         if logps is None and self._needs_pass:
             spans_micro_batches = mode == "train" and self.args.steps_per_generation > 1
             if not (spans_micro_batches and self._has_batch_statistics):
@@ -268,16 +292,18 @@ class ActorCriticTrainer(CheckpointingMixin, ReportingMixin, CardMixin, GRPOTrai
         """Whether a completion's advantages depend on the other completions of the generation batch."""
         return self.args.whiten_advantages
 
-    @torch.no_grad()
     def _score_rollout(self, batch):
-        self._get_per_token_logps_and_entropies(
-            self.model,
-            torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1),
-            torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1),
-            batch["completion_ids"].size(1),
-            batch_size=self.args.per_device_train_batch_size,
-            **{key: batch[key] for key in MULTIMODAL_KEYS if key in batch},
-        )
+        """Log-probabilities and values of a rollout, from a pass of our own."""
+        self._passes = []
+        with torch.no_grad(), disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs):
+            self._get_per_token_logps_and_entropies(
+                self.model,
+                torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1),
+                torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1),
+                batch["completion_ids"].size(1),
+                batch_size=self.args.per_device_train_batch_size,
+                **{key: batch[key] for key in MULTIMODAL_KEYS if key in batch},
+            )
         return self._passes[-1]
 
     def _terminated(self, batch) -> torch.Tensor:
@@ -310,10 +336,9 @@ class ActorCriticTrainer(CheckpointingMixin, ReportingMixin, CardMixin, GRPOTrai
         lam_value = args.lam if args.lam_value is None else args.lam_value
         if args.length_adaptive_alpha is not None:
             lam_policy = token_mdp.length_adaptive_lambda(mask.sum(dim=1), args.length_adaptive_alpha)
-        gae = token_mdp.generalized_advantage_estimate
-        advantages, _ = gae(rewards, values, mask, args.gamma, lam_policy, bootstrap)
-        _, returns = gae(rewards, values, mask, args.gamma, lam_value, bootstrap)
-        return advantages, returns
+        return token_mdp.decoupled_advantage_estimate(
+            rewards, values, mask, args.gamma, lam_policy, lam_value, bootstrap
+        )
 
     @torch.no_grad()
     def _add_advantages(self, batch, logps: torch.Tensor | None, values: torch.Tensor | None) -> None:
@@ -330,10 +355,9 @@ class ActorCriticTrainer(CheckpointingMixin, ReportingMixin, CardMixin, GRPOTrai
             scores = scores - self.args.missing_eos_penalty * cut
         rewards = token_mdp.place_on_last_token(scores, mask)
         if batch.get("ref_per_token_logps") is not None and logps is not None:
-            k1 = torch.where(mask, token_mdp.kl_estimate(logps, batch["ref_per_token_logps"], "k1"), 0)
-            k3 = torch.where(mask, token_mdp.kl_estimate(logps, batch["ref_per_token_logps"], "k3"), 0)
-            rewards = rewards - self.kl_controller.coef * k1
-            self._log_kl(k1, k3, mask, mode)
+            ref_logps = batch["ref_per_token_logps"]
+            rewards = token_mdp.kl_penalized(rewards, logps, ref_logps, mask, self.kl_controller.coef)
+            self._log_kl(logps, ref_logps, mask, mode)
 
         values = None if values is None else values[:, :-1]
         advantages, returns = self.compute_advantages(rewards, values, mask, bootstrap)
@@ -351,8 +375,10 @@ class ActorCriticTrainer(CheckpointingMixin, ReportingMixin, CardMixin, GRPOTrai
     # --- Update ---
 
     def _get_per_token_logps_and_entropies(self, model, input_ids, attention_mask, logits_to_keep, *args, **kwargs):
+        # Of the passes over a rollout the policy's is the first, if there is one; the reference's needs no values
+        is_recorded = self.critic is not None and not self._passes
         # Before each of the T tokens, and after the last one
-        recording = nullcontext([]) if self.critic is None else self.critic.recording(num_states=logits_to_keep + 1)
+        recording = self.critic.recording(num_states=logits_to_keep + 1) if is_recorded else nullcontext([])
         with recording as values:
             outputs = super()._get_per_token_logps_and_entropies(
                 model, input_ids, attention_mask, logits_to_keep, *args, **kwargs
@@ -366,7 +392,7 @@ class ActorCriticTrainer(CheckpointingMixin, ReportingMixin, CardMixin, GRPOTrai
     def _compute_loss(self, model, inputs):
         self._passes = []
         self._awaiting = inputs if inputs["advantages"] is None else None
-        in_warmup = self.state.global_step < self.args.critic_warmup_steps
+        in_warmup = self._in_critic_warmup and self.model.training
         if self.critic is not None:
             self.critic.detach = self.args.critic_detach or in_warmup
         with self._kl_only_in_reward():
@@ -422,7 +448,7 @@ class ActorCriticTrainer(CheckpointingMixin, ReportingMixin, CardMixin, GRPOTrai
             self._step += 1
             return torch.zeros((), device=self.accelerator.device)
         loss = super().training_step(model, inputs, num_items_in_batch)
-        if self.state.global_step < self.args.critic_warmup_steps:
+        if self._in_critic_warmup:
             # Without a gradient the optimizer passes them over; zeros would still decay weights and count as steps
             for name, parameter in self._policy.named_parameters():
                 if not name.startswith(f"{CRITIC_NAME}."):
@@ -432,6 +458,6 @@ class ActorCriticTrainer(CheckpointingMixin, ReportingMixin, CardMixin, GRPOTrai
             self._window_kl.zero_()
             if kl_sum > 1.5 * self.args.target_kl * max(count, 1):
                 self._epochs_ended = True
-                model.zero_grad()  # nor is the update made that was about to be
+                model.zero_grad()  # nor is the update made that was about to be (DeepSpeed has made it)
             self._metrics["train"]["target_kl_exceeded"].append(float(self._epochs_ended))
         return loss

@@ -1,5 +1,6 @@
 """How [`ActorCriticTrainer`] saves and resumes: the critic, the KL controller, and an unfinished rollout."""
 
+import math
 import os
 import shutil
 from contextlib import nullcontext
@@ -7,11 +8,33 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
+from transformers import TrainerCallback
 
 from .critic import CRITIC_NAME, VALUE_HEAD_FILE, policy_alone, restore_critic, save_critic
 
 
 KL_CONTROLLER_FILE = "kl_controller.pt"
+
+
+class StartOfTraining(TrainerCallback):
+    """
+    Brings what a trainer carries from rollout to rollout to its beginning, before a checkpoint may restore it, and
+    makes the order of prompts a function of seed and epoch: TRL's sampler draws each epoch's from where the last one
+    left its generator, which a resumed run cannot know.
+    """
+
+    def __init__(self, trainer):
+        self.trainer = trainer
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.trainer._step, self.trainer._buffered_inputs = 0, None
+        self.trainer._epochs_ended = False
+        self.trainer._window_kl.zero_()
+
+    def on_epoch_begin(self, args, state, control, **kwargs):
+        if self.trainer._train_sampler is not None:
+            epoch = math.floor((state.epoch or 0) + 1e-6)  # `state.epoch` counts in fractions
+            self.trainer._train_sampler.generator.manual_seed(args.seed + epoch)
 
 
 class CheckpointingMixin:
@@ -20,6 +43,12 @@ class CheckpointingMixin:
     checkpoint also holds the KL controller and, when it falls between two updates on one rollout, that rollout, so
     that a resumed run goes on exactly as if it had not stopped.
     """
+
+    _train_sampler = None  # streams have none
+
+    def _get_train_sampler(self, dataset=None):
+        self._train_sampler = super()._get_train_sampler(dataset)
+        return self._train_sampler
 
     def _without_critic(self):
         """The plain policy within the context, for the parent to save or load."""
@@ -65,6 +94,13 @@ class CheckpointingMixin:
                     shutil.copy(source, target)
         super()._push_from_checkpoint(checkpoint_folder)
 
+    @property
+    def _rollout_layout(self) -> list[int]:
+        """What a rollout's division into updates depends on."""
+        args = self.args
+        sizes = [args.per_device_train_batch_size, args.gradient_accumulation_steps, args.steps_per_generation]
+        return [self.accelerator.num_processes, *sizes, self.num_iterations]
+
     def _rollout_file(self, checkpoint: str) -> str:
         return os.path.join(checkpoint, f"rollout_{self.accelerator.process_index}.pt")
 
@@ -74,7 +110,7 @@ class CheckpointingMixin:
             torch.save(asdict(self.kl_controller), os.path.join(output_dir, KL_CONTROLLER_FILE))
         in_rollout = self._step % (self.args.steps_per_generation * self.num_iterations) != 0
         rollout = {
-            "num_processes": self.accelerator.num_processes,
+            "layout": self._rollout_layout,
             "step": self._step,
             "epochs_ended": self._epochs_ended,
             "buffered_inputs": self._buffered_inputs if in_rollout else None,
@@ -87,12 +123,15 @@ class CheckpointingMixin:
             return
         kl_file, rollout_file = os.path.join(checkpoint, KL_CONTROLLER_FILE), self._rollout_file(checkpoint)
         if os.path.isfile(kl_file):
-            for name, value in torch.load(kl_file, weights_only=True).items():
-                setattr(self.kl_controller, name, value)
+            saved = torch.load(kl_file, weights_only=True)
+            self.kl_controller.kl_sum = saved["kl_sum"]
+            self.kl_controller.num_completions = saved["num_completions"]
+            if self.args.kl_target is not None:  # else the coefficient is the configuration's
+                self.kl_controller.coef = saved["coef"]
         if os.path.isfile(rollout_file):
             rollout = torch.load(rollout_file, weights_only=True, map_location=self.accelerator.device)
-            # A rollout is cut for a number of processes; with another the next step samples anew
-            if rollout["num_processes"] == self.accelerator.num_processes:
+            # A rollout is cut for one layout; under another the next step samples anew
+            if rollout["layout"] == self._rollout_layout:
                 self._step = rollout["step"]
                 self._epochs_ended = rollout["epochs_ended"]
                 self._buffered_inputs = rollout["buffered_inputs"]

@@ -78,6 +78,8 @@ def checked_rollout(rollout_func: Callable) -> Callable:
 
 def check_rewards(rewards: list[float | None], name: str) -> list[float | None]:
     """Refuse nan and infinite rewards; None says 'not applicable' and passes."""
+    if rewards is None:
+        raise ValueError(f"The reward function '{name}' returned None. Return a list with one reward per completion.")
     for row, reward in enumerate(rewards):
         if reward is not None and not math.isfinite(reward):
             raise ValueError(

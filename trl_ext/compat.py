@@ -20,6 +20,7 @@ and of `transformers.Trainer`: `_save`, `_load_from_checkpoint`, `_load_best_mod
 `_load_rng_state`, `_push_from_checkpoint`.
 """
 
+from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.utils import (
     FusedCausalLMOutput,
     disable_dropout_in_model,
@@ -33,6 +34,7 @@ __all__ = [
     "FusedCausalLMOutput",
     "OneGeneration",
     "disable_dropout_in_model",
+    "disable_gradient_checkpointing",
     "get_config_model_id",
     "is_async_callable",
 ]

@@ -13,6 +13,7 @@ On disk it lies beside the policy, which stays loadable without this package:
 """
 
 import copy
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification, PreTrainedModel
+from transformers.modeling_layers import GenericForSequenceClassification
 from trl import SyncRefModelCallback
 
 from .compat import FusedCausalLMOutput
@@ -70,6 +72,7 @@ class Critic(nn.Module):
         self._hidden_states: torch.Tensor | None = None
         self._recorded: list[torch.Tensor] | None = None
         self._num_states = 0
+        self._hooks = []
 
     def forward(self, hidden_states: torch.Tensor | None, num_states: int, **inputs) -> torch.Tensor:
         """
@@ -130,10 +133,26 @@ def attach_critic(model: PreTrainedModel | PeftModel, critic: Critic) -> None:
         critic._hidden_states = None
         return ActorCriticOutput(**output, state_values=values)
 
+    if isinstance(model, PeftModel) and CRITIC_NAME in model.peft_config:
+        raise ValueError(f"An adapter is called {CRITIC_NAME!r}, which is the critic's name in the model. Rename it.")
     critic.to(model.device)
     model.add_module(CRITIC_NAME, critic)
-    base_causal_lm(model).base_model.register_forward_hook(keep_hidden_states)
-    model.register_forward_hook(add_values, with_kwargs=True)
+    critic._hooks = [
+        base_causal_lm(model).base_model.register_forward_hook(keep_hidden_states),
+        model.register_forward_hook(add_values, with_kwargs=True),
+    ]
+    # For users who save `trainer.model` themselves
+    model._keys_to_ignore_on_save = {f"{CRITIC_NAME}.{name}" for name in critic.state_dict()} | set(
+        model._keys_to_ignore_on_save or ()
+    )
+
+
+def detach_critic(model: PreTrainedModel | PeftModel) -> None:
+    """Undo [`attach_critic`], if it was ever done."""
+    critic = model._modules.pop(CRITIC_NAME, None)
+    if critic is not None:
+        for hook in critic._hooks:
+            hook.remove()
 
 
 @contextmanager
@@ -166,21 +185,29 @@ def shared_critic(model: PreTrainedModel | PeftModel, detach: bool = False) -> C
 
 def critic_from_policy(model: PreTrainedModel | PeftModel) -> Critic:
     """A separate critic whose trunk starts as a copy of the policy's (adapters merged), at V = 0."""
+    if isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning:
+        raise ValueError(
+            f"A separate critic cannot be copied from a policy under {model.active_peft_config.peft_type.value}, "
+            "whose prompt is no weight of the model. Set `critic_model_name_or_path`, or use `critic='shared'`."
+        )
     copied = copy.deepcopy(model)
     if isinstance(copied, PeftModel):
         copied = copied.merge_and_unload()
     return Critic(hidden_size_of(model), trunk=copied.base_model)
 
 
-def critic_from_model(source: str | PreTrainedModel, **model_init_kwargs) -> Critic:
+def critic_from_model(source: str | PreTrainedModel, dtype: torch.dtype, trust_remote_code: bool = False) -> Critic:
     """
-    A separate critic from a model or its path or Hub id: a folder written by [`save_critic`] (trunk and head are
-    taken up), a reward model (its score head becomes the value head, Ouyang et al. 2022), or any causal model
+    A separate critic of `dtype` from a model or its path or Hub id: a folder with a separate critic (trunk and head
+    are taken up), a reward model (its score head becomes the value head, Ouyang et al. 2022), or any causal model
     (V starts at 0).
     """
+    model_init_kwargs = {"dtype": dtype, "trust_remote_code": trust_remote_code}
     if isinstance(source, PreTrainedModel):
-        model = copy.deepcopy(source)
+        model = copy.deepcopy(source).to(dtype)
     else:
+        if (Path(source) / CRITIC_NAME).is_dir():
+            source = str(Path(source) / CRITIC_NAME)
         architectures = AutoConfig.from_pretrained(source).architectures or [""]
         is_reward_model = architectures[0].endswith("ForSequenceClassification")
         auto_class = AutoModelForSequenceClassification if is_reward_model else AutoModel
@@ -190,14 +217,39 @@ def critic_from_model(source: str | PreTrainedModel, **model_init_kwargs) -> Cri
     if type(model).__name__.endswith("ForSequenceClassification"):
         if model.config.num_labels != 1:
             raise ValueError(
-                f"A critic can be warm-started from a reward model with one label; {model.config._name_or_path!r} "
-                f"has {model.config.num_labels}. Pass another `critic_model_name_or_path`."
+                f"A critic can be warm-started from a reward model with one label, but this {type(model).__name__} has "
+                f"{model.config.num_labels}. Pass another `critic_model_name_or_path` or `critic_model`."
+            )
+        if not isinstance(model, GenericForSequenceClassification):
+            raise ValueError(
+                f"A critic values prefixes, so it needs a causal model; {type(model).__name__} is not one of those "
+                "whose `score` can be taken up. Pass another `critic_model_name_or_path` or `critic_model`."
             )
         with torch.no_grad():
             critic.value_head.weight.copy_(model.score.weight)
     elif isinstance(source, str) and (Path(source) / VALUE_HEAD_FILE).is_file():
         load_value_head(critic, source)
     return critic
+
+
+def check_vocabulary(critic: Critic, policy: PreTrainedModel | PeftModel) -> None:
+    """Refuse a separate critic that cannot read the policy's tokens."""
+    known, needed = (m.config.get_text_config().vocab_size for m in (critic.trunk, policy))
+    if known < needed:
+        raise ValueError(
+            f"The critic's model knows {known} tokens and the policy {needed}: they do not share a tokenizer. Pass a "
+            "`critic_model_name_or_path` (or `critic_model`) of the policy's family."
+        )
+
+
+def local_folder(path: str) -> Path:
+    """`path` itself if it is a folder, else the critic's files of the Hub repository of that name."""
+    folder = Path(path)
+    return (
+        folder
+        if folder.is_dir()
+        else Path(snapshot_download(path, allow_patterns=[f"{CRITIC_NAME}/*", VALUE_HEAD_FILE]))
+    )
 
 
 def save_critic(critic: Critic, directory: str, state_dict: dict[str, torch.Tensor] | None = None) -> None:
@@ -211,7 +263,11 @@ def save_critic(critic: Critic, directory: str, state_dict: dict[str, torch.Tens
     """
     state_dict = critic.state_dict() if state_dict is None else state_dict
     folder = Path(directory)
-    if critic.trunk is not None:
+    # An earlier run's critic of the other kind must not be taken for this one's
+    if critic.trunk is None:
+        shutil.rmtree(folder / CRITIC_NAME, ignore_errors=True)
+    else:
+        (folder / VALUE_HEAD_FILE).unlink(missing_ok=True)
         folder = folder / CRITIC_NAME
         trunk = {name.removeprefix("trunk."): w for name, w in state_dict.items() if name.startswith("trunk.")}
         critic.trunk.save_pretrained(folder, state_dict=trunk)
@@ -258,17 +314,15 @@ def load_critic(model: PreTrainedModel | PeftModel, path: str) -> Critic:
         path (`str`): Its folder or Hub id.
 
     Returns:
-        [`Critic`]: In eval mode, on the model's device; give it to [`token_values`].
+        [`Critic`]: In eval mode, on the model's device and of its dtype; give it to [`token_values`].
 
     Raises:
         FileNotFoundError: when no critic lies there.
         ValueError: when it does not fit `model`.
     """
-    folder = Path(path)
-    if not folder.is_dir():
-        folder = Path(snapshot_download(path, allow_patterns=[VALUE_HEAD_FILE, f"{CRITIC_NAME}/*"]))
+    folder = local_folder(path)
     if (folder / CRITIC_NAME).is_dir():
-        critic = critic_from_model(str(folder / CRITIC_NAME))
+        critic = critic_from_model(str(folder), model.dtype)
     else:
         critic = shared_critic(model)
         load_value_head(critic, folder)
@@ -294,5 +348,7 @@ def token_values(
     inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
     hidden_states = None
     if critic.trunk is None:
+        if isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning:
+            raise ValueError("`token_values` does not see the virtual tokens of a prompt-tuned policy.")
         hidden_states = base_causal_lm(model).base_model(**inputs, use_cache=False).last_hidden_state
     return critic(hidden_states, input_ids.size(1), **inputs)

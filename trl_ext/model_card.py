@@ -73,8 +73,6 @@ class CardMixin:
         # Local models have no page to link to
         base_model = get_config_model_id(self._policy.config)
         base_model = None if not base_model or os.path.isdir(base_model) else base_model
-        if dataset_name is None and isinstance(self.train_dataset, Dataset):
-            dataset_name = self.train_dataset.info.dataset_name
         extra_tags = [tags] if isinstance(tags, str) else list(tags or [])
         rewards = list(zip(self.reward_func_names, self.reward_weights.tolist(), strict=True))
         is_adapter = isinstance(self._policy, PeftModel)
@@ -99,7 +97,7 @@ class CardMixin:
             trainer_name=self._name,
             trainer_class=type(self).__name__,
             paper=self._paper,
-            rewards=[(name, weight) for name, weight in rewards if weight != 0],
+            rewards=[(name, f"{weight:g}") for name, weight in rewards if weight != 0],
             watched=[name for name, weight in rewards if weight == 0],
             critic=None if self.critic is None else self.args.critic,
             hyper_parameters=self._hyper_parameters(),
@@ -112,10 +110,10 @@ class CardMixin:
 
     def _example_prompt(self):
         """A stand-in of the kind the policy was trained on: a conversation or a text."""
-        example = self.train_dataset[0] if isinstance(self.train_dataset, Dataset) else {"prompt": ""}
+        example = self.train_dataset[0] if isinstance(self.train_dataset, Dataset) else {}
         if "prompt" in example and is_conversational({"prompt": example["prompt"]}):
             return [{"role": "user", "content": "..."}]
-        return example.get("prompt", "")
+        return example.get("prompt", "...")
 
     def _hyper_parameters(self) -> dict[str, str]:
         """What this package's configuration adds to TRL's, and the training arguments people ask for first."""

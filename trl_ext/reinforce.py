@@ -19,6 +19,9 @@ from .actor_critic_config import ActorCriticConfig, check_on_policy
 from .actor_critic_trainer import ActorCriticTrainer
 
 
+ONLY_WITH_CRITIC = ["critic_model_name_or_path", "critic_detach", "critic_warmup_steps", "cliprange_value"]
+
+
 @dataclass
 class ReinforceConfig(ActorCriticConfig):
     r"""
@@ -49,6 +52,12 @@ class ReinforceConfig(ActorCriticConfig):
         check_on_policy(self, "REINFORCE")
         if self.baseline not in ("none", "batch_mean", "value"):
             raise ValueError(f"`baseline` must be 'none', 'batch_mean' or 'value', got {self.baseline!r}.")
+        unused = [name for name in ONLY_WITH_CRITIC if getattr(self, name) != self.__dataclass_fields__[name].default]
+        if self.baseline != "value" and unused:
+            raise ValueError(
+                f"`baseline={self.baseline!r}` has no critic, so {', '.join(unused)} would do nothing. Remove them, or "
+                "set `baseline='value'`."
+            )
         for name, value in (("truncation", "bootstrap"), ("critic", "separate")):
             if self.baseline != "value" and getattr(self, name) == value:
                 raise ValueError(

@@ -9,13 +9,18 @@ from accelerate.utils import gather_object
 from . import token_mdp
 
 
+KL_ESTIMATORS = ("k1", "k2", "k3")
+
+
 class ReportingMixin:
     """
-    Adds to TRL's metrics (each over the own tokens of the global batch):
+    Adds to TRL's metrics. Each is taken over the own tokens of all processes: those of a rollout, or those of a
+    micro-batch for what an update measures (and for everything, where the training forward gives the values). As
+    TRL's, they are then averaged over the logging interval.
 
     | metric | meaning |
     | --- | --- |
-    | `kl/k1`, `kl/k3` | KL to the reference per token, nats: unbiased, and non-negative |
+    | `kl/k1`, `kl/k2`, `kl/k3` | estimates of the KL to the reference per token, nats ([`token_mdp.kl_estimate`]) |
     | `kl/coef` | present coefficient of the KL in the reward |
     | `returns/mean`, `values/mean` | what the critic should and does say |
     | `advantages/mean`, `advantages/std` | before whitening |
@@ -44,15 +49,17 @@ class ReportingMixin:
                 self._metrics[mode]["tokens_per_second"].append(tokens / (now - started))
             self._last_rollout = (now, batch["num_items_in_batch"].item())
 
-    def _log_kl(self, k1: torch.Tensor, k3: torch.Tensor, mask: torch.Tensor, mode: str) -> None:
-        local = torch.stack([k1.sum(), k3.sum(), mask.sum(), mask.any(dim=1).sum()])
-        sum_k1, sum_k3, tokens, completions = self.accelerator.reduce(local, reduction="sum").tolist()
-        self._metrics[mode]["kl/k1"].append(sum_k1 / max(tokens, 1))
-        self._metrics[mode]["kl/k3"].append(sum_k3 / max(tokens, 1))
+    def _log_kl(self, logps: torch.Tensor, ref_logps: torch.Tensor, mask: torch.Tensor, mode: str) -> None:
+        estimates = [token_mdp.kl_estimate(logps, ref_logps, name) for name in KL_ESTIMATORS]
+        sums = [torch.where(mask, estimate, 0).sum() for estimate in estimates]
+        local = torch.stack([*sums, mask.sum(), mask.any(dim=1).sum()])
+        *sums, tokens, completions = self.accelerator.reduce(local, reduction="sum").tolist()
+        for name, total in zip(KL_ESTIMATORS, sums, strict=True):
+            self._metrics[mode][f"kl/{name}"].append(total / max(tokens, 1))
         if self.args.kl_in_reward:
             self._metrics[mode]["kl/coef"].append(self.kl_controller.coef)
-        if mode == "train":
-            self.kl_controller.observe(sum_k1, int(completions))
+        if mode == "train" and not self._in_critic_warmup:
+            self.kl_controller.observe(sums[0], int(completions))
 
     def _log_advantages(self, batch, advantages, returns, values, mask, mode: str) -> None:
         metrics = self._metrics[mode]
@@ -109,10 +116,13 @@ class ReportingMixin:
             value_loss = per_token_value_loss.detach().sum()
             if self.args.cliprange_value is not None:
                 value_clipped = (((values - inputs["values"]).abs() > self.args.cliprange_value) & mask).sum()
-        self._window_kl += torch.stack([approx_kl, mask.sum()])
+        if mode == "train":
+            self._window_kl += torch.stack([approx_kl, mask.sum()])
         local = torch.stack([mask.sum(), torch.where(mask, ratio, 0).sum(), approx_kl, value_loss, value_clipped])
         tokens, *sums = self.accelerator.reduce(local, reduction="sum").tolist()
-        ratio_mean, approx_kl, value_loss, value_clipped = (x / max(tokens, 1) for x in sums)
+        if tokens == 0:
+            return
+        ratio_mean, approx_kl, value_loss, value_clipped = (x / tokens for x in sums)
         metrics = self._metrics[mode]
         metrics["ratio/mean"].append(ratio_mean)
         metrics["ratio/max"].append(self.accelerator.gather(ratio.max()).max().item())

@@ -88,6 +88,29 @@ def generalized_advantage_estimate(
     return advantages, advantages + values
 
 
+def decoupled_advantage_estimate(
+    rewards: torch.Tensor,
+    values: torch.Tensor,
+    mask: torch.Tensor,
+    gamma: float = 1.0,
+    lam_policy: float | torch.Tensor = 0.95,
+    lam_value: float | torch.Tensor = 1.0,
+    bootstrap: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    r"""
+    [`generalized_advantage_estimate`] with one lambda for the policy's advantages A and another for the critic's
+    targets G: a long-sighted critic (lam_value = 1 is unbiased) need not mean noisy advantages.
+
+    Arguments, shapes and errors are those of [`generalized_advantage_estimate`].
+
+    Reference: VC-PPO, Yuan et al. 2025, https://huggingface.co/papers/2503.01491, section 4.2.
+    """
+    advantages, returns = generalized_advantage_estimate(rewards, values, mask, gamma, lam_policy, bootstrap)
+    if lam_value is not lam_policy and not (isinstance(lam_policy, float) and lam_value == lam_policy):
+        _, returns = generalized_advantage_estimate(rewards, values, mask, gamma, lam_value, bootstrap)
+    return advantages, returns
+
+
 def discounted_returns(
     rewards: torch.Tensor, mask: torch.Tensor, gamma: float = 1.0, bootstrap: torch.Tensor | None = None
 ) -> torch.Tensor:
@@ -214,6 +237,27 @@ def kl_estimate(logps: torch.Tensor, ref_logps: torch.Tensor, estimator: str = "
     if estimator == "k3":
         return torch.expm1(-difference) + difference
     raise ValueError(f"`estimator` must be 'k1', 'k2' or 'k3', got {estimator!r}.")
+
+
+def kl_penalized(
+    rewards: torch.Tensor, logps: torch.Tensor, ref_logps: torch.Tensor, mask: torch.Tensor, coef: float
+) -> torch.Tensor:
+    r"""
+    Rewards with the KL to the reference taken off per token: r_t - coef k1_t at the own tokens, 0 elsewhere.
+
+    Args:
+        rewards (`torch.Tensor` of shape `(B, T)`): r_t.
+        logps (`torch.Tensor` of shape `(B, T)`): log pi(a_t|s_t) of the policy that sampled the tokens.
+        ref_logps (`torch.Tensor` of shape `(B, T)`): log pi_ref(a_t|s_t).
+        mask (`torch.Tensor` of shape `(B, T)`): 1 (or True) at the policy's own tokens.
+        coef (`float`): Reward per nat.
+
+    Returns:
+        `torch.Tensor` of shape `(B, T)`.
+
+    Reference: Ziegler et al. 2019, https://huggingface.co/papers/1909.08593, eq. 2.
+    """
+    return torch.where(mask.bool(), rewards - coef * kl_estimate(logps, ref_logps, "k1"), 0)
 
 
 def masked_mean(x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
