@@ -105,7 +105,10 @@ def save(trainer, script_args: RecipeArguments) -> None:
     if trainer.args.push_to_hub:
         is_local = Path(script_args.dataset_name).exists()
         trainer.push_to_hub(dataset_name=None if is_local else script_args.dataset_name)
-    trainer.accelerator.end_training()
+    # On CPU the process would often hang: destroying Gloo's group leaves its last reference to DDP's reducer, whose
+    # destructor joins Gloo's threads while it holds the interpreter lock
+    if trainer.accelerator.device.type != "cpu":
+        trainer.accelerator.end_training()
 
 
 def parse(args: list[str]) -> tuple:

@@ -3,6 +3,7 @@
 import importlib
 import json
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -52,11 +53,21 @@ def write_rows(path, rows):
 def launch(*command, cwd):
     """Run a program in `cwd` and return what it printed."""
     environment = os.environ | {"HF_DATASETS_CACHE": str(cwd / "cache"), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, *map(str, command)], cwd=cwd, env=environment, capture_output=True, text=True, timeout=300
+    process = subprocess.Popen(
+        [sys.executable, *map(str, command)],
+        cwd=cwd,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
     )
-    assert done.returncode == 0, done.stderr[-4000:]
-    return done.stdout
+    try:
+        printed, errors = process.communicate(timeout=200)
+    except subprocess.TimeoutExpired:
+        process.terminate()  # unlike `kill`, lets a launcher end its processes
+        raise
+    assert process.returncode == 0, errors[-4000:]
+    return printed
 
 
 def changed(model, start):
@@ -208,6 +219,18 @@ def test_example_file_is_understood(tmp_path, recipe, script, example):
     given = yaml.safe_load(text)
     del given["output_dir"]
     assert {name: values[name] for name in given} == given
+
+
+@pytest.mark.parametrize("script", ["sft", "actor_critic"])
+def test_documented_commands_are_understood(tmp_path, recipe, monkeypatch, script):
+    monkeypatch.chdir(RECIPES.parent)
+    documented = recipe(script).__doc__.replace("\\\n", " ").splitlines()
+    commands = [shlex.split(line) for line in documented if line.startswith("    accelerate launch")]
+    assert len(commands) == 3
+    for command in commands:
+        assert Path(command[command.index("--config_file") + 1]).is_file()
+        args = command[command.index(f"recipes/{script}.py") + 1 :]
+        recipe(script).parse([*args, "--output_dir", str(tmp_path), "--use_cpu", "--bf16", "false"])
 
 
 def test_data_saved_to_disk(tmp_path, recipe, prompts):

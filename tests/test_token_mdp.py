@@ -730,7 +730,7 @@ def test_decoupled_lambdas_are_two_estimates():
 
 def test_penalized_rewards_sum_to_the_score_less_the_log_ratio():
     torch.manual_seed(0)
-    logps, ref_logps = torch.randn(3, 5), torch.randn(3, 5)
+    logps, ref_logps = torch.randn(3, 5, dtype=torch.float64), torch.randn(3, 5, dtype=torch.float64)
     mask = torch.tensor([[1, 1, 1, 0, 0], [1, 0, 1, 1, 0], [0, 0, 0, 0, 0]])
     junk = torch.where(mask.bool(), logps, torch.inf)
     rewards = token_mdp.kl_penalized(torch.ones(3, 5), junk, ref_logps, mask, 0.25)

@@ -71,6 +71,7 @@ def test_values_are_those_of_the_unpadded_prefixes(policy, tokenizer, prompts, t
     trainer = recorded(PPOTrainer)(policy, by_length, args, prompts, processing_class=tokenizer)
     torch.nn.init.normal_(trainer.critic.value_head.weight)
     trainer.train()
+    assert trainer.updates[0]["values"].grad_fn is None and not trainer.updates[0]["values"].requires_grad
     for i, (prompt, completion) in enumerate(rows_of(batch := trainer.updates[0])):
         hidden = policy.model(torch.tensor([[*prompt, *completion]])).last_hidden_state[0]
         expected = hidden @ trainer.critic.value_head.weight[0]

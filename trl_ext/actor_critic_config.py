@@ -75,7 +75,7 @@ class ActorCriticConfig(GRPOConfig):
     disable_dropout: bool = field(
         default=True, metadata={"help": "Disable dropout, which would make the first update's ratio differ from 1."}
     )
-    scale_rewards: str | bool = field(
+    scale_rewards: str = field(
         default="none",
         metadata={
             "help": "'none': the score is the weighted reward. 'group' or 'batch': GRPO's normalized reward; takes at "

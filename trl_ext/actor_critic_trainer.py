@@ -359,7 +359,8 @@ class ActorCriticTrainer(CheckpointingMixin, ReportingMixin, CardMixin, GRPOTrai
             rewards = token_mdp.kl_penalized(rewards, logps, ref_logps, mask, self.kl_controller.coef)
             self._log_kl(logps, ref_logps, mask, mode)
 
-        values = None if values is None else values[:, :-1]
+        # Detached: a view, kept in the rollout, would keep the forward's graph
+        values = None if values is None else values[:, :-1].detach()
         advantages, returns = self.compute_advantages(rewards, values, mask, bootstrap)
         self._log_advantages(batch, advantages, returns, values, mask, mode)
         if self.args.whiten_advantages:
