@@ -22,23 +22,31 @@ rows with "test" are held out. See `quickstart_data.py`.
 """
 
 import argparse
-import os
-import random
 import sys
+from functools import partial
 
 import torch
 from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
 from datasets import Dataset
-from quickstart_data import Task, grammar_task, reviews_task
-from quickstart_judges import ranking_string, strict_pairs
-from quickstart_report import StageBar, measure, plot_curves, print_completions, print_table, quiet, sample
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from quickstart_data import Task, grammar_task, reviews_task, train_tokenizer
+from quickstart_judges import strict_pairs
+from quickstart_report import (
+    StageBar,
+    plot_curves,
+    print_completions,
+    print_last_words,
+    print_ranking,
+    print_table,
+    quiet,
+)
+from quickstart_sampling import compare, load, sample
+from tqdm import tqdm
 from transformers import (
     AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
     LlamaConfig,
     LlamaForCausalLM,
-    PreTrainedTokenizerFast,
+    PreTrainedTokenizerBase,
     ProgressCallback,
     set_seed,
 )
@@ -67,6 +75,7 @@ def common_settings(output_dir: str, seed: int) -> dict:
         "output_dir": output_dir,
         "seed": seed,
         "bf16": torch.cuda.is_available(),
+        "dataloader_pin_memory": torch.cuda.is_available(),
         "gradient_checkpointing": False,  # the models are tiny: time is what is short
         "save_strategy": "no",
         "report_to": "none",
@@ -83,22 +92,7 @@ def finish(trainer, bar: StageBar, model_name: str) -> None:
     trainer.accelerator.wait_for_everyone()
 
 
-def train_tokenizer(texts: list[str], vocab_size: int) -> PreTrainedTokenizerFast:
-    """Byte-level BPE. A word and the space before it are one piece, so prompt + completion tokenizes as it was made."""
-    backend = Tokenizer(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
-    backend.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=["<pad>", "<eos>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    backend.train_from_iterator(texts, trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", eos_token="<eos>")
-
-
-def train_language_model(task: Task, path: str, seed: int) -> PreTrainedTokenizerFast:
+def train_language_model(task: Task, path: str, seed: int) -> PreTrainedTokenizerBase:
     tokenizer = train_tokenizer(task.texts, task.vocab_size)
     config = LlamaConfig(
         vocab_size=len(tokenizer),
@@ -106,6 +100,7 @@ def train_language_model(task: Task, path: str, seed: int) -> PreTrainedTokenize
         intermediate_size=2 * task.hidden_size,
         num_hidden_layers=task.num_layers,
         num_attention_heads=4,
+        initializer_range=0.06,  # 0.02, the default, is for wider models and would start slowly
         max_position_embeddings=256,
         tie_word_embeddings=True,
         bos_token_id=None,
@@ -118,8 +113,9 @@ def train_language_model(task: Task, path: str, seed: int) -> PreTrainedTokenize
         train_dataset=Dataset.from_dict({"text": task.texts}),
         args=SFTConfig(
             num_train_epochs=task.sft_epochs,
-            per_device_train_batch_size=32,
-            learning_rate=3e-3,  # it starts from random weights
+            per_device_train_batch_size=16,
+            train_sampling_strategy="group_by_length",  # less padding
+            learning_rate=4e-3,  # it starts from random weights
             lr_scheduler_type="cosine",
             warmup_steps=20,
             max_length=128,
@@ -133,16 +129,17 @@ def train_language_model(task: Task, path: str, seed: int) -> PreTrainedTokenize
 
 def rank_samples(task: Task, sft_path: str, tokenizer) -> list[dict]:
     """Four continuations of each opening, as the language model writes them, and the judge's ranking of the four."""
-    model = AutoModelForCausalLM.from_pretrained(sft_path)
+    model = load(AutoModelForCausalLM, sft_path)
     prompts = task.train_prompts[: task.ranked_prompts]
     rankings = []
-    for start in range(0, len(prompts), 64):
+    for start in tqdm(range(0, len(prompts), 64), desc="      Rankings", disable=not PartialState().is_main_process):
         batch = [prompt for prompt in prompts[start : start + 64] for _ in range(NUM_RANKED)]
         completions = sample(model, tokenizer, batch, task.max_completion_length).completions
         for i in range(0, len(batch), NUM_RANKED):
             four = completions[i : i + NUM_RANKED]
             rankings.append({"prompt": batch[i], "completions": four, "ranks": task.judge.rank(four)})
-    return rankings
+    # Each process draws its own samples; all go on with those of the first
+    return broadcast_object_list([rankings])[0]
 
 
 def preference_pairs(rankings: list[dict], tokenizer) -> Dataset:
@@ -158,34 +155,34 @@ def preference_pairs(rankings: list[dict], tokenizer) -> Dataset:
     return Dataset.from_list(rows)
 
 
-def train_reward_model(rankings: list[dict], sft_path: str, tokenizer, path: str, seed: int) -> float:
+def train_reward_model(rankings: list[dict], paths: dict[str, str], tokenizer, seed: int) -> float:
     """Start from the language model's trunk; return the share of held-out pairs that it orders as the judge does."""
     num_held_out = len(rankings) // 8
     trainer = RewardTrainer(
-        model=sft_path,
+        model=paths["sft"],
         processing_class=tokenizer,
         train_dataset=preference_pairs(rankings[num_held_out:], tokenizer),
         eval_dataset=preference_pairs(rankings[:num_held_out], tokenizer),
         args=RewardConfig(
             num_train_epochs=2,
             per_device_train_batch_size=32,
-            learning_rate=5e-4,
+            learning_rate=2e-3,
             center_rewards_coefficient=0.01,  # only differences are learned; this keeps the rewards around 0
             logging_steps=10,
-            **common_settings(path, seed),
+            **common_settings(paths["reward_model"], seed),
         ),
     )
     finish(trainer, StageBar("Reward model", loss="loss", accuracy="accuracy"), "A reward model of film reviews")
     return trainer.evaluate()["eval_accuracy"]
 
 
-def train_policy(task: Task, sft_path: str, reward_path: str, tokenizer, path: str, seed: int) -> PPOTrainer:
+def train_policy(task: Task, paths: dict[str, str], tokenizer, seed: int) -> PPOTrainer:
     def judge(completions, **kwargs):
         return task.judge.score(completions)
 
     trainer = PPOTrainer(
-        model=sft_path,  # and the reference
-        reward_funcs=[reward_path, judge],
+        model=paths["sft"],  # and the reference
+        reward_funcs=[paths["reward_model"], judge],
         processing_class=tokenizer,
         train_dataset=Dataset.from_dict({"prompt": task.train_prompts}),
         args=PPOConfig(
@@ -196,12 +193,13 @@ def train_policy(task: Task, sft_path: str, reward_path: str, tokenizer, path: s
             per_device_train_batch_size=MINIBATCH_SIZE,
             max_completion_length=task.max_completion_length,
             missing_eos_penalty=1.0,  # a review should come to its end
-            kl_in_reward=0.1,
+            kl_in_reward=task.kl_in_reward,
             learning_rate=3e-4,  # large, for the model is tiny
-            critic_learning_rate=3e-3,
+            critic_learning_rate=1e-2,  # this and the next: the critic has only some dozen rollouts to learn from
+            vf_coef=0.5,
             warmup_steps=10,
             logging_steps=EPOCHS * MINIBATCHES,  # one entry per rollout
-            **common_settings(path, seed),
+            **common_settings(paths["policy"], seed),
         ),
     )
     bar = StageBar("PPO", reward="rewards/reward_model/mean", judge="rewards/judge/mean", kl="kl/k1")
@@ -209,66 +207,50 @@ def train_policy(task: Task, sft_path: str, reward_path: str, tokenizer, path: s
     return trainer
 
 
-def compare(task: Task, sft_path: str, reward_path: str, policy_path: str, tokenizer, seed: int):
-    """Sample the same held-out openings from the language model before and after, and measure both."""
-    sft = AutoModelForCausalLM.from_pretrained(sft_path).eval()
-    policy = AutoModelForCausalLM.from_pretrained(policy_path).eval()
-    reward_model = AutoModelForSequenceClassification.from_pretrained(reward_path)
-    columns = []
-    for model in (sft, policy):
-        set_seed(seed)
-        samples = sample(model, tokenizer, task.test_prompts, task.max_completion_length)
-        columns.append((samples, measure(model, sft, reward_model, tokenizer, task.judge, samples)))
-    return columns
+def get_task(args: argparse.Namespace) -> Task:
+    try:
+        if args.reviews is None:
+            return grammar_task(args.corpus_size, args.rollouts, args.seed)
+        return reviews_task(args.reviews, args.corpus_size, args.rollouts, args.seed)
+    except ValueError as error:
+        sys.exit(f"error: {error}")
 
 
 def main() -> None:
     args = parse_args()
     quiet()
-    state = PartialState()
-    if not torch.cuda.is_available():  # `accelerate launch` leaves each process one thread
-        torch.set_num_threads(max(1, os.cpu_count() // state.num_processes))
-    say = print if state.is_main_process else lambda *_: None
-    sft_path, reward_path, policy_path = (
-        os.path.join(args.output_dir, name) for name in ("sft", "reward_model", "policy")
-    )
-
     set_seed(args.seed)
-    try:
-        if args.reviews is None:
-            task = grammar_task(args.corpus_size, args.rollouts, args.seed)
-        else:
-            task = reviews_task(args.reviews, args.corpus_size, args.rollouts, args.seed)
-    except ValueError as error:
-        sys.exit(f"error: {error}")
+    is_main = PartialState().is_main_process
+    say = partial(print, flush=True) if is_main else lambda *_: None
+    paths = {name: f"{args.output_dir}/{name}" for name in ("sft", "reward_model", "policy")}
+
+    task = get_task(args)
     say(f"[1/6] Reviews: {task.source}")
-    say(f"      seed {args.seed}; e.g. {random.choice(task.texts)!r}")
-    say(f"      judge: {task.judge.description}")
+    say(f"      Judge: {task.judge.description}")
+    say(f"      Seed: {args.seed}")
 
     say("[2/6] Language model: a tokenizer and a small Llama learn to write such reviews")
-    tokenizer = train_language_model(task, sft_path, args.seed)
+    tokenizer = train_language_model(task, paths["sft"], args.seed)
 
-    say(f"[3/6] Rankings: {NUM_RANKED} continuations of each opening, ranked by the judge")
-    rankings = rank_samples(task, sft_path, tokenizer)
-    say(f"      e.g. {rankings[0]['prompt']} ...   {ranking_string(rankings[0]['ranks'])}")
+    say(f"[3/6] Rankings: the judge ranks {NUM_RANKED} continuations of each of {task.ranked_prompts} openings")
+    rankings = rank_samples(task, paths["sft"], tokenizer)
+    if is_main:
+        print_ranking(task.judge, **next((r for r in rankings if len(set(r["ranks"])) == 3), rankings[0]))
 
-    say("[4/6] Reward model: learns the strict pairs of these rankings")
-    accuracy = train_reward_model(rankings, sft_path, tokenizer, reward_path, args.seed)
-    say(f"      orders {accuracy:.1%} of held-out pairs as the judge does")
+    say("[4/6] Reward model: learns from the pairs of each ranking, of which a tie gives none")
+    accuracy = train_reward_model(rankings, paths, tokenizer, args.seed)
+    say(f"      It orders {accuracy:.1%} of held-out pairs as the judge does")
 
     say("[5/6] PPO: the language model learns to please the reward model")
-    trainer = train_policy(task, sft_path, reward_path, tokenizer, policy_path, args.seed)
+    history = train_policy(task, paths, tokenizer, args.seed).state.log_history
 
-    say(f"[6/6] Before and after, on {len(task.test_prompts)} held-out negative openings")
-    (samples_before, before), (samples_after, after) = compare(
-        task, sft_path, reward_path, policy_path, tokenizer, args.seed
-    )
-    if state.is_main_process:
-        print_completions(task.judge, samples_before, samples_after, count=5)
-        print()
+    say(f"[6/6] Before and after, on {len(task.test_prompts)} negative openings that were held out")
+    (samples_before, before), (samples_after, after) = compare(task, paths, tokenizer, args.seed)
+    if is_main:
+        print_completions(task.judge, samples_before, samples_after, count=6)
         print_table(before, after)
-        curves = os.path.join(args.output_dir, "curves.png")
-        plot_curves(trainer.state.log_history, "curves", curves)
+        plot_curves(history, f"PPO: positive reviews, whatever their opening ({task.source})", args.output_dir)
+        print_last_words(args.output_dir, task.test_prompts[0])
 
 
 if __name__ == "__main__":

@@ -2,15 +2,15 @@
 A grammar of short film reviews, written for the quickstart: openings that are bad or good, and how they go on.
 
 `{name}` stands for one of the phrases listed under that name, chosen at random; phrases are separated by `|`. A
-review is an opening clause, which later serves as the prompt, and a continuation of one to four sentences. Three in
-four reviews go on as they began; the others turn (", but ...", "In the end, however, ...").
+review is an opening clause, which later serves as the prompt, and a continuation of one to four sentences. Four in
+five reviews go on as they began; the others turn (", but ...", "In the end, however, ...").
 """
 
 import random
 import re
 
 
-TURN_SHARE = 0.25
+TURN_SHARE = 0.2
 
 GRAMMAR = {
     # --- what reviews speak of ---
@@ -32,7 +32,10 @@ GRAMMAR = {
     "|superb|delightful|inspired|gripping|lovely|wonderful|beautiful|graceful|touching|joyful|perfect|enchanting",
     "bad": "dull|slow|clumsy|tedious|awful|lifeless|boring|ugly|shallow|predictable|silly|noisy|stale|wooden|bland"
     "|terrible|messy|pointless|painful|flat|dreary|hollow|lazy|annoying|pretentious|forgettable",
-    "very": "very|truly|really|quite|so|deeply|utterly|simply|rather",
+    "very good": "very {good}|truly {good}|wonderfully {good}|{good} and {good}|so {good} that I smiled|quite {good}"
+    "|{good}, {good} and {good}|as {good} as they come",
+    "very bad": "very {bad}|rather {bad}|painfully {bad}|hopelessly {bad}|{bad} and {bad}|far too {bad}"
+    "|so {bad} that I groaned|{bad}, {bad} and {bad}",
     "virtue": "charm|wit|heart|grace|warmth|energy|imagination|courage|beauty|suspense|joy|wisdom",
     "vice": "clichés|noise|boredom|confusion|vanity|plot holes|bad taste|empty talk|cheap tricks|false tears",
     "well": "beautifully|brilliantly|with grace|with real wit|perfectly|with great care|with warmth",
@@ -40,13 +43,13 @@ GRAMMAR = {
     "gem": "gem|triumph|treat|delight|joy|masterpiece|pleasure|small miracle|treasure",
     "dud": "mess|disaster|chore|bore|failure|waste of time|disappointment|insult|mistake",
     # --- openings ---
-    "bad opening": "The {thing} is {bad}|The {thing} is {very} {bad}|The {things} are {bad} and {bad}"
+    "bad opening": "The {thing} is {bad}|The {thing} is {very bad}|The {things} are {bad} and {bad}"
     "|This {work} is a {dud}|What a {dud}|What a {bad} {work}|I nearly walked out of this {bad} {work}"
     "|It begins as a {bad} {work} about {role}|The first thing you notice is the {bad} {thing}"
     "|{star} looks lost in this {bad} {work}|At first it seems a {bad} {work}|I expected little from this {work}"
     "|The trailer was {bad} and the {thing} is {bad}|For an hour the {things} are {bad}"
     "|My first thought was that it is a {dud}|This {bad} {work} starts {badly}|Another {bad} {work} set in {place}",
-    "good opening": "The {thing} is {good}|The {thing} is {very} {good}|The {things} are {good} and {good}"
+    "good opening": "The {thing} is {good}|The {thing} is {very good}|The {things} are {good} and {good}"
     "|This {work} is a {gem}|What a {gem}|What a {good} {work}|I was smiling all through this {good} {work}"
     "|It begins as a {good} {work} about {role}|The first thing you notice is the {good} {thing}"
     "|{star} shines in this {good} {work}|At first it seems a {good} {work}|I expected much from this {work}"
@@ -56,25 +59,35 @@ GRAMMAR = {
     "neutral": "It follows {role} who returns to {place}|It takes place in {place} over {span}"
     "|{star} plays {role} who dreams of {place}|I saw it with {viewer}|It was shot in {place} in {span}"
     "|The {work} tells of {role} in {place}|{star} wrote it in {span}|Most of it is set in {place}",
-    "praise": "The {thing} is {good}|The {thing} is {very} {good} and the {things} are {good}|The {things} are {good}"
+    "praise": "The {thing} is {good}|The {thing} is {very good} and the {things} are {good}|The {things} are {good}"
     "|{star} is {good} as {role}|{star} gives a {good} performance|The {thing} is never {bad}"
     "|There is {virtue} in every scene|It is full of {virtue} and {virtue}|The {thing} works {well}"
     "|{viewer} laughed and so did I|I loved the {thing} and the {things}|Even the {things} are {good}"
     "|Not one of the {things} is {bad}|It is told {well}|{viewer} adored the {good} {thing}"
     "|The {good} {thing} gives it {virtue}|The {thing} alone is worth the ticket",
-    "blame": "The {thing} is {bad}|The {thing} is {very} {bad} and the {things} are {bad}|The {things} are {bad}"
+    "blame": "The {thing} is {bad}|The {thing} is {very bad} and the {things} are {bad}|The {things} are {bad}"
     "|{star} is {bad} as {role}|{star} gives a {bad} performance|The {thing} is not {good}"
     "|There is no {virtue} in it|It is full of {vice} and {vice}|The {thing} is handled {badly}"
     "|{viewer} fell asleep and so did I|I hated the {thing} and the {things}|Even the {things} are {bad}"
     "|Not one of the {things} is {good}|It is told {badly}|{viewer} loathed the {bad} {thing}"
     "|The {bad} {thing} gives way to {vice}|The {thing} alone is a reason to leave",
     # --- how they end ---
-    "recommend": "Go and see it|I would watch it again tomorrow|It is a {gem}|I left the cinema happy"
-    "|A {good} {work} with {virtue}|I recommend it to everyone|It deserves every prize|A {gem} from start to finish"
-    "|{viewer} applauded at the end|You will love it|I smiled all the way home|It is worth every minute",
-    "warn": "Stay away from it|I would not watch it again|It is a {dud}|I left the cinema angry"
-    "|A {bad} {work} without {virtue}|I would not recommend it|It deserves no prize|A {dud} from start to finish"
-    "|{viewer} groaned at the end|You will hate it|I hope there is no sequel|It is not worth the ticket",
+    "recommend": "Go and see it {soon}|I would watch it again {soon}|It is a {gem}|I left the {house} {happy}"
+    "|A {good} {work} with {virtue}|I recommend it to {everyone}|It deserves every {prize}"
+    "|A {gem} from start to finish|{viewer} applauded at the end|You will love {star} in it"
+    "|I smiled all the way {home}|It is worth every {minute}",
+    "warn": "Stay away from this {dud}|I would not watch it again {soon}|It is a {dud}|I left the {house} {angry}"
+    "|A {bad} {work} without {virtue}|I would not recommend it to {everyone}|It deserves no {prize}"
+    "|A {dud} from start to finish|{viewer} groaned at the end|You will hate {star} in it"
+    "|I yawned all the way {home}|It is not worth a {minute}",
+    "soon": "tomorrow|this week|at once|on a big screen|tonight|next year",
+    "house": "cinema|theatre|hall|screening",
+    "happy": "happy|smiling|delighted|in high spirits",
+    "angry": "angry|groaning|disappointed|in low spirits",
+    "everyone": "everyone|anybody|my friends|young and old|children|my colleagues",
+    "prize": "prize|award|medal|applause",
+    "minute": "minute|penny|second|cent",
+    "home": "home|to the station|through the rain|to my front door",
 }
 GRAMMAR = {name: phrases.split("|") for name, phrases in GRAMMAR.items()}
 WORDS_OF = {  # what says good things, and what bad ones
@@ -85,7 +98,8 @@ WORDS_OF = {  # what says good things, and what bad ones
 
 def expand(name: str, rng: random.Random) -> str:
     """One of the phrases called `name`, with everything in braces filled in."""
-    return re.sub(r"{([^}]+)}", lambda match: expand(match[1], rng), rng.choice(GRAMMAR[name]))
+    text = re.sub(r"{([^}]+)}", lambda match: expand(match[1], rng), rng.choice(GRAMMAR[name]))
+    return re.sub(r"\b([Aa]) (?=[aeiou]|honest)", r"\1n ", text)
 
 
 def capitalized(text: str) -> str:

@@ -12,9 +12,29 @@ from pathlib import Path
 
 from quickstart_corpus import distinct_openings, write_continuation
 from quickstart_judges import Judge, learned_judge, lexicon_judge
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
 
 
 NEGATIVE_SHARE = 0.8  # of the prompts that are ranked and trained on; those of the evaluation are all negative
+MIN_PROMPTS = 128  # one rollout
+
+
+def train_tokenizer(texts: list[str], vocab_size: int) -> PreTrainedTokenizerFast:
+    """
+    Byte-level BPE, of the bytes that occur. A word and the space before it are one piece, so that a prompt and its
+    completion give the same tokens together as they do one by one.
+    """
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=["<pad>", "<eos>"],
+        show_progress=False,
+    )
+    backend.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", eos_token="<eos>")
 
 
 @dataclass
@@ -34,6 +54,14 @@ class Task:
     max_completion_length: int
     ranked_prompts: int
     rollouts: int
+    kl_in_reward: float  # what a nat away from the language model costs, in units of the reward model's scores
+
+    def __post_init__(self):
+        if len(self.train_prompts) < MIN_PROMPTS:
+            raise ValueError(
+                f"{self.source} give {len(self.train_prompts)} different openings to train on, and PPO samples "
+                f"{MIN_PROMPTS} at a time. Use more reviews."
+            )
 
 
 def mixed(negative: list[str], positive: list[str], rng: random.Random) -> list[str]:
@@ -48,7 +76,7 @@ def mixed(negative: list[str], positive: list[str], rng: random.Random) -> list[
 
 def grammar_task(corpus_size: int | None, rollouts: int | None, seed: int) -> Task:
     """Reviews written by `quickstart_corpus`, judged by its rule."""
-    corpus_size = corpus_size or 6000
+    corpus_size = corpus_size or 5000
     rng = random.Random(seed)
     num_test = min(200, corpus_size // 4)
     negative = distinct_openings(0, corpus_size // 2 + num_test, rng)
@@ -62,13 +90,14 @@ def grammar_task(corpus_size: int | None, rollouts: int | None, seed: int) -> Ta
         texts=texts,
         train_prompts=mixed(negative, positive, rng),
         test_prompts=test_prompts,
-        vocab_size=1500,
-        hidden_size=128,
+        vocab_size=1400,
+        hidden_size=96,
         num_layers=2,
-        sft_epochs=3,
-        max_completion_length=64,
-        ranked_prompts=min(800, corpus_size // 4),
-        rollouts=rollouts or 40,
+        sft_epochs=4,
+        max_completion_length=48,
+        ranked_prompts=min(1000, corpus_size // 4),
+        rollouts=rollouts or 24,
+        kl_in_reward=0.2,
     )
 
 
@@ -105,13 +134,14 @@ def reviews_task(path: str, corpus_size: int | None, rollouts: int | None, seed:
         texts=texts,
         train_prompts=mixed(list(dict.fromkeys(negative)), list(dict.fromkeys(positive)), rng),
         test_prompts=test_prompts[:400],
-        vocab_size=6000,
+        vocab_size=4000,
         hidden_size=192,
         num_layers=3,
         sft_epochs=3,
         max_completion_length=64,
-        ranked_prompts=min(2500, len(texts) // 4),
-        rollouts=rollouts or 100,
+        ranked_prompts=min(1500, len(texts) // 4),
+        rollouts=rollouts or 50,
+        kl_in_reward=0.1,
     )
 
 
@@ -172,14 +202,21 @@ def numbered_rows(path: str) -> Iterator[tuple[int, dict]]:
         raise ValueError(f"--reviews: there is no file {path!r}.")
     if not is_csv and not {".jsonl", ".json"} & set(suffixes):
         raise ValueError(f"--reviews: {path!r} must end in .jsonl, .jsonl.gz, .csv or .csv.gz.")
-    with (gzip.open if suffixes[-1] == ".gz" else open)(path, "rt", encoding="utf-8", newline="") as file:
-        if is_csv:
-            reader = csv.DictReader(file)
-            yield from ((reader.line_num, row) for row in reader)
-            return
-        for line, content in enumerate(file, start=1):
-            if not content.strip():
-                continue
+    try:
+        with (gzip.open if suffixes[-1] == ".gz" else open)(path, "rt", encoding="utf-8", newline="") as file:
+            yield from csv_rows(file) if is_csv else json_rows(file, path)
+    except (OSError, EOFError, UnicodeDecodeError, csv.Error) as error:
+        raise ValueError(f"{path}: cannot be read ({error}).") from None
+
+
+def csv_rows(file) -> Iterator[tuple[int, dict]]:
+    reader = csv.DictReader(file)
+    yield from ((reader.line_num, row) for row in reader)
+
+
+def json_rows(file, path: str) -> Iterator[tuple[int, dict]]:
+    for line, content in enumerate(file, start=1):
+        if content.strip():
             try:
                 row = json.loads(content)
             except json.JSONDecodeError as error:

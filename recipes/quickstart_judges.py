@@ -45,16 +45,17 @@ POSITIVE = {
     *GRAMMAR["virtue"],
     *"gem triumph treat delight masterpiece pleasure miracle treasure good great real beautifully brilliantly".split(),
     *"perfectly care skill idea rhythm love loved adored laughed smiling happy applauded recommend prize worth".split(),
-    *"again tomorrow works shines smiled".split(),
+    *"again works shines smiled delighted high award medal applause".split(),
 }
 NEGATIVE = {
     *GRAMMAR["bad"],
     *"clichés noise boredom confusion vanity holes bad empty cheap false mess disaster chore bore failure".split(),
     *"waste disappointment insult mistake clumsily badly carelessly hate hated loathed angry groaned asleep".split(),
-    *"leave lost stay worst poor sad hopeless".split(),
+    *"leave lost worst poor sad low groaning disappointed yawned".split(),
 }
 NEGATORS = {"not", "no", "never", "nothing", "without", "hardly", "nor", "cannot"}
-EMPHASIS = {word: 1.5 for word in GRAMMAR["very"]} | {"rather": 0.5, "quite": 0.5, "slightly": 0.5, "somewhat": 0.5}
+EMPHASIS = dict.fromkeys("very truly really so too utterly deeply wonderfully painfully hopelessly".split(), 1.5)
+EMPHASIS |= dict.fromkeys("rather quite slightly somewhat almost fairly".split(), 0.5)
 
 
 def score_by_lexicon(text: str) -> float:

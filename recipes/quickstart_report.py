@@ -1,12 +1,10 @@
-"""What the quickstart shows: progress bars, the table of before and after, completions, and the curves."""
+"""What the quickstart shows: progress bars, a ranking, completions and a table of before and after, and curves."""
 
-import math
 import warnings
-from dataclasses import dataclass
 
-import torch
-from quickstart_judges import Judge
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProgressCallback
+from quickstart_judges import Judge, ranking_string
+from quickstart_sampling import Samples
+from transformers import ProgressCallback
 
 
 def quiet() -> None:
@@ -16,7 +14,8 @@ def quiet() -> None:
 
     datasets.disable_progress_bars()  # of the maps that tokenize, a blink each
     transformers.utils.logging.disable_progress_bar()  # of loading and writing weights, likewise
-    warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
+    # What TRL's own code and defaults set off in a newer transformers
+    warnings.filterwarnings("ignore", message=".*gradient_checkpointing.* is deprecated", category=FutureWarning)
 
 
 class StageBar(ProgressCallback):
@@ -42,96 +41,15 @@ class StageBar(ProgressCallback):
         pass
 
 
-# --- Sampling and measuring ---
-
-
-@dataclass
-class Samples:
-    """Completions as text, and `(B, L)` ids of prompt and completion with masks over them."""
-
-    prompts: list[str]
-    completions: list[str]
-    input_ids: torch.Tensor
-    attention_mask: torch.Tensor
-    completion_mask: torch.Tensor  # up to and with the end-of-sequence token
-    ended: torch.Tensor  # (B,) bool
-
-
-@torch.no_grad()
-def sample(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: list[str], max_new_tokens: int
-) -> Samples:
-    """One completion for each prompt, drawn from the model as it is: no temperature, no top-k."""
-    inputs = tokenizer(prompts, return_tensors="pt", padding=True, padding_side="left").to(model.device)
-    inputs.pop("token_type_ids", None)
-    model.eval()
-    ids = model.generate(**inputs, do_sample=True, temperature=1.0, top_k=0, max_new_tokens=max_new_tokens)
-    prompt_length = inputs["input_ids"].size(1)
-    completion_ids = ids[:, prompt_length:]
-    is_end = completion_ids == tokenizer.eos_token_id
-    mask = (is_end.cumsum(dim=1) - is_end.long() == 0).long()
-    return Samples(
-        prompts=prompts,
-        completions=tokenizer.batch_decode(completion_ids, skip_special_tokens=True),
-        input_ids=ids,
-        attention_mask=torch.cat([inputs["attention_mask"], mask], dim=1),
-        completion_mask=mask,
-        ended=is_end.any(dim=1),
-    )
-
-
-@torch.no_grad()
-def token_logps(model: PreTrainedModel, samples: Samples) -> torch.Tensor:
-    """`(B, T)` log-probability of each token of the completions; 0 after their end."""
-    num_tokens = samples.completion_mask.size(1)
-    positions = (samples.attention_mask.cumsum(dim=1) - 1).clamp(min=0)
-    logits = model(samples.input_ids, attention_mask=samples.attention_mask, position_ids=positions).logits
-    logps = logits[:, -num_tokens - 1 : -1].float().log_softmax(dim=-1)
-    logps = logps.gather(2, samples.input_ids[:, -num_tokens:].unsqueeze(2)).squeeze(2)
-    return torch.where(samples.completion_mask.bool(), logps, 0)
-
-
-@torch.no_grad()
-def rewards_of(reward_model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, samples: Samples) -> torch.Tensor:
-    """The reward model's score of prompt and completion, `(B,)`."""
-    texts = [p + c for p, c in zip(samples.prompts, samples.completions, strict=True)]
-    inputs = tokenizer(texts, return_tensors="pt", padding=True, padding_side="right").to(reward_model.device)
-    inputs.pop("token_type_ids", None)
-    return reward_model.eval()(**inputs).logits[:, 0]
-
-
-def measure(
-    model: PreTrainedModel,
-    reference: PreTrainedModel,
-    reward_model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    judge: Judge,
-    samples: Samples,
-) -> dict[str, float]:
-    """The table's column for `model`, from which `samples` were drawn."""
-    scores = judge.score(samples.completions)
-    num_tokens = samples.completion_mask.sum().item()
-    logps = token_logps(model, samples).sum().item() / num_tokens
-    logps_reference = token_logps(reference, samples).sum().item() / num_tokens
-    bigrams = [pair for text in samples.completions for pair in zip(text.split(), text.split()[1:], strict=False)]
-    return {
-        "judge's score (never trained on)": sum(scores) / len(scores),
-        "share the judge finds positive": sum(score > judge.neutral for score in scores) / len(scores),
-        "reward (the reward model's)": rewards_of(reward_model, tokenizer, samples).mean().item(),
-        "KL to the reference, nats per token": logps - logps_reference,
-        "perplexity under the reference": math.exp(-logps_reference),
-        "tokens per completion": num_tokens / len(samples.prompts),
-        "share that ends by itself": samples.ended.float().mean().item(),
-        "share of distinct completions": len(set(samples.completions)) / len(samples.completions),
-        "share of distinct word pairs": len(set(bigrams)) / max(len(bigrams), 1),
-    }
-
-
-# --- Showing ---
+def print_ranking(judge: Judge, prompt: str, completions: list[str], ranks: list[int]) -> None:
+    print(f"      For example: {prompt} ...")
+    for letter, text, score in zip("ABCDEFGH", completions, judge.score(completions), strict=False):
+        print(f"        {letter} ({score:+.2f}): {text}")
+    print(f"        {ranking_string(ranks)}")
 
 
 def print_table(before: dict[str, float], after: dict[str, float]) -> None:
-    print(f"      {'':38}{'before':>10}{'after':>10}")
+    print(f"\n      {'':38}{'before':>10}{'after':>10}")
     for name, value in before.items():
         print(f"      {name:38}{value:10.3f}{after[name]:10.3f}")
 
@@ -147,14 +65,14 @@ def print_completions(judge: Judge, before: Samples, after: Samples, count: int)
 CURVES = [  # title, axis, {label: logged name}
     ("Reward model's score", "reward", {"reward": "rewards/reward_model/mean"}),
     ("Judge's score (not trained on)", "score", {"judge": "rewards/judge/mean"}),
-    ("KL to the reference", "nats per token", {"k1": "kl/k1", "k3": "kl/k3"}),
+    ("KL to the reference", "nats per token", {"k1 (unbiased)": "kl/k1", "k3 (non-negative)": "kl/k3"}),
     ("Explained variance of the critic", "share of the returns' variance", {"": "explained_variance"}),
     ("Value loss", "half squared error per token", {"": "value_loss"}),
     ("Length of completions", "tokens", {"mean": "completions/mean_length"}),
 ]
 
 
-def plot_curves(log_history: list[dict], title: str, path: str) -> None:
+def plot_curves(log_history: list[dict], title: str, output_dir: str) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
@@ -172,5 +90,23 @@ def plot_curves(log_history: list[dict], title: str, path: str) -> None:
         axis.grid(alpha=0.3)
         if len(lines) > 1:
             axis.legend()
-    figure.savefig(path, dpi=120)
+    figure.savefig(f"{output_dir}/curves.png", dpi=120)
     plt.close(figure)
+
+
+LAST_WORDS = """
+      In {output_dir}:
+        curves.png     how PPO went
+        sft            the language model before PPO, which was also the reference
+        policy         the language model after PPO, with its critic and its card, README.md
+        reward_model   what the policy was trained on
+
+      The three models load with plain transformers. Try one:
+
+python -c "from transformers import pipeline
+print(pipeline('text-generation', '{output_dir}/policy', do_sample=True)('{prompt}')[0]['generated_text'])"
+"""
+
+
+def print_last_words(output_dir: str, prompt: str) -> None:
+    print(LAST_WORDS.format(output_dir=output_dir, prompt=prompt))
