@@ -61,7 +61,9 @@ FINAL_METRICS = [
 def _number(value) -> str:
     if isinstance(value, Enum):
         value = value.value
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+    if isinstance(value, float):
+        return f"{value:.0f}" if value.is_integer() else f"{value:.4g}"
+    return str(value)
 
 
 class CardMixin:
