@@ -46,6 +46,7 @@ from transformers import (
     AutoModelForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    LlamaForSequenceClassification,
     PreTrainedTokenizerBase,
     ProgressCallback,
     set_seed,
@@ -92,21 +93,26 @@ def finish(trainer, bar: StageBar, model_name: str) -> None:
     trainer.accelerator.wait_for_everyone()
 
 
-def train_language_model(task: Task, path: str, seed: int) -> PreTrainedTokenizerBase:
-    tokenizer = train_tokenizer(task.texts, task.vocab_size)
-    config = LlamaConfig(
+def small_llama(tokenizer, hidden_size: int, num_layers: int, **settings) -> LlamaConfig:
+    return LlamaConfig(
         vocab_size=len(tokenizer),
-        hidden_size=task.hidden_size,
-        intermediate_size=2 * task.hidden_size,
-        num_hidden_layers=task.num_layers,
+        hidden_size=hidden_size,
+        intermediate_size=2 * hidden_size,
+        num_hidden_layers=num_layers,
         num_attention_heads=4,
-        initializer_range=0.06,  # 0.02, the default, is for wider models and would start slowly
         max_position_embeddings=256,
         tie_word_embeddings=True,
         bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
+        **settings,
     )
+
+
+def train_language_model(task: Task, path: str, seed: int) -> PreTrainedTokenizerBase:
+    tokenizer = train_tokenizer(task.texts, task.vocab_size)
+    # The default initializer_range, 0.02, is for wider models; this small one would start slowly
+    config = small_llama(tokenizer, task.hidden_size, task.num_layers, initializer_range=0.06)
     trainer = SFTTrainer(
         model=LlamaForCausalLM(config),
         processing_class=tokenizer,
@@ -155,18 +161,25 @@ def preference_pairs(rankings: list[dict], tokenizer) -> Dataset:
     return Dataset.from_list(rows)
 
 
-def train_reward_model(rankings: list[dict], paths: dict[str, str], tokenizer, seed: int) -> float:
-    """Start from the language model's trunk; return the share of held-out pairs that it orders as the judge does."""
+def train_reward_model(task: Task, rankings: list[dict], paths: dict[str, str], tokenizer, seed: int) -> float:
+    """
+    Return the share of held-out pairs that the reward model orders as the judge does.
+
+    One usually starts from the language model's weights. Ours is so small that what it learned about the next word is
+    in the way: a single layer from random weights, which can only weigh words, gets more of the held-out pairs right.
+    """
     num_held_out = len(rankings) // 8
+    set_seed(seed)
     trainer = RewardTrainer(
-        model=paths["sft"],
+        model=LlamaForSequenceClassification(small_llama(tokenizer, 64, 1, num_labels=1)),
         processing_class=tokenizer,
         train_dataset=preference_pairs(rankings[num_held_out:], tokenizer),
         eval_dataset=preference_pairs(rankings[:num_held_out], tokenizer),
         args=RewardConfig(
-            num_train_epochs=2,
+            num_train_epochs=task.reward_epochs,
             per_device_train_batch_size=32,
-            learning_rate=2e-3,
+            learning_rate=3e-3,
+            warmup_steps=20,
             center_rewards_coefficient=0.01,  # only differences are learned; this keeps the rewards around 0
             logging_steps=10,
             **common_settings(paths["reward_model"], seed),
@@ -238,7 +251,7 @@ def main() -> None:
         print_ranking(task.judge, **next((r for r in rankings if len(set(r["ranks"])) == 3), rankings[0]))
 
     say("[4/6] Reward model: learns from the pairs of each ranking, of which a tie gives none")
-    accuracy = train_reward_model(rankings, paths, tokenizer, args.seed)
+    accuracy = train_reward_model(task, rankings, paths, tokenizer, args.seed)
     say(f"      It orders {accuracy:.1%} of held-out pairs as the judge does")
 
     say("[5/6] PPO: the language model learns to please the reward model")

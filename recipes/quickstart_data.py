@@ -53,6 +53,7 @@ class Task:
     sft_epochs: int
     max_completion_length: int
     ranked_prompts: int
+    reward_epochs: int
     rollouts: int
     kl_in_reward: float  # what a nat away from the language model costs, in units of the reward model's scores
 
@@ -96,6 +97,7 @@ def grammar_task(corpus_size: int | None, rollouts: int | None, seed: int) -> Ta
         sft_epochs=4,
         max_completion_length=48,
         ranked_prompts=min(1000, corpus_size // 4),
+        reward_epochs=2,
         rollouts=rollouts or 24,
         kl_in_reward=0.2,
     )
@@ -139,7 +141,8 @@ def reviews_task(path: str, corpus_size: int | None, rollouts: int | None, seed:
         num_layers=3,
         sft_epochs=3,
         max_completion_length=64,
-        ranked_prompts=min(1500, len(texts) // 4),
+        ranked_prompts=min(3000, len(texts) // 4),
+        reward_epochs=1,
         rollouts=rollouts or 50,
         kl_in_reward=0.1,
     )

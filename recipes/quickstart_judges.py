@@ -104,8 +104,8 @@ def learned_judge(texts: list[str], labels: list[int], test_texts: list[str], te
     accuracy = model.score(test_texts, test_labels)
     return Judge(
         description=f"P(positive) by TF-IDF and logistic regression, trained on {len(texts)} reviews that no model "
-        f"sees;\n       {accuracy:.1%} right on {len(test_texts)} held-out reviews; ties within steps of 0.1",
+        f"sees;\n       {accuracy:.1%} right on {len(test_texts)} held-out reviews; ties within steps of 0.2",
         score=lambda texts: model.predict_proba(texts)[:, 1].tolist(),
-        step=0.1,
+        step=0.2,
         neutral=0.5,
     )
