@@ -263,7 +263,7 @@ def main() -> None:
         print_completions(task.judge, samples_before, samples_after, count=6)
         print_table(before, after)
         plot_curves(history, f"PPO: positive reviews, whatever their opening ({task.source})", args.output_dir)
-        print_last_words(args.output_dir, task.test_prompts[0])
+        print_last_words(args.output_dir, task.test_prompts)
 
 
 if __name__ == "__main__":

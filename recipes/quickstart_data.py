@@ -143,7 +143,7 @@ def reviews_task(path: str, corpus_size: int | None, rollouts: int | None, seed:
         max_completion_length=64,
         ranked_prompts=min(3000, len(texts) // 4),
         reward_epochs=1,
-        rollouts=rollouts or 50,
+        rollouts=rollouts or 40,
         kl_in_reward=0.1,
     )
 

@@ -1,5 +1,6 @@
 """What the quickstart shows: progress bars, a ranking, completions and a table of before and after, and curves."""
 
+import re
 import warnings
 
 from quickstart_judges import Judge, ranking_string
@@ -108,5 +109,6 @@ print(pipeline('text-generation', '{output_dir}/policy', do_sample=True)('{promp
 """
 
 
-def print_last_words(output_dir: str, prompt: str) -> None:
+def print_last_words(output_dir: str, prompts: list[str]) -> None:
+    prompt = next((text for text in prompts if re.fullmatch(r"[\w ,.-]+", text)), "The film")  # safe in a shell
     print(LAST_WORDS.format(output_dir=output_dir, prompt=prompt))
