@@ -10,7 +10,7 @@ import pytest
 
 
 SOURCES = {path.stem: path.read_text() for path in (Path(__file__).parents[1] / "trl_ext").glob("*.py")}
-PURE = {"token_mdp", "losses", "kl_controller"}
+PURE = {"token_mdp", "losses", "kl_controller", "ranking"}
 BASES = {"actor_critic_config", "actor_critic_trainer"}
 ALGORITHMS = {"reinforce", "a2c", "ppo"}
 PUBLIC_TRL = re.compile(r"trl\.[A-Z]\w*|trl\.data_utils\.[a-z]\w*")
