@@ -1,16 +1,21 @@
-"""trl_ext: token-level actor-critic RL for TRL."""
+"""trl_ext: token-level actor-critic RL, and learning from rankings with ties, for TRL."""
 
 from .a2c import A2CConfig, A2CTrainer
 from .actor_critic_config import ActorCriticConfig
 from .actor_critic_trainer import ActorCriticTrainer
 from .critic import Critic, load_critic, token_values
 from .ppo import PPOConfig, PPOTrainer
+from .ranking import RANKING_MODELS, judgements_nll, predict_pair, ranking_nll
+from .ranking_dpo import RankingDPOConfig, RankingDPOTrainer
+from .ranking_reward import RankingRewardConfig, RankingRewardTrainer
 from .reinforce import ReinforceConfig, ReinforceTrainer
+from .tie_parameters import tie_parameters
 
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "RANKING_MODELS",
     "A2CConfig",
     "A2CTrainer",
     "ActorCriticConfig",
@@ -18,8 +23,16 @@ __all__ = [
     "Critic",
     "PPOConfig",
     "PPOTrainer",
+    "RankingDPOConfig",
+    "RankingDPOTrainer",
+    "RankingRewardConfig",
+    "RankingRewardTrainer",
     "ReinforceConfig",
     "ReinforceTrainer",
+    "judgements_nll",
     "load_critic",
+    "predict_pair",
+    "ranking_nll",
+    "tie_parameters",
     "token_values",
 ]

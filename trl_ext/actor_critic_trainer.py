@@ -38,6 +38,7 @@ from .checks import (
     checked_reward,
     checked_rollout,
 )
+from .child_modules import SyncReferenceCallback, give_learning_rate
 from .compat import (
     MULTIMODAL_KEYS,
     disable_dropout_in_model,
@@ -47,7 +48,6 @@ from .compat import (
 from .critic import (
     CRITIC_NAME,
     Critic,
-    SyncReferenceCallback,
     attach_critic,
     check_vocabulary,
     critic_from_model,
@@ -143,7 +143,7 @@ class ActorCriticTrainer(CheckpointingMixin, ReportingMixin, CardMixin, GRPOTrai
             attach_critic(self._policy, self.critic)
             if args.sync_ref_model:
                 self.remove_callback(SyncRefModelCallback)
-                self.add_callback(SyncReferenceCallback(self.ref_model, self.accelerator))
+                self.add_callback(SyncReferenceCallback(self.ref_model, self.accelerator, CRITIC_NAME))
             if self.optimizer is not None:
                 self.optimizer.param_groups[-1]["params"].extend(self.critic.parameters())
 
@@ -200,12 +200,7 @@ class ActorCriticTrainer(CheckpointingMixin, ReportingMixin, CardMixin, GRPOTrai
         is_ours = self.optimizer is None
         optimizer = super().create_optimizer(model)
         if is_ours and self.critic is not None:
-            of_critic = {id(p) for p in self.critic.parameters()}
-            for group in list(optimizer.param_groups):
-                moved = [p for p in group["params"] if id(p) in of_critic]
-                group["params"] = [p for p in group["params"] if id(p) not in of_critic]
-                if moved:
-                    optimizer.add_param_group({**group, "params": moved, "lr": self.args.critic_learning_rate})
+            give_learning_rate(optimizer, self.critic.parameters(), self.args.critic_learning_rate)
         return optimizer
 
     # --- Rollout ---

@@ -10,7 +10,8 @@ from pathlib import Path
 import torch
 from transformers import TrainerCallback
 
-from .critic import CRITIC_NAME, VALUE_HEAD_FILE, policy_alone, restore_critic, save_critic
+from .child_modules import split_state_dict, without_child
+from .critic import CRITIC_NAME, VALUE_HEAD_FILE, restore_critic, save_critic
 
 
 KL_CONTROLLER_FILE = "kl_controller.pt"
@@ -52,14 +53,12 @@ class CheckpointingMixin:
 
     def _without_critic(self):
         """The plain policy within the context, for the parent to save or load."""
-        return nullcontext() if self.critic is None else policy_alone(self._policy)
+        return nullcontext() if self.critic is None else without_child(self._policy, CRITIC_NAME)
 
     def _save(self, output_dir=None, state_dict=None):
-        prefix = f"{CRITIC_NAME}."
         policy_state, critic_state = state_dict, None
         if state_dict is not None:  # gathered by FSDP or DeepSpeed, policy and critic in one
-            policy_state = {name: w for name, w in state_dict.items() if not name.startswith(prefix)}
-            critic_state = {name.removeprefix(prefix): w for name, w in state_dict.items() if name.startswith(prefix)}
+            policy_state, critic_state = split_state_dict(state_dict, CRITIC_NAME)
         with self._without_critic():
             super()._save(output_dir, policy_state)
         if self.critic is not None and self.args.should_save:

@@ -16,16 +16,31 @@ Hooks of `GRPOTrainer` that are overridden elsewhere in the package, each callin
 | `_step`, `_buffered_inputs` | the position within, and the content of, the rollout buffer |
 | `_metrics`, `_logs` | metrics per mode; the completions table |
 
+of `RewardTrainer` and `DPOTrainer`:
+
+| hook | relied on for |
+| --- | --- |
+| `_prepare_dataset(dataset, processing_class, args, dataset_name)` | tokenizes; called again by `evaluate` |
+| `_set_signature_columns_if_needed` | fills `_signature_columns`, a list |
+| `compute_loss(model, inputs, return_outputs, num_items_in_batch)` | is the only place that knows of pairs |
+| `data_collator` | not used before `__init__` has returned |
+| `_metrics`, `_total_train_tokens`, `_tp_size` | metrics per mode; the count of tokens |
+| `beta`, `ref_model`, `aux_loss_enabled`, `router_aux_loss_coef` of `DPOTrainer` | what its loss is made of |
+
 and of `transformers.Trainer`: `_save`, `_load_from_checkpoint`, `_load_best_model`, `_save_rng_state`,
 `_load_rng_state`, `_push_from_checkpoint`.
 """
 
+from trl.data_utils import _tokenize as tokenize
 from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.utils import (
     FusedCausalLMOutput,
     disable_dropout_in_model,
     get_config_model_id,
+    global_then_local_main_first,
     is_async_callable,
+    pad,
+    use_adapter,
 )
 
 
@@ -36,7 +51,11 @@ __all__ = [
     "disable_dropout_in_model",
     "disable_gradient_checkpointing",
     "get_config_model_id",
+    "global_then_local_main_first",
     "is_async_callable",
+    "pad",
+    "tokenize",
+    "use_adapter",
 ]
 
 

@@ -26,8 +26,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification, PreTrainedModel
 from transformers.modeling_layers import GenericForSequenceClassification
-from trl import SyncRefModelCallback
 
+from .child_modules import keep_out_of_saves
 from .compat import FusedCausalLMOutput
 
 
@@ -141,10 +141,7 @@ def attach_critic(model: PreTrainedModel | PeftModel, critic: Critic) -> None:
         base_causal_lm(model).base_model.register_forward_hook(keep_hidden_states),
         model.register_forward_hook(add_values, with_kwargs=True),
     ]
-    # For users who save `trainer.model` themselves
-    model._keys_to_ignore_on_save = {f"{CRITIC_NAME}.{name}" for name in critic.state_dict()} | set(
-        model._keys_to_ignore_on_save or ()
-    )
+    keep_out_of_saves(model, CRITIC_NAME)
 
 
 def detach_critic(model: PreTrainedModel | PeftModel) -> None:
@@ -153,24 +150,6 @@ def detach_critic(model: PreTrainedModel | PeftModel) -> None:
     if critic is not None:
         for hook in critic._hooks:
             hook.remove()
-
-
-@contextmanager
-def policy_alone(model: PreTrainedModel | PeftModel) -> Iterator[None]:
-    """Within the context the policy has no critic: what saves, loads or serves it meets the plain model."""
-    critic = model._modules.pop(CRITIC_NAME)
-    try:
-        yield
-    finally:
-        model.add_module(CRITIC_NAME, critic)
-
-
-class SyncReferenceCallback(SyncRefModelCallback):
-    """TRL's `sync_ref_model`, which walks the parameters of policy and reference in parallel, without the critic."""
-
-    def on_step_end(self, args, state, control, model=None, **kwargs):
-        with policy_alone(self.accelerator.unwrap_model(model)):
-            super().on_step_end(args, state, control, model=model, **kwargs)
 
 
 def hidden_size_of(model: PreTrainedModel | PeftModel) -> int:

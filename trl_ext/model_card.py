@@ -1,4 +1,4 @@
-"""The model card of a trained policy, rendered from `model_cards/policy.md`."""
+"""Model cards, rendered from the templates in `model_cards/`; here that of a policy."""
 
 import os
 from enum import Enum
@@ -58,12 +58,72 @@ FINAL_METRICS = [
 ]
 
 
-def _number(value) -> str:
+def number(value) -> str:
     if isinstance(value, Enum):
         value = value.value
     if isinstance(value, float):
         return f"{value:.0f}" if value.is_integer() else f"{value:.4g}"
     return str(value)
+
+
+def write_card(trainer, model, template: str, card_data: dict, **content) -> None:
+    """
+    Render a template of `model_cards/` to the README.md of the trainer's output folder.
+
+    Args:
+        trainer (`transformers.Trainer`): Which trained `model`.
+        model (`PreTrainedModel` or `PeftModel`): Without distributed wrappers.
+        template (`str`): File name.
+        card_data (`dict`): `model_name`, `dataset_name`, `tags`, `pipeline_tag` of the card's metadata.
+        content: What this template has beside what all have.
+    """
+    # Local models have no page to link to
+    base_model = get_config_model_id(model.config)
+    base_model = None if not base_model or os.path.isdir(base_model) else base_model
+    tags, dataset_name = card_data["tags"], card_data["dataset_name"]
+    extra_tags = [tags] if isinstance(tags, str) else list(tags or [])
+    is_adapter = isinstance(model, PeftModel)
+    metadata = ModelCardData(
+        base_model=base_model,
+        datasets=dataset_name,
+        library_name="peft" if is_adapter else "transformers",
+        model_name=card_data["model_name"],
+        pipeline_tag=card_data["pipeline_tag"],
+        tags=sorted({*trainer._tag_names, *extra_tags}),
+    )
+    card = ModelCard.from_template(
+        metadata,
+        template_path=str(TEMPLATES / template),
+        title=card_data["model_name"],
+        base_model=base_model,
+        dataset_name=dataset_name,
+        num_prompts=len(trainer.train_dataset) if isinstance(trainer.train_dataset, Dataset) else None,
+        model_id=trainer.hub_model_id or trainer.args.output_dir,
+        is_adapter=is_adapter,
+        trainer_name=trainer._name,
+        trainer_class=type(trainer).__name__,
+        paper=trainer._paper,
+        step=trainer.state.global_step,
+        versions={name: version(name) for name in ("trl_ext", "trl", "transformers", "torch", "datasets")},
+        **content,
+    )
+    os.makedirs(trainer.args.output_dir, exist_ok=True)
+    card.save(os.path.join(trainer.args.output_dir, "README.md"))
+
+
+def shown(args, names: list[str]) -> dict[str, str]:
+    """The arguments of these names that are set."""
+    values = {name: getattr(args, name) for name in names}
+    return {name: number(value) for name, value in values.items() if value is not None}
+
+
+def final_metrics(log_history: list[dict], names: list[str]) -> dict[str, str]:
+    """The last logged value of each metric that says how training ended; evaluation's beside training's."""
+    last = {}
+    for entry in log_history:
+        last.update({name: value for name, value in entry.items() if value is not None})
+    names = [*names, *(f"eval_{name}" for name in names)]
+    return {name: number(last[name]) for name in names if name in last}
 
 
 class CardMixin:
@@ -72,43 +132,19 @@ class CardMixin:
     def create_model_card(self, model_name=None, dataset_name=None, tags=None):
         if not self.is_world_process_zero():
             return
-        # Local models have no page to link to
-        base_model = get_config_model_id(self._policy.config)
-        base_model = None if not base_model or os.path.isdir(base_model) else base_model
-        extra_tags = [tags] if isinstance(tags, str) else list(tags or [])
         rewards = list(zip(self.reward_func_names, self.reward_weights.tolist(), strict=True))
-        is_adapter = isinstance(self._policy, PeftModel)
-        card_data = ModelCardData(
-            base_model=base_model,
-            datasets=dataset_name,
-            library_name="peft" if is_adapter else "transformers",
-            model_name=model_name,
-            pipeline_tag="text-generation",
-            tags=sorted({*self._tag_names, *extra_tags}),
-        )
-        card = ModelCard.from_template(
-            card_data,
-            template_path=str(TEMPLATES / "policy.md"),
-            title=model_name,
-            base_model=base_model,
-            dataset_name=dataset_name,
-            num_prompts=len(self.train_dataset) if isinstance(self.train_dataset, Dataset) else None,
-            model_id=self.hub_model_id or self.args.output_dir,
-            is_adapter=is_adapter,
+        write_card(
+            self,
+            self._policy,
+            "policy.md",
+            {"model_name": model_name, "dataset_name": dataset_name, "tags": tags, "pipeline_tag": "text-generation"},
             prompt=self._example_prompt(),
-            trainer_name=self._name,
-            trainer_class=type(self).__name__,
-            paper=self._paper,
             rewards=[(name, f"{weight:g}") for name, weight in rewards if weight != 0],
             watched=[name for name, weight in rewards if weight == 0],
             critic=None if self.critic is None else self.args.critic,
             hyper_parameters=self._hyper_parameters(),
-            metrics=self._final_metrics(),
-            step=self.state.global_step,
-            versions={name: version(name) for name in ("trl_ext", "trl", "transformers", "torch", "datasets")},
+            metrics=final_metrics(self.state.log_history, FINAL_METRICS),
         )
-        os.makedirs(self.args.output_dir, exist_ok=True)
-        card.save(os.path.join(self.args.output_dir, "README.md"))
 
     def _example_prompt(self):
         """A stand-in of the kind the policy was trained on: a conversation or a text."""
@@ -123,13 +159,4 @@ class CardMixin:
         added = ["num_generations", *added]
         if self.critic is None:
             added = [name for name in added if "critic" not in name and name not in ("vf_coef", "cliprange_value")]
-        values = {name: getattr(self.args, name) for name in [*TRAINING_ARGUMENTS, *added]}
-        return {name: _number(value) for name, value in values.items() if value is not None}
-
-    def _final_metrics(self) -> dict[str, str]:
-        """The last logged value of each metric that says how training ended; evaluation's beside training's."""
-        last = {}
-        for entry in self.state.log_history:
-            last.update({name: value for name, value in entry.items() if value is not None})
-        names = [*FINAL_METRICS, *(f"eval_{name}" for name in FINAL_METRICS)]
-        return {name: _number(last[name]) for name in names if name in last}
+        return shown(self.args, [*TRAINING_ARGUMENTS, *added])

@@ -1,0 +1,238 @@
+"""From rankings as text to rankings as tokens: tokenization, lengths, and what a likelihood can learn from."""
+
+import json
+from collections.abc import Callable
+
+from accelerate.logging import get_logger
+from datasets import Dataset, IterableDataset
+from trl.data_utils import extract_prompt, get_dataset_column_names, is_conversational
+
+from .compat import global_then_local_main_first, tokenize
+from .ranking import initial_log_tie, max_tie_order
+from .ranking_collator import judged_items
+from .ranking_config import RankingArguments
+from .ranking_data import prepare_rankings
+from .shared_prefix import common_prefix_length
+
+
+logger = get_logger(__name__)
+
+# Rows of a stream that tie rates are taken from
+NUM_STREAMED_ROWS = 1000
+
+
+def has_tied_pairs(columns: list[str]) -> bool:
+    """Whether rows of TRL's preference type say of each pair if it is a tie."""
+    return "chosen" in columns and "rejected" in columns and "tie" in columns
+
+
+def ranking_of_pair(row: dict) -> dict:
+    """A row with `chosen`, `rejected` and `tie` as a ranking of two."""
+    if not isinstance(row["tie"], bool):
+        raise ValueError(f"Column `tie` must say true or false for every pair, got {row['tie']!r}.")
+    if row.get("margin") is not None:
+        raise ValueError("Column `margin` does not go with `tie`: a likelihood with ties has no margins. Remove one.")
+    return {"completions": [row["chosen"], row["rejected"]], "ranks": [1, 1 if row["tie"] else 2]}
+
+
+def prepare_ranking_dataset(
+    dataset: Dataset | IterableDataset,
+    processing_class,
+    args: RankingArguments,
+    dataset_name: str,
+    tokenize_row: Callable[[dict, object], dict],
+    tokenized_columns: list[str],
+) -> Dataset | IterableDataset:
+    """
+    Check, tokenize and cut a dataset of rankings. A dataset with `ranks` and all `tokenized_columns` is taken to be
+    tokenized, and only checked against the likelihood.
+
+    Args:
+        dataset: Of the ranking type, see [`ranking_data`], or of the preference type with a `tie` column.
+        processing_class: The tokenizer.
+        args ([`RankingArguments`]): The trainer's.
+        dataset_name (`str`): What messages call it.
+        tokenize_row (`Callable`): Gives the `tokenized_columns` of a row, one list of ids for each completion in the
+            last of them.
+        tokenized_columns (`list[str]`): What the trainer reads.
+
+    Returns:
+        The dataset with `ranks`, `pairs` where the data has them, and the tokenized columns.
+
+    Raises:
+        ValueError: which names row and column, for malformed rows unless `args.on_error` drops them.
+    """
+    columns = get_dataset_column_names(dataset)
+    is_map_style = isinstance(dataset, Dataset)
+    map_kwargs = {"num_proc": args.dataset_num_proc} if is_map_style else {}
+
+    def named(description: str) -> dict:
+        return map_kwargs | ({"desc": f"{description} {dataset_name} dataset"} if is_map_style else {})
+
+    with global_then_local_main_first():
+        if not {"ranks", *tokenized_columns} <= set(columns):
+            if has_tied_pairs(columns):
+                if "prompt" not in columns:
+                    dataset = dataset.map(extract_prompt, **named("Extracting prompts of"))
+                dataset = dataset.map(ranking_of_pair, **named("Reading pairs of"))
+            dataset = prepare_rankings(dataset, args.on_error, dataset_name, args.dataset_num_proc)
+            dataset = dataset.map(
+                tokenize_row, fn_kwargs={"processing_class": processing_class}, **named("Tokenizing")
+            )
+            dataset = fit_lengths(dataset, args, dataset_name, tokenized_columns, named)
+        return keep_learnable(dataset, args, dataset_name, named)
+
+
+def tokenize_kwargs(row: dict) -> dict:
+    """What a row tells the chat template."""
+    tools = row.get("tools")
+    return {"tools": json.loads(tools) if isinstance(tools, str) else tools, **(row.get("chat_template_kwargs") or {})}
+
+
+def tokenize_completion(row: dict, completion, processing_class) -> list[int]:
+    """Prompt and completion as tokens, as TRL's trainers tokenize a chosen or rejected one."""
+    if is_conversational(row):
+        return tokenize(processing_class, row["prompt"] + completion, **tokenize_kwargs(row))["input_ids"]
+    text = row["prompt"] + completion
+    eos_token = processing_class.eos_token
+    return tokenize(processing_class, text if text.endswith(eos_token) else text + eos_token)["input_ids"]
+
+
+def tokenize_for_reward(row: dict, processing_class) -> dict:
+    """`group_ids`: each completion with its prompt."""
+    return {"group_ids": [tokenize_completion(row, completion, processing_class) for completion in row["completions"]]}
+
+
+def tokenize_for_dpo(row: dict, processing_class) -> dict:
+    """`prompt_ids` and `completion_ids`. The completions start where the first of them leaves the prompt."""
+    whole = [tokenize_completion(row, completion, processing_class) for completion in row["completions"]]
+    if is_conversational(row):
+        prompt = tokenize(processing_class, row["prompt"], add_generation_prompt=True, **tokenize_kwargs(row))
+    else:
+        prompt = tokenize(processing_class, row["prompt"])
+    length = min(common_prefix_length([prompt["input_ids"], ids]) for ids in whole)
+    return {"prompt_ids": prompt["input_ids"][:length], "completion_ids": [ids[length:] for ids in whole]}
+
+
+# --- Lengths ---
+
+
+def fit_lengths(dataset, args: RankingArguments, dataset_name: str, tokenized_columns: list[str], named):
+    """Do with completions beyond `args.max_length` what `args.overlong` says, and report it."""
+    *prompt_columns, ids_column = tokenized_columns
+
+    def fit(row: dict) -> dict:
+        prompt_length = sum(len(row[column]) for column in prompt_columns)
+        ids, ranks, pairs = row[ids_column], row["ranks"], row.get("pairs")
+        limit = None if args.max_length is None else args.max_length - prompt_length
+        judged = judged_items(ranks, pairs)
+        overlong = [i for i in judged if limit is not None and len(ids[i]) > limit]
+        if overlong and args.overlong == "truncate":
+            ids = [row_ids[: max(limit, 0)] for row_ids in ids]
+        elif overlong and args.overlong == "drop":
+            ranks, pairs = None if ranks is None else [-1] * len(ids), []
+        elif overlong:
+            ranks = None if ranks is None else [-1 if i in overlong else rank for i, rank in enumerate(ranks)]
+            pairs = [pair for pair in pairs or [] if not {pair[0], pair[1]} & set(overlong)]
+        left = [tuple(ids[i]) for i in judged_items(ranks, pairs)]
+        fitted = {ids_column: ids, "ranks": ranks, "num_overlong": len(overlong)}
+        fitted["num_left"] = 0 if left and not all(left) else len(left)  # truncated to nothing: no completion
+        fitted["num_identical"] = len(left) - len(set(left))
+        return fitted | ({"pairs": pairs} if "pairs" in row else {})
+
+    dataset = dataset.map(fit, **named("Fitting lengths of"))
+    if isinstance(dataset, Dataset):
+        report_lengths(dataset, args, dataset_name)
+    dataset = dataset.filter(lambda row: row["num_left"] >= 2, **named("Keeping rankings of two or more of"))
+    return dataset.remove_columns(["num_overlong", "num_left", "num_identical"])
+
+
+def report_lengths(dataset: Dataset, args: RankingArguments, dataset_name: str) -> None:
+    num_overlong, lost = sum(dataset["num_overlong"]), sum(n < 2 for n in dataset["num_left"])
+    if num_overlong:
+        verb = {"prune": "pruned from their rankings", "truncate": "truncated", "drop": "dropped with their rows"}
+        logger.warning(
+            f"{dataset_name}: {num_overlong} completions exceed `max_length` ({args.max_length}) with their prompt and "
+            f"were {verb[args.overlong]}; {lost} of {len(dataset)} rows were left with fewer than two and dropped."
+        )
+    identical = [i for i, n in enumerate(dataset["num_identical"]) if n]
+    if identical:
+        logger.warning(
+            f"{dataset_name}: in {len(identical)} of {len(dataset)} rankings (row {identical[0]} is the first), "
+            "completions are the same token by token"
+            + (", some perhaps since they were truncated" if args.overlong == "truncate" else "")
+            + ". A model gives them the same score, whatever their ranks."
+        )
+
+
+# --- What a likelihood can learn from ---
+
+
+def why_not_learnable(row: dict, args: RankingArguments) -> str | None:
+    """What is wrong with a row for `args.ranking_model`, and how to mend it."""
+    if args.is_listwise and row["ranks"] is None:
+        return (
+            f"column `pairs`: the judgements are not a ranking, and '{args.ranking_model}' is listwise. Use a pairwise "
+            "`ranking_model` such as 'davidson', or leave such rows out with `on_error='drop'`"
+        )
+    largest = max_tie_order([row["ranks"] or []])
+    if args.ranking_model == "plackett_luce" and largest > 1:
+        return (
+            "column `ranks`: 'plackett_luce' has no ties. Use a `ranking_model` that has, such as 'davidson_luce', or "
+            "leave such rows out with `on_error='drop'`"
+        )
+    if args.ranking_model == "davidson_luce" and args.max_tie_order is not None and largest > args.max_tie_order:
+        return (
+            f"column `ranks`: {largest} completions are tied, more than `max_tie_order` ({args.max_tie_order}). "
+            "Raise it, or leave such rows out with `on_error='drop'`"
+        )
+    return None
+
+
+def teaches(row: dict, args: RankingArguments) -> bool:
+    """Whether the likelihood of a row depends on its scores."""
+    if args.ranking_model not in ("bradley_terry", "plackett_luce_marginal"):
+        return True
+    if row.get("pairs"):
+        return any(preferred != 0 for _, _, preferred in row["pairs"])
+    return len({rank for rank in row["ranks"] if rank >= 0}) > 1
+
+
+def keep_learnable(dataset, args: RankingArguments, dataset_name: str, named):
+    def check(row: dict, index: int) -> bool:
+        reason = why_not_learnable(row, args)
+        if reason is not None and args.on_error == "raise":
+            raise ValueError(f"{dataset_name} row {index}, {reason}.")
+        return reason is None and teaches(row, args)
+
+    num_rows = len(dataset) if isinstance(dataset, Dataset) else None
+    dataset = dataset.filter(check, with_indices=True, **named("Checking"))
+    if num_rows is None or len(dataset) == num_rows:
+        return dataset
+    if len(dataset) == 0:
+        raise ValueError(
+            f"{dataset_name}: '{args.ranking_model}' can learn nothing from these {num_rows} rankings (all are tied, "
+            "too long, or no ranking). Use a `ranking_model` that learns from ties, such as 'davidson_luce'."
+        )
+    logger.warning(
+        f"{dataset_name}: left out {num_rows - len(dataset)} of {num_rows} rankings, from which "
+        f"'{args.ranking_model}' can learn nothing."
+    )
+    return dataset
+
+
+def ranks_of(dataset: Dataset | IterableDataset) -> list[list[int]]:
+    """The ranks in a prepared dataset, to take tie rates from; of a stream, those of its first rows."""
+    if isinstance(dataset, Dataset):
+        return [ranks for ranks in dataset["ranks"] if ranks is not None]
+    return [row["ranks"] for row in dataset.take(NUM_STREAMED_ROWS) if row["ranks"] is not None]
+
+
+def starting_log_tie(
+    args: RankingArguments, train_ranks: list[list[int]], all_ranks: list[list[int]]
+) -> tuple[list[float], int]:
+    """`(log_tie, D)`, from the arguments or else from the data: the tie rates of what is trained on."""
+    max_order = args.max_tie_order or (len(args.log_tie) + 1 if args.log_tie else max_tie_order(all_ranks))
+    if args.log_tie is not None:
+        return args.log_tie, max_order
+    return initial_log_tie(train_ranks, args.ranking_model, max_order), max_order

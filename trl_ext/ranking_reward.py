@@ -1,0 +1,125 @@
+"""Reward models from rankings with ties."""
+
+import textwrap
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from peft import PeftModel
+from transformers import PreTrainedModel
+from trl import RewardConfig, RewardTrainer
+
+from .compat import get_config_model_id
+from .ranking_card import RankingCardMixin
+from .ranking_config import RankingArguments
+from .ranking_preparation import tokenize_for_reward
+from .ranking_trainer import RankingMixin
+
+
+@dataclass
+class RankingRewardConfig(RankingArguments, RewardConfig):
+    __doc__ = f"""
+    Configuration of [`RankingRewardTrainer`]: [`~trl.RewardConfig`] and
+    {RankingArguments.__doc__.partition("beside the TRL config they are mixed with.")[2]}
+    """
+
+    overlong: str = field(
+        default="prune",
+        metadata={
+            "help": "What happens to completions that exceed `max_length` with their prompt: 'prune' them from the "
+            "ranking, or 'drop' the row. Counted in a warning.",
+            "choices": ["prune", "drop"],
+        },
+    )
+
+
+@contextmanager
+def scores_of_all_tokens(model: PreTrainedModel | PeftModel) -> Iterator[None]:
+    """Within the context the `logits` of `model`'s outputs are those of all tokens, `(B, L, 1)`, not of the last."""
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    logits = []
+
+    def keep(module, args, output):
+        logits.append(output)
+
+    def put(module, args, output):
+        output["logits"] = logits.pop()
+
+    hooks = [base.get_submodule("score").register_forward_hook(keep), model.register_forward_hook(put)]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+class RankingRewardTrainer(RankingMixin, RankingCardMixin, RewardTrainer):
+    """
+    [`~trl.RewardTrainer`] for rankings with ties. What changes with respect to the parent:
+
+    - a dataset may have columns `prompt`, `completions` and `ranks` (or `ranking`, or `pairs`), see [`ranking_data`];
+      all completions of a prompt are one element of the batch, and each is scored once;
+    - the loss is the negative log-likelihood of the ranking under `args.ranking_model`, with learned tie parameters;
+    - the prompt is run once for all of its completions, where the model allows (`args.shared_prefix`);
+    - of pairs (`chosen`, `rejected`) a boolean column `tie` may say that neither was better.
+
+    Args:
+        All are [`~trl.RewardTrainer`]'s; `args` is a [`RankingRewardConfig`].
+    """
+
+    _tag_names = ["trl", "trl_ext", "reward-trainer", "ranking"]
+    _name = "Ranking Reward"
+    _paper = {
+        "title": "Modelling rankings in R: the PlackettLuce package",
+        "id": "1810.12068",
+        "citation": textwrap.dedent("""\
+            @article{turner2020plackettluce,
+                title     = {{Modelling rankings in R: the PlackettLuce package}},
+                author    = {Heather L. Turner and Jacob van Etten and David Firth and Ioannis Kosmidis},
+                journal   = {Computational Statistics},
+                year      = 2020,
+                eprint    = {arXiv:1810.12068},
+            }"""),
+    }
+    _pipeline_tag = "text-classification"
+    _tokenized_columns = ["group_ids"]
+    _tokenize_ranking = staticmethod(tokenize_for_reward)
+
+    def __init__(self, model, args: RankingRewardConfig | None = None, data_collator=None, *other_args, **kwargs):
+        if args is None:
+            model_name = model if isinstance(model, str) else get_config_model_id(model.config)
+            args = RankingRewardConfig(f"{model_name.split('/')[-1]}-Ranking-Reward")
+        if not isinstance(args, RankingRewardConfig):
+            raise TypeError(
+                f"`args` must be a `RankingRewardConfig`, got `{type(args).__name__}`. It takes every argument of "
+                "`RewardConfig`."
+            )
+        super().__init__(model, args, data_collator, *other_args, **kwargs)
+        self._set_up_rankings(data_collator)
+
+    def _scores(self, model, inputs):
+        return self._values(model, inputs, packed=self._use_shared_prefix(model, inputs))
+
+    def _values(self, model, inputs, packed):
+        if packed:
+            with scores_of_all_tokens(self._model):
+                outputs = model(**self._packed_kwargs(model, inputs))
+            return outputs.logits.squeeze(-1).gather(1, inputs["ends"]).float(), outputs
+        outputs = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False)
+        return outputs.logits.squeeze(-1)[inputs["rows"]].float(), outputs
+
+    def _further_loss(self, scores, outputs, inputs):
+        coefficient = self.args.center_rewards_coefficient
+        if coefficient is None:
+            return 0.0
+        # The parent's (r_chosen + r_rejected)^2, which is (2 mean)^2, for any number of completions
+        present = (inputs["wins"] + inputs["wins"].mT + inputs["ties"] > 0).any(dim=-1)
+        means = torch.where(present, scores, 0).sum(dim=1) / present.sum(dim=1)
+        return coefficient * (2 * means).square().mean()
+
+    def _log_scores(self, scores, mode):
+        metrics = self._metrics[mode]
+        metrics["min_reward"].append(scores.min().item())
+        metrics["mean_reward"].append(scores.mean().item())
+        metrics["max_reward"].append(scores.max().item())

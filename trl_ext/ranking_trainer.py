@@ -1,0 +1,319 @@
+"""What [`RankingRewardTrainer`] and [`RankingDPOTrainer`] share: data, likelihood, shared prefix, metrics, saving."""
+
+import os
+from abc import abstractmethod
+from collections import defaultdict
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+
+import torch
+from accelerate.logging import get_logger
+from datasets import Dataset, IterableDataset
+from peft import PeftModel
+from transformers import TrainerCallback
+from transformers.modeling_outputs import ModelOutput
+from trl import SyncRefModelCallback
+from trl.data_utils import get_dataset_column_names
+
+from .child_modules import SyncReferenceCallback, give_learning_rate, split_state_dict, without_child
+from .compat import disable_gradient_checkpointing
+from .ranking import PAIRWISE_MODELS, judgements_nll, ranking_nll
+from .ranking_collator import DataCollatorForRanking
+from .ranking_data import is_ranking
+from .ranking_metrics import baseline_nll, means_of_sums, ranking_sums
+from .ranking_preparation import has_tied_pairs, prepare_ranking_dataset, ranks_of, starting_log_tie
+from .shared_prefix import attention_mask
+from .tie_parameters import (
+    TIE_PARAMETERS_NAME,
+    TieParameters,
+    attach_tie_parameters,
+    detach_tie_parameters,
+    tie_parameters,
+    write_to_config,
+)
+
+
+logger = get_logger(__name__)
+
+PACKED_KEYS = ("packed_input_ids", "packed_positions", "packed_segments", "packed_completion_mask", "ends")
+
+
+class KeepConfig(TrainerCallback):
+    """Keeps the model's config up to date with the tie parameters, for who saves the model without the trainer."""
+
+    def __init__(self, trainer):
+        self.trainer = trainer
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self.trainer._write_ties_to_config()
+
+
+class RankingMixin:
+    """
+    Trains on rankings with ties beside what the parent trains on. Batches of pairs, without a `tie` column, go the
+    parent's way untouched.
+
+    For a prompt with K ranked completions the loss is the negative log-likelihood of its ranking over K - 1 (listwise
+    likelihoods), or of its judgements over their number (pairwise ones), so that K = 2 gives the parent's loss. Neither
+    divisor depends on the outcome: dividing by the number of stages, which ties make fewer, would weigh rankings with
+    many ties more and bias the tie parameters upwards.
+    """
+
+    _tokenized_columns: list[str]  # the last holds the completions
+    _tokenize_ranking: Callable[[dict, object], dict]  # a row and the tokenizer to these
+
+    def _set_up_rankings(self, data_collator) -> None:
+        """To be called when the parent's `__init__` has prepared model and data."""
+        self._model = self.model  # before any distributed wrapper
+        detach_tie_parameters(self._model)  # an earlier trainer's
+        self.ties = None
+        self._packs = False if self.args.shared_prefix == "never" else None  # until the first batch has shown
+        self._sums = {"train": defaultdict(list), "eval": defaultdict(list)}
+        if data_collator is None:
+            self.data_collator = DataCollatorForRanking(
+                pad_token_id=self.data_collator.pad_token_id,
+                pair_collator=self.data_collator,
+                pad_to_multiple_of=self.args.pad_to_multiple_of,
+            )
+        datasets = list(self.eval_dataset.values()) if isinstance(self.eval_dataset, dict) else [self.eval_dataset]
+        prepared = [d for d in [self.train_dataset, *datasets] if d is not None and _is_prepared(d)]
+        if prepared:
+            self._set_up_ties(prepared)
+
+    def _set_up_ties(self, datasets: list[Dataset | IterableDataset]) -> None:
+        ranks = [ranks_of(dataset) for dataset in datasets]
+        log_tie, max_order = starting_log_tie(self.args, ranks[0], [row for rows in ranks for row in rows])
+        if self.args.ranking_model == "davidson_luce":
+            self.args.max_tie_order = max_order  # of datasets that `evaluate` may be given
+        if log_tie:
+            self.ties = TieParameters(self.args.ranking_model, log_tie).requires_grad_(self.args.learn_ties)
+            attach_tie_parameters(self._model, self.ties)
+            self.add_callback(KeepConfig(self))
+            if getattr(self.args, "sync_ref_model", False):  # of DPO
+                self.remove_callback(SyncRefModelCallback)
+                self.add_callback(SyncReferenceCallback(self.ref_model, self.accelerator, TIE_PARAMETERS_NAME))
+            if self.optimizer is not None:
+                self.optimizer.add_param_group({"params": [self.ties.raw], "lr": self.args.tie_learning_rate})
+        write_to_config(self._model, self.args.ranking_model, log_tie)
+
+    # --- Data ---
+
+    def _check_for_rankings(self, args) -> None:
+        """Refuse arguments that mean nothing for rankings."""
+
+    def _prepare_dataset(self, dataset, processing_class, args, dataset_name):
+        columns = get_dataset_column_names(dataset)
+        if not (is_ranking(columns) or has_tied_pairs(columns) or {"ranks", *self._tokenized_columns} <= set(columns)):
+            return super()._prepare_dataset(dataset, processing_class, args, dataset_name)
+        self._check_for_rankings(args)
+        return prepare_ranking_dataset(
+            dataset, processing_class, args, dataset_name, self._tokenize_ranking, self._tokenized_columns
+        )
+
+    def _set_signature_columns_if_needed(self):
+        super()._set_signature_columns_if_needed()
+        for column in ("ranks", "pairs", *self._tokenized_columns):
+            if column not in self._signature_columns:
+                self._signature_columns.append(column)
+
+    # --- Optimization ---
+
+    def create_optimizer(self, model=None):
+        is_ours = self.optimizer is None
+        optimizer = super().create_optimizer(model)
+        if is_ours and self.ties is not None and self.args.learn_ties:
+            give_learning_rate(optimizer, [self.ties.raw], self.args.tie_learning_rate, weight_decay=0.0)
+        return optimizer
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        if "ranks" not in inputs:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        scores, outputs = self._scores(model, inputs)
+        log_tie = outputs["log_tie"] if self.ties is not None else None
+        loss = self._ranking_loss(scores, inputs, log_tie) + self._further_loss(scores, outputs, inputs)
+        self._log_rankings(scores.detach(), inputs, None if log_tie is None else log_tie.detach())
+        return (loss, ModelOutput(logits=scores, ranks=inputs["ranks"])) if return_outputs else loss
+
+    def _ranking_loss(self, scores, inputs, log_tie) -> torch.Tensor:
+        model = self.args.ranking_model
+        if model in PAIRWISE_MODELS:
+            nll = judgements_nll(scores, inputs["wins"], inputs["ties"], model, log_tie)
+            divisor = (inputs["wins"] + inputs["ties"] / 2).sum(dim=(1, 2))
+        else:
+            nll = ranking_nll(scores, inputs["ranks"], model, log_tie)
+            divisor = (inputs["ranks"] >= 0).sum(dim=1) - 1
+        return (nll / divisor).mean()
+
+    def _further_loss(self, scores, outputs, inputs) -> torch.Tensor | float:
+        return 0.0
+
+    # --- Shared prefix ---
+
+    @abstractmethod
+    def _scores(self, model, inputs) -> tuple[torch.Tensor, ModelOutput]:
+        """`(B, K)` scores of a batch's completions, and the output of the model's forward."""
+
+    @abstractmethod
+    def _values(self, model, inputs, packed: bool) -> tuple[torch.Tensor, ModelOutput]:
+        """What one forward of `model` gives each completion, `(B, K)`, run as rows or packed after their prefix."""
+
+    def _packed_kwargs(self, model, inputs) -> dict:
+        """The forward's arguments for a packed batch."""
+        config = self.accelerator.unwrap_model(model).config
+        positions = inputs["packed_positions"]
+        mask = attention_mask(config, inputs["packed_segments"], positions, self._model.dtype)
+        return {
+            "input_ids": inputs["packed_input_ids"],
+            "attention_mask": mask,
+            "position_ids": positions,
+            "use_cache": False,
+        }
+
+    def _use_shared_prefix(self, model, inputs) -> bool:
+        """Whether the model gives completions the same packed as in rows of their own, as the first batch shows."""
+        if self._packs is None:
+            reason = self._why_not_packed(model, inputs)
+            # All processes must take the same way
+            fails = torch.tensor(float(reason is not None), device=self.accelerator.device)
+            if self.accelerator.reduce(fails, reduction="sum").item() == 0:
+                self._packs = True
+            else:
+                message = (
+                    f"{type(self._model).__name__} cannot run completions after a shared prefix "
+                    f"({reason or 'another process said so'})"
+                )
+                if self.args.shared_prefix == "always":
+                    raise ValueError(f"{message}. Set `shared_prefix='auto'`, or another `attn_implementation`.")
+                logger.info(f"{message}: the prompt is run again for each.")
+                self._packs = False
+        return self._packs
+
+    @torch.no_grad()
+    def _why_not_packed(self, model, inputs) -> str | None:
+        was_training = model.training
+        model.eval()  # dropout would tell the two apart
+        try:
+            with disable_gradient_checkpointing(self._model, self.args.gradient_checkpointing_kwargs):
+                rows = self._values(model, inputs, packed=False)[0].float()
+                packed = self._values(model, inputs, packed=True)[0].float()
+        except (AttributeError, RuntimeError, TypeError, ValueError) as error:
+            return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        finally:
+            model.train(was_training)
+        judged = ((inputs["wins"] + inputs["wins"].mT + inputs["ties"]) > 0).any(dim=-1)
+        difference = ((rows - packed)[judged].abs().max() / rows[judged].abs().max()).item()
+        half = self.args.bf16 or self.args.fp16 or self._model.dtype != torch.float32
+        if not difference <= (5e-2 if half else 1e-3):
+            return f"scores differ by {difference:.2g} of their size"
+        return None
+
+    # --- Metrics ---
+
+    def _log_rankings(self, scores, inputs, log_tie) -> None:
+        mode = "train" if self.model.training else "eval"
+        model, metrics = self.args.ranking_model, self._metrics[mode]
+        if mode == "train":
+            mask = inputs["packed_segments"] >= 0 if self._packs else inputs["attention_mask"]
+            num_tokens = self.accelerator.gather_for_metrics(mask.sum()).sum().item()
+            self._total_train_tokens += num_tokens // self._tp_size
+        metrics["num_tokens"] = [self._total_train_tokens]
+
+        # Of all processes; of an evaluation's last batch, without what only fills it up
+        padded = [
+            self.accelerator.pad_across_processes(inputs["ranks"], dim=1, pad_index=-1),
+            self.accelerator.pad_across_processes(scores, dim=1),
+        ]
+        for name in ("wins", "ties"):
+            once = self.accelerator.pad_across_processes(inputs[name], dim=1)
+            padded.append(self.accelerator.pad_across_processes(once, dim=2))
+        ranks, scores, wins, ties = self.accelerator.gather_for_metrics(tuple(padded))
+        sums = ranking_sums(scores, wins, ties, model, log_tie)
+        sums["margin"] = (wins * (scores.unsqueeze(2) - scores.unsqueeze(1))).sum()
+        if model in PAIRWISE_MODELS:
+            nlls = [judgements_nll(s, wins, ties, model, log_tie) for s in (scores, torch.zeros_like(scores))]
+        else:
+            nlls = [ranking_nll(scores, ranks, model, log_tie), baseline_nll(ranks, model, log_tie)]
+        sums["rankings"] = torch.tensor(float(len(scores)))
+        sums["ranking_log_likelihood"], sums["baseline_log_likelihood"] = (-nll.sum() for nll in nlls)
+        for name, value in sums.items():
+            self._sums[mode][name].append(value.cpu())
+        self._log_scores(scores[((wins + wins.mT + ties) > 0).any(dim=-1)], mode)
+
+    def _log_scores(self, scores: torch.Tensor, mode: str) -> None:
+        """What the parent logs of its rewards, `(N,)`."""
+
+    def log(self, logs, start_time=None):
+        mode = "train" if self.model.training else "eval"
+        prefix = "eval_" if mode == "eval" else ""
+        if self._sums[mode]:
+            sums = {name: torch.stack(values).sum(dim=0) for name, values in self._sums[mode].items()}
+            self._sums[mode].clear()
+            logs.update({f"{prefix}{name}": value for name, value in self._means(sums).items()})
+        if mode == "train" and self.ties is not None:
+            logs.update(self._named_ties())
+        super().log(logs, start_time)
+
+    def _means(self, sums: dict[str, torch.Tensor]) -> dict[str, float]:
+        means = means_of_sums(sums)
+        if "pair_accuracy" in means:
+            means["accuracy"] = means.pop("pair_accuracy")
+        if sums["strict_pairs"] > 0:
+            means["margin"] = (sums["margin"] / sums["strict_pairs"]).item()
+        rankings = sums["rankings"]
+        means["log_likelihood"] = (sums["ranking_log_likelihood"] / rankings).item()
+        means["baseline_log_likelihood"] = (sums["baseline_log_likelihood"] / rankings).item()
+        return means
+
+    def _named_ties(self) -> dict[str, float]:
+        values = self._log_tie().exp().tolist()
+        if self.args.ranking_model == "davidson_luce":
+            return {f"tie/delta_{n}": value for n, value in enumerate(values, start=2)}
+        return {"tie/theta" if self.args.ranking_model == "rao_kupper" else "tie/nu": values[0]}
+
+    # --- Saving ---
+
+    @torch.no_grad()
+    def _log_tie(self) -> torch.Tensor:
+        return self.ties().cpu()
+
+    def _write_ties_to_config(self) -> None:
+        write_to_config(self._model, self.args.ranking_model, self._log_tie().tolist())
+
+    def _without_ties(self):
+        return nullcontext() if self.ties is None else without_child(self._model, TIE_PARAMETERS_NAME)
+
+    def _save(self, output_dir=None, state_dict=None):
+        if self.ties is not None:
+            self._write_ties_to_config()
+            if state_dict is not None:
+                state_dict, _ = split_state_dict(state_dict, TIE_PARAMETERS_NAME)
+        with self._without_ties():
+            super()._save(output_dir, state_dict)
+        if isinstance(self._model, PeftModel) and self.args.should_save:  # which saves no config of its own
+            self._model.config.save_pretrained(output_dir or self.args.output_dir)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        if self.is_fsdp_enabled:  # one sharded state for all
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            return
+        with self._without_ties():
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        self._load_ties(resume_from_checkpoint)
+
+    def _load_best_model(self):
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            super()._load_best_model()
+            return
+        with self._without_ties():
+            super()._load_best_model()
+        self._load_ties(self.state.best_model_checkpoint)
+
+    def _load_ties(self, checkpoint: str) -> None:
+        if self.ties is not None and os.path.isfile(Path(checkpoint) / "config.json"):
+            _, log_tie = tie_parameters(checkpoint)
+            self.ties.set(log_tie.reshape(-1).tolist())
+
+
+def _is_prepared(dataset: Dataset | IterableDataset) -> bool:
+    return "ranks" in get_dataset_column_names(dataset)

@@ -1,0 +1,108 @@
+"""
+The tie parameters of a ranking likelihood, learned with a model and kept in its config.
+
+They are a child module of the model while it trains, and are part of its output there, so that distributed wrappers see
+them used. In `config.json` they are two entries, `ranking_model` and `log_tie`, which [`tie_parameters`] reads.
+"""
+
+import json
+from pathlib import Path
+
+import torch
+from peft import PeftModel
+from torch import nn
+from transformers import PreTrainedModel
+
+from .child_modules import keep_out_of_saves
+
+
+TIE_PARAMETERS_NAME = "tie_parameters"  # attribute of the model, prefix of the parameters
+# Rao-Kupper's log theta stays above this: at 0 a tie is impossible, and its loss infinite
+MIN_LOG_THETA = 1e-3
+
+
+class TieParameters(nn.Module):
+    """
+    `log_tie` of [`ranking.ranking_nll`] as something to learn.
+
+    Args:
+        ranking_model (`str`): The likelihood.
+        log_tie (`list[float]`): Where to start.
+    """
+
+    def __init__(self, ranking_model: str, log_tie: list[float]):
+        super().__init__()
+        self.ranking_model = ranking_model
+        self.raw = nn.Parameter(torch.zeros(len(log_tie)))
+        self.set(log_tie)
+
+    def forward(self) -> torch.Tensor:
+        """`(D-1,)` for Davidson-Luce, `(1,)` for pairwise models with ties."""
+        if self.ranking_model == "rao_kupper":
+            return nn.functional.softplus(self.raw.float()) + MIN_LOG_THETA
+        return self.raw.float()
+
+    @torch.no_grad()
+    def set(self, log_tie: list[float]) -> None:
+        values = torch.tensor(log_tie, device=self.raw.device)
+        if len(log_tie) != self.raw.numel() or not values.isfinite().all():
+            raise ValueError(f"`log_tie` of '{self.ranking_model}' must be {self.raw.numel()} numbers, got {log_tie}.")
+        if self.ranking_model == "rao_kupper":
+            values = torch.expm1((values - MIN_LOG_THETA).clamp(min=1e-6)).log()
+        self.raw.copy_(values)
+
+
+def attach_tie_parameters(model: PreTrainedModel | PeftModel, ties: TieParameters) -> None:
+    """Make `ties` a child of `model`, and its values part of the model's output, as `log_tie`."""
+
+    def add_log_tie(module, args, output):
+        if TIE_PARAMETERS_NAME in module._modules:  # not while it is put aside
+            output["log_tie"] = ties()
+
+    model.add_module(TIE_PARAMETERS_NAME, ties.to(model.device))
+    ties._hook = model.register_forward_hook(add_log_tie)
+    keep_out_of_saves(model, TIE_PARAMETERS_NAME)
+
+
+def detach_tie_parameters(model: PreTrainedModel | PeftModel) -> None:
+    """Undo [`attach_tie_parameters`], if it was ever done."""
+    ties = model._modules.pop(TIE_PARAMETERS_NAME, None)
+    if ties is not None:
+        ties._hook.remove()
+
+
+def write_to_config(model: PreTrainedModel | PeftModel, ranking_model: str, log_tie: list[float]) -> None:
+    """Say in the model's config what likelihood its scores are for."""
+    model.config.ranking_model = ranking_model
+    model.config.log_tie = log_tie
+
+
+def tie_parameters(model_or_path: PreTrainedModel | PeftModel | str) -> tuple[str, torch.Tensor | None]:
+    """
+    The likelihood that a model was trained with, to follow the scores in [`predict_pair`]:
+
+    ```python
+    >>> win, tie, lose = predict_pair(score_i, score_j, *tie_parameters("my-reward-model"))
+    ```
+
+    Args:
+        model_or_path (`PreTrainedModel`, `PeftModel` or `str`): The model, or the folder it was saved to.
+
+    Returns:
+        `tuple[str, torch.Tensor | None]`: `model` and `log_tie` of [`ranking_nll`].
+
+    Raises:
+        ValueError: if the model was not trained with a ranking likelihood.
+    """
+    if isinstance(model_or_path, str):
+        config = json.loads((Path(model_or_path) / "config.json").read_text())
+    else:
+        config = model_or_path.config.to_dict()
+    if "ranking_model" not in config:
+        raise ValueError(
+            f"{model_or_path!r:.80} has no `ranking_model` in its config: it was not trained on rankings."
+        )
+    log_tie = torch.tensor(config["log_tie"])
+    if config["ranking_model"] == "davidson_luce":
+        return "davidson_luce", log_tie
+    return config["ranking_model"], log_tie.squeeze() if log_tie.numel() else None
