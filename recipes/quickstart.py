@@ -8,7 +8,7 @@ runs offline on two CPU cores in under five minutes and does the whole of RLHF, 
 1. writes a small corpus of film reviews (a grammar of its own; no download),
 2. trains a tokenizer and a language model on it, with `trl.SFTTrainer`,
 3. samples four continuations for each of many openings and has a judge rank them, with ties,
-4. trains a reward model on the strict pairs of those rankings, with `trl.RewardTrainer`,
+4. trains a reward model on those rankings, with `trl_ext.RankingRewardTrainer`,
 5. improves the language model against that reward model, with `trl_ext.PPOTrainer`,
 6. shows completions of held-out negative openings before and after, and how good they are.
 
@@ -30,7 +30,6 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from datasets import Dataset
 from quickstart_data import Task, grammar_task, reviews_task, train_tokenizer
-from quickstart_judges import strict_pairs
 from quickstart_report import (
     StageBar,
     plot_curves,
@@ -51,9 +50,9 @@ from transformers import (
     ProgressCallback,
     set_seed,
 )
-from trl import RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
+from trl import SFTConfig, SFTTrainer
 
-from trl_ext import PPOConfig, PPOTrainer
+from trl_ext import PPOConfig, PPOTrainer, RankingRewardConfig, RankingRewardTrainer
 
 
 NUM_RANKED = 4  # continuations per ranking
@@ -148,36 +147,35 @@ def rank_samples(task: Task, sft_path: str, tokenizer) -> list[dict]:
     return broadcast_object_list([rankings])[0]
 
 
-def preference_pairs(rankings: list[dict], tokenizer) -> Dataset:
+def tokenized_rankings(rankings: list[dict], tokenizer) -> Dataset:
     """
-    The strict pairs of all rankings. They are tokenized here, without the end-of-sequence token that `RewardTrainer`
-    would add: the PPO trainer shows prompt and completion to the reward model without it, too.
+    As `RankingRewardTrainer` would tokenize them, but without the end-of-sequence token that it would add: the PPO
+    trainer shows prompt and completion to the reward model without it, too.
     """
     rows = []
     for ranking in rankings:
         texts = [ranking["prompt"] + completion for completion in ranking["completions"]]
-        ids = tokenizer(texts)["input_ids"]
-        rows += [{"chosen_ids": ids[i], "rejected_ids": ids[j]} for i, j in strict_pairs(ranking["ranks"])]
+        rows.append({"group_ids": tokenizer(texts)["input_ids"], "ranks": ranking["ranks"]})
     return Dataset.from_list(rows)
 
 
 def train_reward_model(task: Task, rankings: list[dict], paths: dict[str, str], tokenizer, seed: int) -> float:
     """
-    Return the share of held-out pairs that the reward model orders as the judge does.
+    Return the share of held-out pairs with a winner that the reward model orders as the judge does.
 
     One usually starts from the language model's weights. Ours is so small that what it learned about the next word is
     in the way: a single layer from random weights, which can only weigh words, gets more of the held-out pairs right.
     """
     num_held_out = len(rankings) // 8
     set_seed(seed)
-    trainer = RewardTrainer(
+    trainer = RankingRewardTrainer(
         model=LlamaForSequenceClassification(small_llama(tokenizer, 64, 1, num_labels=1)),
         processing_class=tokenizer,
-        train_dataset=preference_pairs(rankings[num_held_out:], tokenizer),
-        eval_dataset=preference_pairs(rankings[:num_held_out], tokenizer),
-        args=RewardConfig(
-            num_train_epochs=task.reward_epochs,
-            per_device_train_batch_size=32,
+        train_dataset=tokenized_rankings(rankings[num_held_out:], tokenizer),
+        eval_dataset=tokenized_rankings(rankings[:num_held_out], tokenizer),
+        args=RankingRewardConfig(
+            num_train_epochs=2,
+            per_device_train_batch_size=8,
             learning_rate=3e-3,
             warmup_steps=20,
             center_rewards_coefficient=0.01,  # only differences are learned; this keeps the rewards around 0
@@ -250,9 +248,9 @@ def main() -> None:
     if is_main:
         print_ranking(task.judge, **next((r for r in rankings if len(set(r["ranks"])) == 3), rankings[0]))
 
-    say("[4/6] Reward model: learns from the pairs of each ranking, of which a tie gives none")
+    say("[4/6] Reward model: learns what makes a ranking likely, ties and all")
     accuracy = train_reward_model(task, rankings, paths, tokenizer, args.seed)
-    say(f"      It orders {accuracy:.1%} of held-out pairs as the judge does")
+    say(f"      It orders {accuracy:.1%} of held-out pairs with a winner as the judge does")
 
     say("[5/6] PPO: the language model learns to please the reward model")
     history = train_policy(task, paths, tokenizer, args.seed).state.log_history

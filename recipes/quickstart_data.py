@@ -53,7 +53,6 @@ class Task:
     sft_epochs: int
     max_completion_length: int
     ranked_prompts: int
-    reward_epochs: int
     rollouts: int
     kl_in_reward: float  # what a nat away from the language model costs, in units of the reward model's scores
 
@@ -97,7 +96,6 @@ def grammar_task(corpus_size: int | None, rollouts: int | None, seed: int) -> Ta
         sft_epochs=4,
         max_completion_length=48,
         ranked_prompts=min(1000, corpus_size // 4),
-        reward_epochs=2,
         rollouts=rollouts or 24,
         kl_in_reward=0.2,
     )
@@ -140,15 +138,14 @@ def reviews_task(path: str, corpus_size: int | None, rollouts: int | None, seed:
         hidden_size=192,
         num_layers=3,
         sft_epochs=3,
-        max_completion_length=64,
-        ranked_prompts=min(3000, len(texts) // 4),
-        reward_epochs=1,
-        rollouts=rollouts or 40,
-        kl_in_reward=0.1,
+        max_completion_length=40,
+        ranked_prompts=min(4000, len(texts) // 4),
+        rollouts=rollouts or 30,
+        kl_in_reward=0.2,
     )
 
 
-MAX_WORDS = 40
+MAX_WORDS = 30
 OPENING_WORDS = 6
 
 

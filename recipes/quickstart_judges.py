@@ -3,7 +3,6 @@
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import permutations
 
 from quickstart_corpus import GRAMMAR
 
@@ -24,18 +23,6 @@ class Judge:
         levels = [round(score / self.step) for score in self.score(texts)]
         order = sorted(set(levels), reverse=True)
         return [1 + order.index(level) for level in levels]
-
-
-def ranking_string(ranks: list[int]) -> str:
-    """`[3, 1, 2, 2]` as `B > C = D > A`."""
-    letters = [chr(ord("A") + i) for i in range(len(ranks))]
-    groups = [[x for x, r in zip(letters, ranks, strict=True) if r == rank] for rank in sorted(set(ranks))]
-    return " > ".join(" = ".join(group) for group in groups)
-
-
-def strict_pairs(ranks: list[int]) -> list[tuple[int, int]]:
-    """Every `(better, worse)` of a ranking; a tie gives none."""
-    return [(i, j) for i, j in permutations(range(len(ranks)), 2) if ranks[i] < ranks[j]]
 
 
 # --- A judge by rule, for the reviews of the grammar ---

@@ -3,9 +3,11 @@
 import re
 import warnings
 
-from quickstart_judges import Judge, ranking_string
+from quickstart_judges import Judge
 from quickstart_sampling import Samples
 from transformers import ProgressCallback
+
+from trl_ext import format_ranking
 
 
 def quiet() -> None:
@@ -46,7 +48,7 @@ def print_ranking(judge: Judge, prompt: str, completions: list[str], ranks: list
     print(f"      For example: {prompt} ...")
     for letter, text, score in zip("ABCDEFGH", completions, judge.score(completions), strict=False):
         print(f"        {letter} ({score:+.2f}): {text}")
-    print(f"        {ranking_string(ranks)}")
+    print(f"        {format_ranking(ranks)}")
 
 
 def print_table(before: dict[str, float], after: dict[str, float]) -> None:

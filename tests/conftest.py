@@ -118,6 +118,45 @@ def chats():
     return Dataset.from_dict({"prompt": [[{"role": "user", "content": p}] for p in PROMPTS]})
 
 
+# Ties, an unranked completion, one in which another begins, prompts of different lengths
+RANKINGS = {
+    "prompt": ["the film was", "a", "it was a slow plot but the ending is", "the actor"],
+    "completions": [
+        [" good", " good but slow", " bad and dull and sad", " great"],
+        [" good", " bad"],
+        [" great great great", " great bad", " great great", " warm bright it and but"],
+        [" warm", " dull", " sad", " slow"],
+    ],
+    "ranks": [[1, 1, 2, None], [1, 2], [2, 1, 2, 3], [1, 2, 2, 2]],
+}
+
+
+@pytest.fixture(scope="session")
+def rankings():
+    return Dataset.from_dict(RANKINGS)
+
+
+def build_reward_model(tokenizer, seed=0, **overrides):
+    torch.manual_seed(seed)
+    model = LlamaForSequenceClassification(tiny_config(tokenizer, num_labels=1, **overrides))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(0, 0.2)
+    return model
+
+
+@pytest.fixture
+def reward_model(tokenizer):
+    return build_reward_model(tokenizer)
+
+
+def ranking_settings(tmp_path, **overrides):
+    """[`settings`] of the trainers that do not generate."""
+    own = {"max_completion_length", "critic_learning_rate"}
+    return {name: value for name, value in settings(tmp_path).items() if name not in own} | overrides
+
+
 def count_good(completions, **kwargs):
     """Reward: share of the completion's words that are 'good'."""
     texts = [c if isinstance(c, str) else c[-1]["content"] for c in completions]

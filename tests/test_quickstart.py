@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
+from trl_ext import format_ranking
+
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 sys.path.insert(0, str(RECIPES))
@@ -18,7 +20,7 @@ sys.path.insert(0, str(RECIPES))
 import quickstart  # noqa: E402
 from quickstart_corpus import GRAMMAR, distinct_openings, expand, write_continuation  # noqa: E402
 from quickstart_data import read_reviews, reviews_task, shortened  # noqa: E402
-from quickstart_judges import lexicon_judge, ranking_string, score_by_lexicon, strict_pairs  # noqa: E402
+from quickstart_judges import lexicon_judge, score_by_lexicon  # noqa: E402
 
 
 # --- The judge ---
@@ -93,22 +95,6 @@ def test_grammar_is_large_and_correct(rng):
 # --- Rankings with ties ---
 
 
-@pytest.mark.parametrize(
-    ("ranks", "string", "num_pairs"),
-    [
-        ([3, 1, 2, 2], "B > C = D > A", 5),
-        ([1, 2, 3, 4], "A > B > C > D", 6),
-        ([1, 1, 1, 1], "A = B = C = D", 0),
-        ([2, 1, 1], "B = C > A", 2),
-    ],
-)
-def test_ties_give_no_pair(ranks, string, num_pairs):
-    pairs = strict_pairs(ranks)
-    assert ranking_string(ranks) == string
-    assert len(pairs) == len(set(pairs)) == num_pairs
-    assert all(ranks[better] < ranks[worse] for better, worse in pairs)
-
-
 def test_judge_ranks_with_ties():
     texts = [
         "It is dull and slow.",
@@ -117,7 +103,7 @@ def test_judge_ranks_with_ties():
         "A long story.",
     ]
     ranks = lexicon_judge().rank(texts)
-    assert ranking_string(ranks) == "B > C = D > A"
+    assert format_ranking(ranks) == "B > C = D > A"
 
 
 # --- Reviews from a file ---

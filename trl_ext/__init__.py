@@ -6,6 +6,7 @@ from .actor_critic_trainer import ActorCriticTrainer
 from .critic import Critic, load_critic, token_values
 from .ppo import PPOConfig, PPOTrainer
 from .ranking import RANKING_MODELS, judgements_nll, predict_pair, ranking_nll
+from .ranking_data import format_ranking, parse_ranking
 from .ranking_dpo import RankingDPOConfig, RankingDPOTrainer
 from .ranking_reward import RankingRewardConfig, RankingRewardTrainer
 from .reinforce import ReinforceConfig, ReinforceTrainer
@@ -29,8 +30,10 @@ __all__ = [
     "RankingRewardTrainer",
     "ReinforceConfig",
     "ReinforceTrainer",
+    "format_ranking",
     "judgements_nll",
     "load_critic",
+    "parse_ranking",
     "predict_pair",
     "ranking_nll",
     "tie_parameters",

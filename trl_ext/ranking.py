@@ -33,6 +33,8 @@ Kosmidis and Turner 2019, https://arxiv.org/abs/1909.07123 (Davidson-Luce).
 """
 
 import math
+from functools import cache
+from itertools import product
 
 import torch
 import torch.nn.functional as F
@@ -71,15 +73,18 @@ def ranking_nll(
         `torch.Tensor` of shape `(B,)`.
 
     Raises:
-        ValueError: For a ranking which the model gives no probability, a NaN among the scores of ranked items, or a
+        ValueError: For a ranking which the model gives no probability, a score of a ranked item that is not finite, or a
             `log_tie` that does not fit the model.
     """
     scores, log_tie = _checked(scores, model, log_tie)
+    ranks = ranks.long()
     present = ranks >= 0
     if ranks.shape != scores.shape:
         raise ValueError(f"`ranks` must have the shape of `scores`, {tuple(scores.shape)}, got {tuple(ranks.shape)}.")
-    if scores[present].isnan().any():
-        raise ValueError("`scores` holds NaN for a ranked item.")
+    if not scores[present].isfinite().all():
+        raise ValueError("`scores` holds NaN or infinity for a ranked item.")
+    if ranks.size(1) == 0:
+        return scores.sum(dim=1)
     scores = torch.where(present, scores, 0)  # whatever padding holds reaches neither loss nor gradient
     if model in PAIRWISE_MODELS:
         return _pairwise_nll(scores, *wins_and_ties(ranks), model, log_tie)
@@ -118,8 +123,8 @@ def judgements_nll(
         raise ValueError(f"Judgements of pairs need a pairwise `model`, one of {PAIRWISE_MODELS}, got {model!r}.")
     scores, log_tie = _checked(scores, model, log_tie)
     judged = ((wins + wins.mT + ties) > 0).any(dim=-1)
-    if scores[judged].isnan().any():
-        raise ValueError("`scores` holds NaN for a judged item.")
+    if not scores[judged].isfinite().all():
+        raise ValueError("`scores` holds NaN or infinity for a judged item.")
     return _pairwise_nll(torch.where(judged, scores, 0), wins, ties, model, log_tie)
 
 
@@ -130,10 +135,50 @@ def predict_pair(
     Probability that i wins, that they tie and that i loses, each of the scores' shape. Models without a probability of
     ties give 0 for them.
     """
-    scores, log_tie = _checked(score_i - score_j, model, log_tie)
-    win, tie = _pair_logps(scores, model, log_tie)
-    lose, _ = _pair_logps(-scores, model, log_tie)
+    score_i, log_tie = _checked(score_i, model, log_tie)
+    diff = score_i - score_j.to(score_i.dtype)
+    win, tie = _pair_logps(diff, model, log_tie)
+    lose, _ = _pair_logps(-diff, model, log_tie)
     return win.exp(), tie.exp(), lose.exp()
+
+
+def predict_pairs_of_ranking(
+    scores: torch.Tensor, model: str = "davidson_luce", log_tie: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """
+    [`predict_pair`] for each pair of items that are ranked together with the others. Only Davidson-Luce makes a
+    difference: how often it ties two items depends on what they are ranked with. Its orders are enumerated.
+
+    Args:
+        scores (`torch.Tensor` of shape `(B, K)`): Log-worths; `K <= MAX_ENUMERATED` for `davidson_luce`.
+        model, log_tie: As for [`ranking_nll`].
+
+    Returns:
+        `tuple` of three `torch.Tensor` of shape `(B, K, K)`: probability that i is placed before j, with it, after it.
+    """
+    if model != "davidson_luce" or scores.size(1) == 2:
+        return predict_pair(scores.unsqueeze(2), scores.unsqueeze(1), model, log_tie)
+    scores, log_tie = _checked(scores, model, log_tie)
+    orders = weak_orders(scores.size(1)).to(scores.device)
+    orders = orders[(tie_sizes(orders) <= log_tie.numel() + 1).all(dim=1)]
+    repeated = orders.repeat(len(scores), 1)
+    nll = davidson_luce_nll(scores.repeat_interleave(len(orders), dim=0), repeated, log_tie)
+    probabilities = torch.exp(-nll).view(len(scores), -1)
+    before, tied = (
+        (probabilities @ judgement.flatten(1).to(scores.dtype)).view(*scores.shape, -1)
+        for judgement in wins_and_ties(orders)
+    )
+    return before, tied, before.mT
+
+
+MAX_ENUMERATED = 5
+
+
+@cache
+def weak_orders(num_items: int) -> torch.Tensor:
+    """The ranks of all weak orders, `(N, num_items)`: N = 3, 13, 75, 541 for 2 to 5 items."""
+    ranks = product(range(num_items), repeat=num_items)
+    return torch.tensor([row for row in ranks if set(row) == set(range(max(row) + 1))])
 
 
 # --- Pairs ---
@@ -152,7 +197,8 @@ def _pair_logps(diff: torch.Tensor, model: str, log_tie: torch.Tensor | None) ->
     """`(log P(i > j), log P(i = j))` for `diff` s_i - s_j."""
     if model == "rao_kupper":
         win, lose = F.logsigmoid(diff - log_tie), F.logsigmoid(-diff - log_tie)
-        return win, torch.log(torch.expm1(2 * log_tie)) + win + lose
+        # log(theta^2 - 1), which expm1(2 log_tie) would overflow
+        return win, 2 * log_tie + torch.log(-torch.expm1(-2 * log_tie)) + win + lose
     if model == "davidson_luce" and log_tie.numel():
         model, log_tie = "davidson", log_tie[0]
     if model == "davidson":
@@ -324,7 +370,8 @@ def initial_log_tie(ranks: list[list[int | None]], model: str, max_order: int | 
 
         delta_n = (number of groups of n) / sum_stages [C(m, n) / sum_k delta_k C(m, k)]        with m = |A|
 
-    Outcomes that were never seen count half a time, which keeps every parameter finite.
+    Outcomes that were never seen count half a time, which keeps every parameter finite; the groups that are then
+    expected are in the ratio of these counts. Orders that no prompt was long enough for take the smallest delta.
 
     Args:
         ranks (`list[list[int | None]]`): One list for each prompt; None or -1 is absent.
@@ -334,6 +381,7 @@ def initial_log_tie(ranks: list[list[int | None]], model: str, max_order: int | 
     Returns:
         `list[float]`: One log theta or log nu, or log delta_2 to log delta_D; empty for models without ties.
     """
+    _check_model(model)
     groups = [_group_sizes(row) for row in ranks]
     if model in ("rao_kupper", "davidson"):
         num_ties = sum(math.comb(n, 2) for sizes in groups for n in sizes)
@@ -350,20 +398,20 @@ def initial_log_tie(ranks: list[list[int | None]], model: str, max_order: int | 
     stages = [(sum(sizes[j:]), n) for sizes in groups for j, n in enumerate(sizes) if sum(sizes[j:]) > 1]
     if not stages:
         stages = [(2, 1)]
-    remaining = torch.tensor([m for m, _ in stages], dtype=torch.float64)
-    combinations = torch.tensor([[math.comb(m, n) for n in range(1, max_order + 1)] for m, _ in stages]).double()
-    counts = torch.tensor([sum(size == n for _, size in stages) for n in range(1, max_order + 1)]).double()
-    possible = torch.tensor([(remaining >= n).any() for n in range(1, max_order + 1)])
-    counts = torch.where(possible, counts.clamp(min=0.5), 0.5)
-    delta = torch.ones(max_order, dtype=torch.float64) / combinations.mean(dim=0).clamp(min=1)
+    possible = min(max_order, max(m for m, _ in stages))
+    orders = range(1, possible + 1)
+    combinations = torch.tensor([[math.comb(m, n) for n in orders] for m, _ in stages]).double()
+    counts = torch.tensor([sum(size == n for _, size in stages) for n in orders]).double().clamp(min=0.5)
+    delta = 1 / combinations.mean(dim=0)
     for _ in range(1000):
-        new = counts / (combinations / (combinations @ delta).unsqueeze(1)).sum(dim=0).clamp(min=1e-12)
+        new = counts / (combinations / (combinations @ delta).unsqueeze(1)).sum(dim=0)
         new = new / new[0]
         converged = torch.allclose(new, delta, rtol=1e-9, atol=0)
         delta = new
         if converged:
             break
-    return delta[1:].log().tolist()
+    log_delta = delta.log().tolist()
+    return (log_delta + [min(log_delta)] * (max_order - possible))[1:]
 
 
 def _group_sizes(ranks: list[int | None]) -> list[int]:
@@ -372,19 +420,27 @@ def _group_sizes(ranks: list[int | None]) -> list[int]:
     return [ranked.count(rank) for rank in sorted(set(ranked))]
 
 
-def _checked(scores, model, log_tie) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """`scores` and `log_tie` in fp32 or better, if the latter fits the model."""
+def _check_model(model: str) -> None:
     if model not in RANKING_MODELS:
         raise ValueError(f"`model` must be one of {RANKING_MODELS}, got {model!r}.")
+
+
+def _checked(scores, model, log_tie) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """`scores` and `log_tie` in fp32 or better, if the latter fits the model."""
+    _check_model(model)
     scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
     if model == "davidson_luce":
         log_tie = scores.new_zeros(0) if log_tie is None else log_tie
-        if log_tie.dim() != 1:
-            raise ValueError(f"'davidson_luce' takes `log_tie` of shape (D-1,), got {tuple(log_tie.shape)}.")
+        if log_tie.dim() != 1 or log_tie.isnan().any() or (log_tie == math.inf).any():
+            raise ValueError(
+                f"'davidson_luce' takes `log_tie` of shape (D-1,), finite or -inf, got {log_tie.tolist()}."
+            )
     elif model in ("rao_kupper", "davidson"):
         if log_tie is None or log_tie.numel() != 1:
             raise ValueError(f"'{model}' takes one number as `log_tie`.")
         log_tie = log_tie.reshape(())
+        if not log_tie.isfinite():
+            raise ValueError(f"'{model}' takes a finite `log_tie`, got {log_tie.item()}.")
         if model == "rao_kupper" and log_tie <= 0:
             raise ValueError(f"'rao_kupper' takes `log_tie` = log theta > 0, got {log_tie.item()}.")
     elif log_tie is not None:

@@ -1,0 +1,57 @@
+r"""
+DPO from rankings with ties. Every option of `RankingDPOConfig` and `ModelConfig` is an argument here, and
+`--config FILE.yaml` sets many at once (the command line wins over the file).
+
+Your own rankings, in the format that `ranking_reward.py` describes, on one GPU:
+
+    accelerate launch --config_file recipes/accelerate_configs/single_gpu.yaml recipes/ranking_dpo.py \
+        --dataset_name rankings.jsonl --model_name_or_path Qwen/Qwen2.5-0.5B-Instruct --output_dir my-model \
+        --learning_rate 1e-6 --beta 0.1
+
+A LoRA adapter on a 4-bit base model, whose reference is the base itself:
+
+    accelerate launch --config_file recipes/accelerate_configs/single_gpu.yaml recipes/ranking_dpo.py \
+        --dataset_name rankings.jsonl --model_name_or_path Qwen/Qwen2.5-7B-Instruct --output_dir my-model \
+        --use_peft --load_in_4bit --dtype bfloat16 --learning_rate 1e-5 --push_to_hub
+
+Pairs with ties (`prompt`, `chosen`, `rejected`, `tie`) as DPO-D of Chen et al., https://huggingface.co/papers/2409.17431:
+
+    accelerate launch recipes/ranking_dpo.py --dataset_name pairs.jsonl --ranking_model davidson ...
+"""
+
+import sys
+
+from ranking_reward import RankingRecipeArguments, evaluate_and_save, load_rankings
+from sft import HelpFormatter, check_model_args, model_init_kwargs
+from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
+
+from trl_ext import RankingDPOConfig, RankingDPOTrainer
+
+
+def parse(args: list[str]) -> tuple:
+    """The arguments of this script, of the training and of the model."""
+    usage = "%(prog)s [--config FILE.yaml] [OPTIONS]"
+    arguments = (RankingRecipeArguments, RankingDPOConfig, ModelConfig)
+    parser = TrlParser(arguments, usage=usage, description=__doc__, formatter_class=HelpFormatter)
+    return parser.parse_args_and_config(args)
+
+
+def main() -> None:
+    script_args, training_args, model_args = parse(sys.argv[1:])
+    check_model_args(model_args)
+    training_args.model_init_kwargs = model_init_kwargs(model_args, training_args)
+    train_dataset, eval_dataset = load_rankings(script_args, training_args)
+    trainer = RankingDPOTrainer(
+        model=model_args.model_name_or_path,
+        args=training_args,
+        train_dataset=train_dataset,
+        eval_dataset=eval_dataset,
+        quantization_config=get_quantization_config(model_args),
+        peft_config=get_peft_config(model_args),
+    )
+    trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
+    evaluate_and_save(trainer, script_args)
+
+
+if __name__ == "__main__":
+    main()
