@@ -139,7 +139,7 @@ def rank_samples(task: Task, sft_path: str, tokenizer) -> list[dict]:
     rankings = []
     for start in tqdm(range(0, len(prompts), 64), desc="      Rankings", disable=not PartialState().is_main_process):
         batch = [prompt for prompt in prompts[start : start + 64] for _ in range(NUM_RANKED)]
-        completions = sample(model, tokenizer, batch, task.max_completion_length).completions
+        completions = sample(model, tokenizer, batch, task.max_completion_length, task.temperature).completions
         for i in range(0, len(batch), NUM_RANKED):
             four = completions[i : i + NUM_RANKED]
             rankings.append({"prompt": batch[i], "completions": four, "ranks": task.judge.rank(four)})
@@ -203,6 +203,7 @@ def train_policy(task: Task, paths: dict[str, str], tokenizer, seed: int) -> PPO
             steps_per_generation=MINIBATCHES,
             per_device_train_batch_size=MINIBATCH_SIZE,
             max_completion_length=task.max_completion_length,
+            temperature=task.temperature,
             missing_eos_penalty=1.0,  # a review should come to its end
             kl_in_reward=task.kl_in_reward,
             learning_rate=3e-4,  # large, for the model is tiny

@@ -52,6 +52,7 @@ class Task:
     num_layers: int
     sft_epochs: int
     max_completion_length: int
+    temperature: float  # of all sampling; what it samples from is what is trained and measured
     ranked_prompts: int
     rollouts: int
     kl_in_reward: float  # what a nat away from the language model costs, in units of the reward model's scores
@@ -95,6 +96,7 @@ def grammar_task(corpus_size: int | None, rollouts: int | None, seed: int) -> Ta
         num_layers=2,
         sft_epochs=4,
         max_completion_length=48,
+        temperature=1.0,
         ranked_prompts=min(1000, corpus_size // 4),
         rollouts=rollouts or 24,
         kl_in_reward=0.2,
@@ -139,9 +141,10 @@ def reviews_task(path: str, corpus_size: int | None, rollouts: int | None, seed:
         num_layers=3,
         sft_epochs=3,
         max_completion_length=40,
+        temperature=0.7,  # so small a model of so few texts makes up many words otherwise
         ranked_prompts=min(4000, len(texts) // 4),
-        rollouts=rollouts or 30,
-        kl_in_reward=0.2,
+        rollouts=rollouts or 40,
+        kl_in_reward=0.1,
     )
 
 

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 import torch
 from accelerate import PartialState
 from quickstart_data import Task
-from quickstart_judges import Judge
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -32,12 +31,16 @@ class Samples:
 
 @torch.no_grad()
 def sample(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: list[str], max_new_tokens: int
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: list[str],
+    max_new_tokens: int,
+    temperature: float,
 ) -> Samples:
-    """One completion for each prompt, drawn from the model as it is: no temperature, no top-k."""
+    """One completion for each prompt, drawn from all of the model's distribution: no top-k."""
     inputs = tokenizer(prompts, return_tensors="pt", padding=True, padding_side="left").to(model.device)
     inputs.pop("token_type_ids", None)
-    ids = model.generate(**inputs, do_sample=True, temperature=1.0, top_k=0, max_new_tokens=max_new_tokens)
+    ids = model.generate(**inputs, do_sample=True, temperature=temperature, top_k=0, max_new_tokens=max_new_tokens)
     prompt_length = inputs["input_ids"].size(1)
     completion_ids = ids[:, prompt_length:]
     is_end = completion_ids == tokenizer.eos_token_id
@@ -53,12 +56,12 @@ def sample(
 
 
 @torch.no_grad()
-def token_logps(model: PreTrainedModel, samples: Samples) -> torch.Tensor:
+def token_logps(model: PreTrainedModel, samples: Samples, temperature: float) -> torch.Tensor:
     """`(B, T)` log-probability of each token of the completions; 0 after their end."""
     num_tokens = samples.completion_mask.size(1)
     positions = (samples.attention_mask.cumsum(dim=1) - 1).clamp(min=0)
     logits = model(samples.input_ids, attention_mask=samples.attention_mask, position_ids=positions).logits
-    logps = logits[:, -num_tokens - 1 : -1].float().log_softmax(dim=-1)
+    logps = (logits[:, -num_tokens - 1 : -1].float() / temperature).log_softmax(dim=-1)
     logps = logps.gather(2, samples.input_ids[:, -num_tokens:].unsqueeze(2)).squeeze(2)
     return torch.where(samples.completion_mask.bool(), logps, 0)
 
@@ -85,18 +88,18 @@ def measure(
     reference: PreTrainedModel,
     reward_model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    judge: Judge,
+    task: Task,
     samples: Samples,
 ) -> dict[str, float]:
     """The table's column for `model`, from which `samples` were drawn."""
-    scores = judge.score(samples.completions)
+    scores = task.judge.score(samples.completions)
     num_tokens = samples.completion_mask.sum().item()
-    logps = token_logps(model, samples).sum().item() / num_tokens
-    logps_reference = token_logps(reference, samples).sum().item() / num_tokens
+    logps = token_logps(model, samples, task.temperature).sum().item() / num_tokens
+    logps_reference = token_logps(reference, samples, task.temperature).sum().item() / num_tokens
     bigrams = [pair for text in samples.completions for pair in zip(text.split(), text.split()[1:], strict=False)]
     return {
         "judge's score (never trained on)": sum(scores) / len(scores),
-        "share the judge finds positive": sum(score > judge.neutral for score in scores) / len(scores),
+        "share the judge finds positive": sum(score > task.judge.neutral for score in scores) / len(scores),
         "reward (the reward model's)": rewards_of(reward_model, tokenizer, samples).mean().item(),
         "KL to the reference, nats per token": logps - logps_reference,
         "perplexity under the reference": math.exp(-logps_reference),
@@ -119,6 +122,6 @@ def compare(task: Task, paths: dict[str, str], tokenizer: PreTrainedTokenizerBas
     columns = []
     for model in (sft, policy):
         set_seed(seed)
-        samples = sample(model, tokenizer, task.test_prompts, task.max_completion_length)
-        columns.append((samples, measure(model, sft, reward_model, tokenizer, task.judge, samples)))
+        samples = sample(model, tokenizer, task.test_prompts, task.max_completion_length, task.temperature)
+        columns.append((samples, measure(model, sft, reward_model, tokenizer, task, samples)))
     return columns
