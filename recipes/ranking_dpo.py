@@ -16,7 +16,9 @@ A LoRA adapter on a 4-bit base model, whose reference is the base itself:
 
 Pairs with ties (`prompt`, `chosen`, `rejected`, `tie`) as DPO-D of Chen et al., https://huggingface.co/papers/2409.17431:
 
-    accelerate launch recipes/ranking_dpo.py --dataset_name pairs.jsonl --ranking_model davidson ...
+    accelerate launch --config_file recipes/accelerate_configs/single_gpu.yaml recipes/ranking_dpo.py \
+        --dataset_name pairs.jsonl --ranking_model davidson --model_name_or_path Qwen/Qwen2.5-0.5B-Instruct \
+        --output_dir my-model --learning_rate 1e-6
 """
 
 import sys

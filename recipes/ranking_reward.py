@@ -22,9 +22,7 @@ A LoRA adapter on a 4-bit base model, with another likelihood:
         --dataset_name rankings.jsonl --model_name_or_path Qwen/Qwen2.5-7B-Instruct --output_dir my-reward-model \
         --use_peft --load_in_4bit --dtype bfloat16 --ranking_model rao_kupper --push_to_hub
 
-The result is a plain sequence classifier, `reward_funcs` of TRL's and this package's trainers:
-
-    accelerate launch recipes/actor_critic.py --reward_model my-reward-model ...
+The result is a plain sequence classifier, which TRL's GRPO and `actor_critic.py --reward_model my-reward-model` take.
 """
 
 import random

@@ -100,11 +100,14 @@ def model_init_kwargs(model_args: ModelConfig, training_args) -> dict:
 
 
 def save(trainer, script_args: RecipeArguments) -> None:
-    """Write the final model, and push it if asked to."""
+    """Write the final model with its card, and push them if asked to."""
+    dataset_name = None if Path(script_args.dataset_name).exists() else script_args.dataset_name
     trainer.save_model()
     if trainer.args.push_to_hub:
-        is_local = Path(script_args.dataset_name).exists()
-        trainer.push_to_hub(dataset_name=None if is_local else script_args.dataset_name)
+        trainer.push_to_hub(dataset_name=dataset_name)
+    else:
+        model_name = Path(trainer.args.hub_model_id or trainer.args.output_dir).name
+        trainer.create_model_card(model_name=model_name, dataset_name=dataset_name)
     # On CPU the process would often hang: destroying Gloo's group leaves its last reference to DDP's reducer, whose
     # destructor joins Gloo's threads while it holds the interpreter lock
     if trainer.accelerator.device.type != "cpu":

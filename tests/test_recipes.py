@@ -15,8 +15,11 @@ from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import launch_command_parser
 from conftest import PROMPTS
 from peft import PeftModel
-from transformers import AutoModelForCausalLM
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 from trl import ModelConfig
+
+from trl_ext import RankingRewardConfig, tie_parameters
 
 
 RECIPES = Path(__file__).parent.parent / "recipes"
@@ -95,6 +98,8 @@ def changed(model, start):
                 "--use_peft",
             ],
         ),
+        ("ranking_reward.py", [], ["--config", "--ranking_model", "--max_tie_order", "--overlong", "--held_out"]),
+        ("ranking_dpo.py", [], ["--config", "--ranking_model", "--beta", "--shared_prefix", "--use_peft"]),
     ],
 )
 def test_help_explains(tmp_path, script, args, options):
@@ -189,6 +194,65 @@ def test_sft(folder, policy_path):
     )
 
 
+RANKING = {"completions": [" good", " bad", " sad", " warm and bright"], "ranking": "D > A > B = C"}
+
+
+def test_reward_model_from_rankings(folder, policy_path):
+    write_rows(folder / "rankings.jsonl", [{"prompt": prompt, **RANKING} for prompt in PROMPTS])
+    launch(
+        *(RECIPES / "ranking_reward.py", *FAST, "--model_name_or_path", policy_path, "--learning_rate", 0.01),
+        *("--dataset_name", "rankings.jsonl", "--held_out", 0.25, "--max_steps", 20, "--output_dir", "out"),
+        cwd=folder,
+    )
+    evaluation = json.loads((folder / "out" / "eval_results.json").read_text())
+    assert evaluation["eval_accuracy"] == 1  # the same completions after other prompts
+    card = (folder / "out" / "README.md").read_text()
+    assert "on 6 rankings" in card and "| eval_accuracy | 1 |" in card and "tie/delta_2" in card
+    model = AutoModelForSequenceClassification.from_pretrained(folder / "out")
+    assert tie_parameters(str(folder / "out"))[0] == model.config.ranking_model == "davidson_luce"
+
+
+def test_adapter_of_a_reward_model_keeps_its_head(folder, policy_path):
+    write_rows(folder / "rankings.jsonl", [{"prompt": prompt, **RANKING} for prompt in PROMPTS])
+    launch(
+        *(RECIPES / "ranking_reward.py", *FAST, "--model_name_or_path", policy_path, "--held_out", 0),
+        *("--dataset_name", "rankings.jsonl", "--output_dir", "out", "--ranking_model", "davidson"),
+        *("--use_peft", "--lora_r", 2, "--lora_target_modules", "q_proj", "v_proj"),
+        cwd=folder,
+    )
+    assert any("score" in name for name in load_file(folder / "out" / "adapter_model.safetensors"))
+    assert json.loads((folder / "out" / "adapter_config.json").read_text())["task_type"] == "SEQ_CLS"
+    assert tie_parameters(str(folder / "out"))[0] == "davidson"
+    assert not (folder / "out" / "eval_results.json").exists()
+
+
+def test_dpo_from_pairs_with_ties(folder, policy_path):
+    rows = [{"prompt": p, "chosen": " good", "rejected": " bad", "tie": i % 2 == 0} for i, p in enumerate(PROMPTS)]
+    write_rows(folder / "pairs.jsonl", rows)
+    launch(
+        *(RECIPES / "ranking_dpo.py", *FAST, "--model_name_or_path", policy_path, "--ranking_model", "rao_kupper"),
+        *("--dataset_name", "pairs.jsonl", "--held_out", 0.25, "--output_dir", "out"),
+        cwd=folder,
+    )
+    assert changed(
+        AutoModelForCausalLM.from_pretrained(folder / "out"), AutoModelForCausalLM.from_pretrained(policy_path)
+    )
+    assert json.loads((folder / "out" / "eval_results.json").read_text())["eval_tie_rate"] in (0, 0.5, 1)
+    assert "tie/theta" in (folder / "out" / "README.md").read_text()
+
+
+def test_a_prompt_is_held_out_with_all_its_rankings(tmp_path, recipe):
+    write_rows(tmp_path / "rankings.jsonl", [{"prompt": prompt, **RANKING} for prompt in PROMPTS * 3])
+    args = recipe("ranking_reward").RankingRecipeArguments(
+        dataset_name=str(tmp_path / "rankings.jsonl"), held_out=0.25
+    )
+    settings = RankingRewardConfig(str(tmp_path), use_cpu=True, bf16=False)
+    train, test = recipe("ranking_reward").load_rankings(args, settings)
+    assert len(train) == 18 and len(test) == 6 and not set(train["prompt"]) & set(test["prompt"])
+    with pytest.raises(ValueError, match="--held_out"):
+        recipe("ranking_reward").RankingRecipeArguments(held_out=1.0)
+
+
 # --- Files ---
 
 
@@ -221,12 +285,14 @@ def test_example_file_is_understood(tmp_path, recipe, script, example):
     assert {name: values[name] for name in given} == given
 
 
-@pytest.mark.parametrize("script", ["sft", "actor_critic"])
-def test_documented_commands_are_understood(tmp_path, recipe, monkeypatch, script):
+@pytest.mark.parametrize(
+    ("script", "count"), [("sft", 3), ("actor_critic", 3), ("ranking_reward", 2), ("ranking_dpo", 3)]
+)
+def test_documented_commands_are_understood(tmp_path, recipe, monkeypatch, script, count):
     monkeypatch.chdir(RECIPES.parent)
     documented = recipe(script).__doc__.replace("\\\n", " ").splitlines()
     commands = [shlex.split(line) for line in documented if line.startswith("    accelerate launch")]
-    assert len(commands) == 3
+    assert len(commands) == count
     for command in commands:
         assert Path(command[command.index("--config_file") + 1]).is_file()
         args = command[command.index(f"recipes/{script}.py") + 1 :]

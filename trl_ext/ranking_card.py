@@ -1,6 +1,9 @@
 """The model card of what was trained on rankings."""
 
+import torch
+
 from .model_card import final_metrics, shown, write_card
+from .ranking import predict_pair
 from .ranking_config import RankingArguments
 
 
@@ -62,10 +65,16 @@ class RankingCardMixin:
             is_policy=self._pipeline_tag == "text-generation",
             on_rankings=on_rankings,
             likelihood=LIKELIHOODS[self.args.ranking_model] if on_rankings else "that of single pairs, as in TRL",
+            tie_of_equals=None if self.ties is None else f"{self._tie_of_equals():.1%}",
             ties={} if self.ties is None else {name: f"{value:.4g}" for name, value in self._named_ties().items()},
             hyper_parameters=shown(self.args, [*TRAINING_ARGUMENTS, *self._own_arguments()]),
             metrics=final_metrics(self.state.log_history, FINAL_METRICS),
         )
+
+    def _tie_of_equals(self) -> float:
+        """How likely two completions with the same score tie, if nothing else is ranked with them."""
+        _, tie, _ = predict_pair(torch.zeros(()), torch.zeros(()), self.args.ranking_model, self._log_tie())
+        return tie.item()
 
     def _own_arguments(self) -> list[str]:
         own = [name for name in RankingArguments.__dataclass_fields__ if name not in ("log_tie", "on_error")]

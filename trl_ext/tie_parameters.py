@@ -5,13 +5,10 @@ They are a child module of the model while it trains, and are part of its output
 them used. In `config.json` they are two entries, `ranking_model` and `log_tie`, which [`tie_parameters`] reads.
 """
 
-import json
-from pathlib import Path
-
 import torch
 from peft import PeftModel
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 
 from .child_modules import keep_out_of_saves
 
@@ -86,7 +83,7 @@ def tie_parameters(model_or_path: PreTrainedModel | PeftModel | str) -> tuple[st
     ```
 
     Args:
-        model_or_path (`PreTrainedModel`, `PeftModel` or `str`): The model, or the folder it was saved to.
+        model_or_path (`PreTrainedModel`, `PeftModel` or `str`): The model, or its folder or Hub id.
 
     Returns:
         `tuple[str, torch.Tensor | None]`: `model` and `log_tie` of [`ranking_nll`].
@@ -94,10 +91,8 @@ def tie_parameters(model_or_path: PreTrainedModel | PeftModel | str) -> tuple[st
     Raises:
         ValueError: if the model was not trained with a ranking likelihood.
     """
-    if isinstance(model_or_path, str):
-        config = json.loads((Path(model_or_path) / "config.json").read_text())
-    else:
-        config = model_or_path.config.to_dict()
+    is_path = isinstance(model_or_path, str)
+    config = (AutoConfig.from_pretrained(model_or_path) if is_path else model_or_path.config).to_dict()
     if "ranking_model" not in config:
         raise ValueError(
             f"{model_or_path!r:.80} has no `ranking_model` in its config: it was not trained on rankings."
