@@ -36,7 +36,8 @@ from .tie_parameters import (
 
 logger = get_logger(__name__)
 
-PACKED_KEYS = ("packed_input_ids", "packed_positions", "packed_segments", "packed_completion_mask", "ends")
+# What a head that starts at zero says of packed and other completions alike
+ALL_ZERO = "all scores are 0"
 
 
 class KeepConfig(TrainerCallback):
@@ -174,6 +175,8 @@ class RankingMixin:
         """Whether the model gives completions the same packed as in rows of their own, as the first batch shows."""
         if self._packs is None:
             reason = self._why_not_packed(model, inputs)
+            if reason == ALL_ZERO:  # ask again after a step
+                return self.args.shared_prefix == "always"
             # All processes must take the same way
             fails = torch.tensor(float(reason is not None), device=self.accelerator.device)
             if self.accelerator.reduce(fails, reduction="sum").item() == 0:
@@ -202,6 +205,8 @@ class RankingMixin:
         finally:
             model.train(was_training)
         judged = ((inputs["wins"] + inputs["wins"].mT + inputs["ties"]) > 0).any(dim=-1)
+        if not rows[judged].any():
+            return ALL_ZERO
         difference = ((rows - packed)[judged].abs().max() / rows[judged].abs().max()).item()
         half = self.args.bf16 or self.args.fp16 or self._model.dtype != torch.float32
         if not difference <= (5e-2 if half else 1e-3):
