@@ -1,6 +1,8 @@
 """Tiny offline models and data: a two-layer Llama built from a config and a word-level tokenizer."""
 
+import gc
 import os
+import random
 
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -20,6 +22,14 @@ from transformers import (
 
 
 torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def frozen_imports():
+    """Accelerate collects garbage whenever training starts, and most of its time goes to what imports left."""
+    gc.collect()
+    gc.freeze()
+
 
 WORDS = "the a film movie was is dull slow bad good great warm bright it and but sad plot ending actor user assistant"
 SPECIAL = ["<pad>", "<eos>", "<unk>", "<|user|>", "<|assistant|>"]
@@ -134,6 +144,21 @@ RANKINGS = {
 @pytest.fixture(scope="session")
 def rankings():
     return Dataset.from_dict(RANKINGS)
+
+
+def make_rankings(num_rows, seed=0, num_ranks=3, num_completions=(2, 3, 4)):
+    """Columns of `num_rows` rankings of different lengths, with ties if there are fewer ranks than completions."""
+    rng = random.Random(seed)
+    columns = {"prompt": [], "completions": [], "ranks": []}
+    for row in range(num_rows):
+        k = rng.choice(num_completions)
+        completions = set()
+        while len(completions) < k:
+            completions.add("".join(f" {word}" for word in rng.choices(WORDS.split()[:18], k=rng.randint(1, 4))))
+        columns["prompt"].append(PROMPTS[row % len(PROMPTS)])
+        columns["completions"].append(sorted(completions))
+        columns["ranks"].append(rng.sample(range(k), k) if num_ranks >= k else rng.choices(range(num_ranks), k=k))
+    return columns
 
 
 def build_reward_model(tokenizer, seed=0, **overrides):

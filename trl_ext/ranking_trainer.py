@@ -1,6 +1,6 @@
 """What [`RankingRewardTrainer`] and [`RankingDPOTrainer`] share: data, likelihood, shared prefix, metrics, saving."""
 
-import os
+import shutil
 from abc import abstractmethod
 from collections import defaultdict
 from collections.abc import Callable
@@ -25,10 +25,12 @@ from .ranking_metrics import baseline_nll, means_of_sums, ranking_sums
 from .ranking_preparation import has_tied_pairs, prepare_ranking_dataset, ranks_of, starting_log_tie
 from .shared_prefix import attention_mask
 from .tie_parameters import (
+    TIE_PARAMETERS_FILE,
     TIE_PARAMETERS_NAME,
     TieParameters,
     attach_tie_parameters,
     detach_tie_parameters,
+    save_beside_adapter,
     tie_parameters,
     write_to_config,
 )
@@ -295,8 +297,18 @@ class RankingMixin:
                 state_dict, _ = split_state_dict(state_dict, TIE_PARAMETERS_NAME)
         with self._without_ties():
             super()._save(output_dir, state_dict)
-        if isinstance(self._model, PeftModel) and self.args.should_save:  # which saves no config of its own
-            self._model.config.save_pretrained(output_dir or self.args.output_dir)
+        if self._is_adapter_on_rankings and self.args.should_save:
+            save_beside_adapter(self._model, output_dir or self.args.output_dir)
+
+    @property
+    def _is_adapter_on_rankings(self) -> bool:
+        return isinstance(self._model, PeftModel) and "ranking_model" in self._model.config.to_dict()
+
+    def _push_from_checkpoint(self, checkpoint_folder):
+        # The parent copies a fixed list of files to `output_dir` and pushes that folder
+        if self._is_adapter_on_rankings and self.is_world_process_zero():
+            shutil.copy(Path(checkpoint_folder) / TIE_PARAMETERS_FILE, self.args.output_dir)
+        super()._push_from_checkpoint(checkpoint_folder)
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         if self.is_fsdp_enabled:  # one sharded state for all
@@ -315,7 +327,7 @@ class RankingMixin:
         self._load_ties(self.state.best_model_checkpoint)
 
     def _load_ties(self, checkpoint: str) -> None:
-        if self.ties is not None and os.path.isfile(Path(checkpoint) / "config.json"):
+        if self.ties is not None:
             _, log_tie = tie_parameters(checkpoint)
             self.ties.set(log_tie.reshape(-1).tolist())
 

@@ -2,18 +2,28 @@
 The tie parameters of a ranking likelihood, learned with a model and kept in its config.
 
 They are a child module of the model while it trains, and are part of its output there, so that distributed wrappers see
-them used. In `config.json` they are two entries, `ranking_model` and `log_tie`, which [`tie_parameters`] reads.
+them used. On disk they are two entries, `ranking_model` and `log_tie`, of `config.json`; or of `tie_parameters.json`
+beside an adapter, whose folder must not have a `config.json`: transformers would look for a whole model there.
+[`tie_parameters`] reads either.
 """
 
+import json
+from dataclasses import make_dataclass
+from functools import cache
+from pathlib import Path
+
 import torch
+from huggingface_hub import snapshot_download
 from peft import PeftModel
 from torch import nn
-from transformers import AutoConfig, PreTrainedModel
+from transformers import PreTrainedModel
+from transformers.modeling_outputs import ModelOutput
 
 from .child_modules import keep_out_of_saves
 
 
 TIE_PARAMETERS_NAME = "tie_parameters"  # attribute of the model, prefix of the parameters
+TIE_PARAMETERS_FILE = "tie_parameters.json"
 # Rao-Kupper's log theta stays above this: at 0 a tie is impossible, and its loss infinite
 MIN_LOG_THETA = 1e-3
 
@@ -37,7 +47,8 @@ class TieParameters(nn.Module):
         """`(D-1,)` for Davidson-Luce, `(1,)` for pairwise models with ties."""
         if self.ranking_model == "rao_kupper":
             return nn.functional.softplus(self.raw.float()) + MIN_LOG_THETA
-        return self.raw.float()
+        # DDP takes a parameter that is itself an output for unused
+        return self.raw.float().clone()
 
     @torch.no_grad()
     def set(self, log_tie: list[float]) -> None:
@@ -49,12 +60,20 @@ class TieParameters(nn.Module):
         self.raw.copy_(values)
 
 
+@cache
+def with_log_tie(output_class: type[ModelOutput]) -> type[ModelOutput]:
+    """The class with one more field: DDP rebuilds a forward's output from its class's fields."""
+    fields = [("log_tie", torch.Tensor | None, None)]
+    return make_dataclass(f"{output_class.__name__}WithTies", fields, bases=(output_class,))
+
+
 def attach_tie_parameters(model: PreTrainedModel | PeftModel, ties: TieParameters) -> None:
     """Make `ties` a child of `model`, and its values part of the model's output, as `log_tie`."""
 
     def add_log_tie(module, args, output):
-        if TIE_PARAMETERS_NAME in module._modules:  # not while it is put aside
-            output["log_tie"] = ties()
+        if TIE_PARAMETERS_NAME not in module._modules:  # while it is put aside
+            return None
+        return with_log_tie(type(output))(**output, log_tie=ties())
 
     model.add_module(TIE_PARAMETERS_NAME, ties.to(model.device))
     ties._hook = model.register_forward_hook(add_log_tie)
@@ -74,6 +93,20 @@ def write_to_config(model: PreTrainedModel | PeftModel, ranking_model: str, log_
     model.config.log_tie = log_tie
 
 
+def save_beside_adapter(model: PeftModel, directory: str) -> None:
+    entries = {name: getattr(model.config, name) for name in ("ranking_model", "log_tie")}
+    (Path(directory) / TIE_PARAMETERS_FILE).write_text(json.dumps(entries, indent=2))
+
+
+def read_config(path: str) -> dict:
+    """`tie_parameters.json` or else `config.json` of a folder or Hub repository."""
+    folder = Path(path)
+    if not folder.is_dir():
+        folder = Path(snapshot_download(path, allow_patterns=[TIE_PARAMETERS_FILE, "config.json"]))
+    files = [folder / name for name in (TIE_PARAMETERS_FILE, "config.json") if (folder / name).is_file()]
+    return json.loads(files[0].read_text()) if files else {}
+
+
 def tie_parameters(model_or_path: PreTrainedModel | PeftModel | str) -> tuple[str, torch.Tensor | None]:
     """
     The likelihood that a model was trained with, to follow the scores in [`predict_pair`]:
@@ -91,8 +124,10 @@ def tie_parameters(model_or_path: PreTrainedModel | PeftModel | str) -> tuple[st
     Raises:
         ValueError: if the model was not trained with a ranking likelihood.
     """
-    is_path = isinstance(model_or_path, str)
-    config = (AutoConfig.from_pretrained(model_or_path) if is_path else model_or_path.config).to_dict()
+    if isinstance(model_or_path, str):
+        config = read_config(model_or_path)
+    else:
+        config = model_or_path.config.to_dict()
     if "ranking_model" not in config:
         raise ValueError(
             f"{model_or_path!r:.80} has no `ranking_model` in its config: it was not trained on rankings."
