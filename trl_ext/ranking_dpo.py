@@ -6,10 +6,12 @@ from dataclasses import dataclass, field
 import torch
 from peft import PeftModel
 from trl import DPOConfig, DPOTrainer
+from trl.data_utils import get_dataset_column_names
 
 from .compat import disable_gradient_checkpointing, get_config_model_id, use_adapter
 from .ranking_card import RankingCardMixin
 from .ranking_config import RankingArguments
+from .ranking_data import is_ranking
 from .ranking_preparation import tokenize_for_dpo
 from .ranking_trainer import RankingMixin
 
@@ -92,6 +94,11 @@ class RankingDPOTrainer(RankingMixin, RankingCardMixin, DPOTrainer):
                 "`DPOConfig`."
             )
         super().__init__(model, ref_model, args, data_collator, *other_args, **kwargs)
+        if self._is_vision_dataset and is_ranking(get_dataset_column_names(self.train_dataset)):
+            raise ValueError(
+                "Rankings with images are not supported. Remove the columns `image` and `images`, or convert the "
+                "dataset with `to_pairs`."
+            )
         self._set_up_rankings(data_collator)
 
     def _check_for_rankings(self, args):
