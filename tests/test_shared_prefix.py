@@ -1,4 +1,4 @@
-"""Completions after a shared prefix against each of them alone: scores, gradients, what sees what, and the way back."""
+"""Completions after a shared prefix against each alone: scores, gradients, what sees what, and the way back."""
 
 import logging
 
