@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import RANKINGS, build_policy, build_reward_model, defect, ranking_settings, tiny_config
+from conftest import RANKINGS, build_policy, build_reward_model, ranking_settings, tiny_config
 from datasets import Dataset
 from transformers import LlamaForSequenceClassification
 from trl import DPOConfig, RewardConfig
@@ -100,14 +100,12 @@ def test_what_trl_refuses_is_refused(tokenizer, rankings, tmp_path):
         RankingRewardTrainer(model, args, train_dataset=rankings, processing_class=tokenizer)
 
 
-@defect(reason="The message says that 2 numbers are wanted, of 2")
 @pytest.mark.parametrize("log_tie", [[math.nan, 0.0], [math.inf, 0.0], [-math.inf, 0.0]])
 def test_tie_parameters_must_be_finite(tokenizer, rankings, tmp_path, log_tie):
     with pytest.raises(ValueError, match="`log_tie` of 'davidson_luce' must be 2 finite numbers"):
         make("reward", tokenizer, tmp_path, rankings, log_tie=log_tie)
 
 
-@defect(reason="Found when the first such ranking is trained on")
 def test_fewer_tie_parameters_than_the_data_has_ties_of(tokenizer, rankings, tmp_path):
     with pytest.raises(ValueError, match="`log_tie` holds 1 numbers.*ties of 3. Give 2"):
         make("reward", tokenizer, tmp_path, rankings, log_tie=[0.1])
@@ -135,7 +133,6 @@ def test_what_speaks_of_chosen_and_rejected_is_refused_with_rankings(tokenizer, 
         make("dpo", tokenizer, tmp_path, rankings, **overrides)
 
 
-@defect(reason="Fails within torch, at the first step")
 def test_a_scheduler_that_knows_no_tie_parameters_is_refused(tokenizer, rankings, tmp_path):
     model = build_reward_model(tokenizer)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
@@ -151,7 +148,6 @@ def test_a_scheduler_that_knows_no_tie_parameters_is_refused(tokenizer, rankings
     trainer(learn_ties=False).train()
 
 
-@defect(reason="They get the optimizer's weight decay, learned or not")
 def test_an_optimizer_of_ones_own_gets_the_tie_parameters(tokenizer, rankings, tmp_path):
     """With their own learning rate and without the optimizer's weight decay; not at all where they are not learned."""
     for learn_ties in (True, False):
@@ -216,7 +212,6 @@ def test_malformed_rows_can_be_left_out(tokenizer, tmp_path, caplog, task):
     assert "1, the first of them row 4: column `ranks`: must be whole numbers" in message
 
 
-@defect(reason="KeyError: 'chosen', of TRL")
 @pytest.mark.parametrize(
     "columns", [["prompt", "completions"], ["completions", "ranks"], ["prompt", "completions", "order"]]
 )
@@ -227,7 +222,6 @@ def test_missing_columns_are_named(tokenizer, tmp_path, columns):
         make("reward", tokenizer, tmp_path, dataset)
 
 
-@defect(reason="Fails in a column or a sampler of nothing")
 @pytest.mark.parametrize(
     "dataset, overrides, message",
     [
@@ -241,7 +235,6 @@ def test_nothing_to_learn_from_is_an_error(tokenizer, tmp_path, dataset, overrid
         make("reward", tokenizer, tmp_path, dataset, **overrides)
 
 
-@defect(reason="TypeError in the collator")
 def test_tokenized_rows_may_leave_completions_unranked(tokenizer, tmp_path):
     results = []
     for nothing in (None, -1):
@@ -261,7 +254,6 @@ def tied_pairs(tie, **columns):
     )
 
 
-@defect(reason="The row is not named")
 @pytest.mark.parametrize("task", ["reward", "dpo"])
 @pytest.mark.parametrize(
     "dataset, message",
@@ -317,7 +309,6 @@ def test_rankings_of_no_probability_are_refused(tokenizer, tmp_path, caplog, tas
     assert "train: left out 1 of 2 rankings" in message and trainer.args.ranking_model in message
 
 
-@defect(reason="Rows are counted after some were left out")
 def test_rows_keep_their_numbers(tokenizer, tmp_path):
     """Though rows before the bad one were left out for their length."""
     dataset = rows([1, 2], [1, 2], [1, 1]).map(lambda row, i: {"prompt": "the film " * (5 - 2 * i)}, with_indices=True)
@@ -360,7 +351,6 @@ def test_larger_ties_than_those_trained_with_are_refused(tokenizer, tmp_path):
         trainer.evaluate(rows([1, 1, 1]))
 
 
-@defect(reason="`max_tie_order` of the first dataset is written to the arguments")
 def test_arguments_serve_a_second_trainer(tokenizer, tmp_path):
     """What one dataset says of D is not said of the next."""
     args = RankingRewardConfig(**ranking_settings(tmp_path))
@@ -370,7 +360,6 @@ def test_arguments_serve_a_second_trainer(tokenizer, tmp_path):
         assert (0 if trainer.ties is None else len(trainer.ties())) == num_ties
 
 
-@defect(reason="An error of the likelihood, which names no mend")
 def test_rankings_for_a_trainer_of_pairs_are_refused(tokenizer, rankings, tmp_path):
     pairs = Dataset.from_dict({"prompt": ["a"] * 4, "chosen": [" good"] * 4, "rejected": [" bad"] * 4})
     trainer = make("reward", tokenizer, tmp_path, pairs)
@@ -421,7 +410,6 @@ def test_overlong_completions_take_their_judgements_along(tokenizer, tmp_path, c
     assert trainer.state.log_history[0]["tie_rate"] == 0.5
 
 
-@defect(reason="What the order implies is taken for judged")
 def test_judgements_that_nobody_made_do_not_count(tokenizer, tmp_path):
     """A > B and B > C give the order A, B, C, but without B nobody compared A with C."""
     dataset = of_pairs([[0, 1, 1], [1, 2, 1]], [[0, 2, 0]], completions=LONG)
@@ -430,7 +418,6 @@ def test_judgements_that_nobody_made_do_not_count(tokenizer, tmp_path):
     assert batch["wins"].sum() == 0 and batch["ties"].sum() == 2
 
 
-@defect(reason="Rows that are dropped are counted as rankings of identical completions")
 def test_truncated_completions(tokenizer, tmp_path, caplog):
     """As TRL truncates: at `max_length` tokens; those of which nothing is left go, and their row."""
     texts = [[" good", " bad and slow", " bad and dull", " dull"]] * 2
@@ -473,7 +460,6 @@ def test_scores_that_are_no_numbers_are_an_error(tokenizer, rankings, tmp_path, 
 # --- The likelihood on disk ---
 
 
-@defect(reason="The message holds the beginning of the printed model")
 def test_models_without_a_likelihood_say_so(policy_path, tokenizer, tmp_path):
     with pytest.raises(ValueError, match="has no `ranking_model` in its config: it was not trained on rankings"):
         tie_parameters(policy_path)
@@ -481,7 +467,6 @@ def test_models_without_a_likelihood_say_so(policy_path, tokenizer, tmp_path):
         tie_parameters(build_policy(tokenizer))
 
 
-@defect(reason="Only text is taken for a path")
 def test_a_path_is_as_good_as_its_text(tokenizer, rankings, tmp_path):
     trainer = make("reward", tokenizer, tmp_path, rankings)
     trainer.save_model()

@@ -14,7 +14,6 @@ from conftest import (
     RANKINGS,
     build_policy,
     build_reward_model,
-    defect,
     make_rankings,
     ranking_settings,
     settings,
@@ -649,9 +648,7 @@ def test_theta_stays_above_one_where_nothing_ties(tokenizer, tmp_path):
     assert math.isfinite(trainer.evaluate()["eval_loss"])  # there is a tie in it
 
 
-@pytest.mark.parametrize(
-    "ranking_model", ["davidson_luce", "davidson", pytest.param("rao_kupper", marks=defect(reason="Rounded, to fp32"))]
-)
+@pytest.mark.parametrize("ranking_model", ["davidson_luce", "davidson", "rao_kupper"])
 def test_tie_parameters_survive_being_written(tokenizer, tmp_path, ranking_model):
     """To the last digit, which a run that is resumed from a checkpoint needs."""
     data = Dataset.from_dict(FOUR_PAIRS)
@@ -975,7 +972,7 @@ def test_evaluation_is_over_all_rows(tokenizer, tmp_path, task, ranking_model):
         assert metrics[f"eval_{names.get(name, name)}"] == pytest.approx(value, rel=1e-4, abs=1e-5), name
 
 
-@pytest.mark.parametrize("task", ["reward", pytest.param("dpo", marks=defect(reason="It gets scores and input_ids"))])
+@pytest.mark.parametrize("task", ["reward", "dpo"])
 def test_compute_metrics_gets_scores_and_ranks(tokenizer, rankings, tmp_path, task):
     seen = []
 
@@ -1060,7 +1057,6 @@ def test_a_stream_trains_like_the_dataset(tokenizer, rankings, tmp_path, task):
     torch.testing.assert_close(trainers[0].ties(), trainers[1].ties(), atol=1e-6, rtol=0)
 
 
-@defect(reason="accelerate's dispatcher cuts the batch's tensors")
 def test_a_stream_evaluates_like_the_dataset(tokenizer, rankings, tmp_path):
     metrics = []
     for dataset in (rankings, rankings.to_iterable_dataset()):

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from conftest import build_policy, build_reward_model, defect, make_rankings, ranking_settings
+from conftest import build_policy, build_reward_model, make_rankings, ranking_settings
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from transformers import (
@@ -448,7 +448,6 @@ def test_dpo_of_experts(tokenizer, tmp_path):
 # --- Both kinds of data ---
 
 
-@defect(reason="`log_tie` is among the predictions")
 def test_pairs_are_evaluated_as_trl_does_beside_rankings(tokenizer, rankings, tmp_path):
     """A benchmark of pairs for a model of rankings: the same figures as TRL's for the same weights."""
     seen = []
@@ -481,7 +480,6 @@ def test_rankings_are_evaluated_beside_pairs(tokenizer, rankings, tmp_path):
     assert trainer.ties.raw.grad is None and trainer.state.log_history[0]["accuracy"] is not None
 
 
-@defect(reason="The forward hook takes no tuples and cannot be pickled")
 def test_a_model_of_rankings_is_a_plain_module(tokenizer, rankings, tmp_path):
     """Tuples instead of a dict, copies and pickles, as before training."""
     model = build_reward_model(tokenizer)

@@ -14,9 +14,9 @@ from .shared_prefix import PADDING, common_prefix_length, pack
 
 def judged_items(ranks: list[int] | None, pairs: list[list[int]] | None) -> list[int]:
     """Indices of the completions that somebody judged."""
-    if ranks is not None:
-        return [i for i, rank in enumerate(ranks) if rank >= 0]
-    return sorted({item for i, j, _ in pairs for item in (i, j)})
+    if pairs is not None:  # an order that they imply may hold more than was judged
+        return sorted({item for i, j, _ in pairs for item in (i, j)})
+    return [i for i, rank in enumerate(ranks) if rank is not None and rank >= 0]
 
 
 def judgement_tensors(examples: list[dict[str, Any]], items: list[list[int]]) -> dict[str, torch.Tensor]:
@@ -31,7 +31,7 @@ def judgement_tensors(examples: list[dict[str, Any]], items: list[list[int]]) ->
             row[: len(kept)] = torch.tensor([example["ranks"][i] for i in kept])
     wins, ties = (judgement.float() for judgement in wins_and_ties(ranks))
     for b, (example, kept) in enumerate(zip(examples, items, strict=True)):
-        if example.get("pairs"):  # as they were judged: not every pair of a ranking need have been
+        if example.get("pairs") is not None:  # as they were judged: not every pair of a ranking need have been
             wins[b], ties[b] = 0, 0
             for i, j, preferred in example["pairs"]:
                 i, j = kept.index(i), kept.index(j)

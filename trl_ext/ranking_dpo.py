@@ -93,6 +93,8 @@ class RankingDPOTrainer(RankingMixin, RankingCardMixin, DPOTrainer):
                 f"`args` must be a `RankingDPOConfig`, got `{type(args).__name__}`. It takes every argument of "
                 "`DPOConfig`."
             )
+        # Accelerate would cut the tensors of a streamed batch, which have not all a row per prompt
+        args.accelerator_config.dispatch_batches = False
         super().__init__(model, ref_model, args, data_collator, *other_args, **kwargs)
         if self._is_vision_dataset and is_ranking(get_dataset_column_names(self.train_dataset)):
             raise ValueError(
@@ -142,6 +144,14 @@ class RankingDPOTrainer(RankingMixin, RankingCardMixin, DPOTrainer):
         logps = torch.where(inputs["packed_completion_mask"][:, 1:].bool(), logps, 0)
         sums = logps.new_zeros(len(logps), num_items + 1).scatter_add(1, segments, logps)
         return sums[:, 1:], outputs
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        if prediction_loss_only or "ranks" not in inputs:
+            return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            loss, outputs = self.compute_loss(model, inputs, return_outputs=True)
+        return loss.detach(), (outputs.logits, outputs.ranks), ()
 
     def _further_loss(self, scores, outputs, inputs):
         if not self.aux_loss_enabled:

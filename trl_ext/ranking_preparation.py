@@ -26,12 +26,13 @@ def has_tied_pairs(columns: list[str]) -> bool:
     return "chosen" in columns and "rejected" in columns and "tie" in columns
 
 
-def ranking_of_pair(row: dict) -> dict:
+def ranking_of_pair(row: dict, index: int, dataset_name: str) -> dict:
     """A row with `chosen`, `rejected` and `tie` as a ranking of two."""
+    name = f"{dataset_name} row {index}, column"
     if not isinstance(row["tie"], bool):
-        raise ValueError(f"Column `tie` must say true or false for every pair, got {row['tie']!r}.")
+        raise ValueError(f"{name} `tie`: must say true or false for every pair, got {row['tie']!r}.")
     if row.get("margin") is not None:
-        raise ValueError("Column `margin` does not go with `tie`: a likelihood with ties has no margins. Remove one.")
+        raise ValueError(f"{name} `margin`: does not go with `tie`, as a likelihood with ties has none. Remove one.")
     return {"completions": [row["chosen"], row["rejected"]], "ranks": [1, 1 if row["tie"] else 2]}
 
 
@@ -42,6 +43,7 @@ def prepare_ranking_dataset(
     dataset_name: str,
     tokenize_row: Callable[[dict, object], dict],
     tokenized_columns: list[str],
+    max_tie_order: int | None,
 ) -> Dataset | IterableDataset:
     """
     Check, tokenize and cut a dataset of rankings. A dataset with `ranks` and all `tokenized_columns` is taken to be
@@ -55,6 +57,7 @@ def prepare_ranking_dataset(
         tokenize_row (`Callable`): Gives the `tokenized_columns` of a row, one list of ids for each completion in the
             last of them.
         tokenized_columns (`list[str]`): What the trainer reads.
+        max_tie_order (`int`, *optional*): The largest tie that Davidson-Luce allows, if that is known by now.
 
     Returns:
         The dataset with `ranks`, `pairs` where the data has them, and the tokenized columns.
@@ -74,13 +77,30 @@ def prepare_ranking_dataset(
             if has_tied_pairs(columns):
                 if "prompt" not in columns:
                     dataset = dataset.map(extract_prompt, **named("Extracting prompts of"))
-                dataset = dataset.map(ranking_of_pair, **named("Reading pairs of"))
+                dataset = dataset.map(
+                    ranking_of_pair,
+                    fn_kwargs={"dataset_name": dataset_name},
+                    with_indices=True,
+                    **named("Reading pairs of"),
+                )
             dataset = prepare_rankings(dataset, args.on_error, dataset_name, args.dataset_num_proc)
+            check_not_empty(dataset, dataset_name, "no row is a ranking of two or more completions.")
+            dataset = keep_learnable(dataset, args, max_tie_order, dataset_name, named)
             dataset = dataset.map(
                 tokenize_row, fn_kwargs={"processing_class": processing_class}, **named("Tokenizing")
             )
             dataset = fit_lengths(dataset, args, dataset_name, tokenized_columns, named)
-        return keep_learnable(dataset, args, dataset_name, named)
+            check_not_empty(
+                dataset,
+                dataset_name,
+                f"no two completions of a prompt fit into `max_length` ({args.max_length}). Raise it.",
+            )
+        return keep_learnable(dataset, args, max_tie_order, dataset_name, named)
+
+
+def check_not_empty(dataset: Dataset | IterableDataset, dataset_name: str, reason: str) -> None:
+    if isinstance(dataset, Dataset) and len(dataset) == 0:
+        raise ValueError(f"The {dataset_name} dataset has no rankings to learn from: {reason}")
 
 
 def tokenize_kwargs(row: dict) -> dict:
@@ -130,14 +150,14 @@ def fit_lengths(dataset, args: RankingArguments, dataset_name: str, tokenized_co
         if overlong and args.overlong == "truncate":
             ids = [row_ids[: max(limit, 0)] for row_ids in ids]
         elif overlong and args.overlong == "drop":
-            ranks, pairs = None if ranks is None else [-1] * len(ids), []
+            ranks, pairs = None if ranks is None else [-1] * len(ids), None if pairs is None else []
         elif overlong:
             ranks = None if ranks is None else [-1 if i in overlong else rank for i, rank in enumerate(ranks)]
-            pairs = [pair for pair in pairs or [] if not {pair[0], pair[1]} & set(overlong)]
+            pairs = None if pairs is None else [pair for pair in pairs if not {*pair[:2]} & set(overlong)]
         left = [tuple(ids[i]) for i in judged_items(ranks, pairs)]
         fitted = {ids_column: ids, "ranks": ranks, "num_overlong": len(overlong)}
         fitted["num_left"] = 0 if left and not all(left) else len(left)  # truncated to nothing: no completion
-        fitted["num_identical"] = len(left) - len(set(left))
+        fitted["num_identical"] = len(left) - len(set(left)) if fitted["num_left"] > 1 else 0
         return fitted | ({"pairs": pairs} if "pairs" in row else {})
 
     dataset = dataset.map(fit, **named("Fitting lengths of"))
@@ -168,7 +188,7 @@ def report_lengths(dataset: Dataset, args: RankingArguments, dataset_name: str) 
 # --- What a likelihood can learn from ---
 
 
-def why_not_learnable(row: dict, args: RankingArguments) -> str | None:
+def why_not_learnable(row: dict, args: RankingArguments, max_order: int | None) -> str | None:
     """What is wrong with a row for `args.ranking_model`, and how to mend it."""
     if args.is_listwise and row["ranks"] is None:
         return (
@@ -181,9 +201,9 @@ def why_not_learnable(row: dict, args: RankingArguments) -> str | None:
             "column `ranks`: 'plackett_luce' has no ties. Use a `ranking_model` that has, such as 'davidson_luce', or "
             "leave such rows out with `on_error='drop'`"
         )
-    if args.ranking_model == "davidson_luce" and args.max_tie_order is not None and largest > args.max_tie_order:
+    if args.ranking_model == "davidson_luce" and max_order is not None and largest > max_order:
         return (
-            f"column `ranks`: {largest} completions are tied, more than `max_tie_order` ({args.max_tie_order}). "
+            f"column `ranks`: {largest} completions are tied, more than `max_tie_order` ({max_order}). "
             "Raise it, or leave such rows out with `on_error='drop'`"
         )
     return None
@@ -195,12 +215,12 @@ def teaches(row: dict, args: RankingArguments) -> bool:
         return True
     if row.get("pairs"):
         return any(preferred != 0 for _, _, preferred in row["pairs"])
-    return len({rank for rank in row["ranks"] if rank >= 0}) > 1
+    return len({row["ranks"][i] for i in judged_items(row["ranks"], None)}) > 1
 
 
-def keep_learnable(dataset, args: RankingArguments, dataset_name: str, named):
+def keep_learnable(dataset, args: RankingArguments, max_order: int | None, dataset_name: str, named):
     def check(row: dict, index: int) -> bool:
-        reason = why_not_learnable(row, args)
+        reason = why_not_learnable(row, args, max_order)
         if reason is not None and args.on_error == "raise":
             raise ValueError(f"{dataset_name} row {index}, {reason}.")
         return reason is None and teaches(row, args)
@@ -232,7 +252,12 @@ def starting_log_tie(
     args: RankingArguments, train_ranks: list[list[int]], all_ranks: list[list[int]]
 ) -> tuple[list[float], int]:
     """`(log_tie, D)`, from the arguments or else from the data: the tie rates of what is trained on."""
-    max_order = args.max_tie_order or (len(args.log_tie) + 1 if args.log_tie else max_tie_order(all_ranks))
+    largest = max_tie_order(all_ranks)
+    max_order = args.max_tie_order or (len(args.log_tie) + 1 if args.log_tie else largest)
+    if args.ranking_model == "davidson_luce" and largest > max_order:
+        raise ValueError(
+            f"`log_tie` holds {len(args.log_tie or [])} numbers, but the data has ties of {largest}. Give {largest - 1}."
+        )
     if args.log_tie is not None:
         return args.log_tie, max_order
     return initial_log_tie(train_ranks, args.ranking_model, max_order), max_order

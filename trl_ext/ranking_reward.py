@@ -95,6 +95,8 @@ class RankingRewardTrainer(RankingMixin, RankingCardMixin, RewardTrainer):
                 f"`args` must be a `RankingRewardConfig`, got `{type(args).__name__}`. It takes every argument of "
                 "`RewardConfig`."
             )
+        # Accelerate would cut the tensors of a streamed batch, which have not all a row per prompt
+        args.accelerator_config.dispatch_batches = False
         super().__init__(model, args, data_collator, *other_args, **kwargs)
         self._set_up_rankings(data_collator)
 

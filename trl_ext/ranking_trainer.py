@@ -20,7 +20,6 @@ from .child_modules import SyncReferenceCallback, give_learning_rate, split_stat
 from .compat import disable_gradient_checkpointing
 from .ranking import PAIRWISE_MODELS, judgements_nll, ranking_nll
 from .ranking_collator import DataCollatorForRanking
-from .ranking_data import is_ranking
 from .ranking_metrics import baseline_nll, means_of_sums, ranking_sums
 from .ranking_preparation import has_tied_pairs, prepare_ranking_dataset, ranks_of, starting_log_tie
 from .shared_prefix import attention_mask
@@ -30,8 +29,8 @@ from .tie_parameters import (
     TieParameters,
     attach_tie_parameters,
     detach_tie_parameters,
+    read_config,
     save_beside_adapter,
-    tie_parameters,
     write_to_config,
 )
 
@@ -65,6 +64,8 @@ class RankingMixin:
 
     _tokenized_columns: list[str]  # the last holds the completions
     _tokenize_ranking: Callable[[dict, object], dict]  # a row and the tokenizer to these
+    _max_tie_order = None  # of Davidson-Luce, once the data has been seen
+    _has_rankings = None  # likewise
 
     def _set_up_rankings(self, data_collator) -> None:
         """To be called when the parent's `__init__` has prepared model and data."""
@@ -81,6 +82,7 @@ class RankingMixin:
             )
         datasets = list(self.eval_dataset.values()) if isinstance(self.eval_dataset, dict) else [self.eval_dataset]
         prepared = [d for d in [self.train_dataset, *datasets] if d is not None and _is_prepared(d)]
+        self._has_rankings = bool(prepared)
         if prepared:
             self._set_up_ties(prepared)
 
@@ -88,7 +90,7 @@ class RankingMixin:
         ranks = [ranks_of(dataset) for dataset in datasets]
         log_tie, max_order = starting_log_tie(self.args, ranks[0], [row for rows in ranks for row in rows])
         if self.args.ranking_model == "davidson_luce":
-            self.args.max_tie_order = max_order  # of datasets that `evaluate` may be given
+            self._max_tie_order = max_order  # of datasets that `evaluate` may be given
         if log_tie:
             self.ties = TieParameters(self.args.ranking_model, log_tie).requires_grad_(self.args.learn_ties)
             attach_tie_parameters(self._model, self.ties)
@@ -96,9 +98,18 @@ class RankingMixin:
             if getattr(self.args, "sync_ref_model", False):  # of DPO
                 self.remove_callback(SyncRefModelCallback)
                 self.add_callback(SyncReferenceCallback(self.ref_model, self.accelerator, TIE_PARAMETERS_NAME))
-            if self.optimizer is not None:
-                self.optimizer.add_param_group({"params": [self.ties.raw], "lr": self.args.tie_learning_rate})
+            if self.optimizer is not None and self.args.learn_ties:
+                self._add_to_given_optimizer()
         write_to_config(self._model, self.args.ranking_model, log_tie)
+
+    def _add_to_given_optimizer(self) -> None:
+        if self.lr_scheduler is not None:
+            raise ValueError(
+                "The learning rate scheduler in `optimizers` does not know the tie parameters. Pass "
+                "`optimizers=(optimizer, None)`, for a scheduler as the arguments say, or set `learn_ties=False`."
+            )
+        group = {"params": [self.ties.raw], "lr": self.args.tie_learning_rate, "weight_decay": 0.0}
+        self.optimizer.add_param_group(group)
 
     # --- Data ---
 
@@ -107,11 +118,23 @@ class RankingMixin:
 
     def _prepare_dataset(self, dataset, processing_class, args, dataset_name):
         columns = get_dataset_column_names(dataset)
-        if not (is_ranking(columns) or has_tied_pairs(columns) or {"ranks", *self._tokenized_columns} <= set(columns)):
+        is_tokenized = {"ranks", *self._tokenized_columns} <= set(columns)
+        if not ("completions" in columns or has_tied_pairs(columns) or is_tokenized):
             return super()._prepare_dataset(dataset, processing_class, args, dataset_name)
+        if self._has_rankings is False:
+            raise ValueError(
+                "This trainer was given no rankings at its start, and has no likelihood of them. Pass rankings as "
+                "`train_dataset` or `eval_dataset`."
+            )
         self._check_for_rankings(args)
         return prepare_ranking_dataset(
-            dataset, processing_class, args, dataset_name, self._tokenize_ranking, self._tokenized_columns
+            dataset,
+            processing_class,
+            args,
+            dataset_name,
+            self._tokenize_ranking,
+            self._tokenized_columns,
+            self._max_tie_order or args.max_tie_order,
         )
 
     def _set_signature_columns_if_needed(self):
@@ -131,7 +154,11 @@ class RankingMixin:
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         if "ranks" not in inputs:
-            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+            result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+            if not return_outputs:
+                return result
+            loss, outputs = result  # which `compute_metrics` is given
+            return loss, ModelOutput(**{name: value for name, value in outputs.items() if name != "log_tie"})
         scores, outputs = self._scores(model, inputs)
         log_tie = outputs["log_tie"] if self.ties is not None else None
         loss = self._ranking_loss(scores, inputs, log_tie) + self._further_loss(scores, outputs, inputs)
@@ -285,7 +312,7 @@ class RankingMixin:
         return self.ties().cpu()
 
     def _write_ties_to_config(self) -> None:
-        write_to_config(self._model, self.args.ranking_model, self._log_tie().tolist())
+        write_to_config(self._model, self.args.ranking_model, self.ties.tolist())
 
     def _without_ties(self):
         return nullcontext() if self.ties is None else without_child(self._model, TIE_PARAMETERS_NAME)
@@ -328,8 +355,7 @@ class RankingMixin:
 
     def _load_ties(self, checkpoint: str) -> None:
         if self.ties is not None:
-            _, log_tie = tie_parameters(checkpoint)
-            self.ties.set(log_tie.reshape(-1).tolist())
+            self.ties.set(read_config(checkpoint)["log_tie"])
 
 
 def _is_prepared(dataset: Dataset | IterableDataset) -> bool:

@@ -52,12 +52,27 @@ class TieParameters(nn.Module):
 
     @torch.no_grad()
     def set(self, log_tie: list[float]) -> None:
-        values = torch.tensor(log_tie, device=self.raw.device)
+        values = torch.tensor(log_tie, dtype=torch.float64, device=self.raw.device)
         if len(log_tie) != self.raw.numel() or not values.isfinite().all():
-            raise ValueError(f"`log_tie` of '{self.ranking_model}' must be {self.raw.numel()} numbers, got {log_tie}.")
+            raise ValueError(
+                f"`log_tie` of '{self.ranking_model}' must be {self.raw.numel()} finite numbers, got {log_tie}."
+            )
         if self.ranking_model == "rao_kupper":
-            values = torch.expm1((values - MIN_LOG_THETA).clamp(min=1e-6)).log()
+            excess = (values - MIN_LOG_THETA).clamp(min=1e-6)
+            values = excess + torch.log(-torch.expm1(-excess))  # the inverse of softplus
         self.raw.copy_(values)
+
+    def tolist(self) -> list[float]:
+        """In double precision, so that [`set`] finds the very same parameters again."""
+        raw = self.raw.detach().double().cpu()
+        return (nn.functional.softplus(raw) + MIN_LOG_THETA if self.ranking_model == "rao_kupper" else raw).tolist()
+
+    def add_to_output(self, module, args, output):
+        """A forward hook of the model."""
+        # No tuple has room for it, and a model from which this was put aside shall look as if it were not there
+        if not isinstance(output, ModelOutput) or TIE_PARAMETERS_NAME not in module._modules:
+            return None
+        return with_log_tie(type(output))(**output, log_tie=self())
 
 
 @cache
@@ -69,14 +84,8 @@ def with_log_tie(output_class: type[ModelOutput]) -> type[ModelOutput]:
 
 def attach_tie_parameters(model: PreTrainedModel | PeftModel, ties: TieParameters) -> None:
     """Make `ties` a child of `model`, and its values part of the model's output, as `log_tie`."""
-
-    def add_log_tie(module, args, output):
-        if TIE_PARAMETERS_NAME not in module._modules:  # while it is put aside
-            return None
-        return with_log_tie(type(output))(**output, log_tie=ties())
-
     model.add_module(TIE_PARAMETERS_NAME, ties.to(model.device))
-    ties._hook = model.register_forward_hook(add_log_tie)
+    ties._hook = model.register_forward_hook(ties.add_to_output)
     keep_out_of_saves(model, TIE_PARAMETERS_NAME)
 
 
@@ -107,7 +116,7 @@ def read_config(path: str) -> dict:
     return json.loads(files[0].read_text()) if files else {}
 
 
-def tie_parameters(model_or_path: PreTrainedModel | PeftModel | str) -> tuple[str, torch.Tensor | None]:
+def tie_parameters(model_or_path: PreTrainedModel | PeftModel | str | Path) -> tuple[str, torch.Tensor | None]:
     """
     The likelihood that a model was trained with, to follow the scores in [`predict_pair`]:
 
@@ -116,7 +125,7 @@ def tie_parameters(model_or_path: PreTrainedModel | PeftModel | str) -> tuple[st
     ```
 
     Args:
-        model_or_path (`PreTrainedModel`, `PeftModel` or `str`): The model, or its folder or Hub id.
+        model_or_path (`PreTrainedModel`, `PeftModel`, `str` or `Path`): The model, or its folder or Hub id.
 
     Returns:
         `tuple[str, torch.Tensor | None]`: `model` and `log_tie` of [`ranking_nll`].
@@ -124,14 +133,12 @@ def tie_parameters(model_or_path: PreTrainedModel | PeftModel | str) -> tuple[st
     Raises:
         ValueError: if the model was not trained with a ranking likelihood.
     """
-    if isinstance(model_or_path, str):
-        config = read_config(model_or_path)
+    if isinstance(model_or_path, str | Path):
+        name, config = model_or_path, read_config(str(model_or_path))
     else:
-        config = model_or_path.config.to_dict()
+        name, config = type(model_or_path).__name__, model_or_path.config.to_dict()
     if "ranking_model" not in config:
-        raise ValueError(
-            f"{model_or_path!r:.80} has no `ranking_model` in its config: it was not trained on rankings."
-        )
+        raise ValueError(f"{name} has no `ranking_model` in its config: it was not trained on rankings.")
     log_tie = torch.tensor(config["log_tie"])
     if config["ranking_model"] == "davidson_luce":
         return "davidson_luce", log_tie
