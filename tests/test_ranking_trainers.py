@@ -1146,7 +1146,7 @@ def as_rankings(pairs):
     return Dataset.from_list([row | {"ranks": [1, 2]} for row in rows])
 
 
-TOKENIZED = ["text", "chat", "chat_template_kwargs", "ends with eos"]
+TOKENIZED = ["text", "chat", "chat_template_kwargs", "ends with eos", "prompt is no prefix"]
 
 
 def tokenized_pairs(kind, tokenizer):
@@ -1158,6 +1158,9 @@ def tokenized_pairs(kind, tokenizer):
     if kind == "chat":
         return tokenizer, chat_pairs()
     tokenizer = AutoTokenizer.from_pretrained(tokenizer.name_or_path)
+    if kind == "prompt is no prefix":  # as where a template opens a thought for the model alone
+        tokenizer.chat_template += "{% if add_generation_prompt %}{{ 'warm sad' }}{% endif %}"
+        return tokenizer, chat_pairs()
     tokenizer.chat_template = "{{ mood }} " + tokenizer.chat_template
     return tokenizer, chat_pairs().add_column("chat_template_kwargs", [{"mood": m} for m in "sad warm a it".split()])
 

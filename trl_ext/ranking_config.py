@@ -96,6 +96,8 @@ class RankingArguments:
                 raise ValueError(f"`{name}` must be one of {choices}, got {getattr(self, name)!r}.")
         if self.max_tie_order is not None and self.max_tie_order < 1:
             raise ValueError(f"`max_tie_order` must be at least 1, got {self.max_tie_order}.")
+        if self.tie_learning_rate < 0:
+            raise ValueError(f"`tie_learning_rate` must not be negative, got {self.tie_learning_rate}.")
         num_ties = self._num_tie_parameters
         if self.log_tie is not None and num_ties is not None and len(self.log_tie) != num_ties:
             raise ValueError(

@@ -217,7 +217,7 @@ class RankingMixin:
                 )
                 if self.args.shared_prefix == "always":
                     raise ValueError(f"{message}. Set `shared_prefix='auto'`, or another `attn_implementation`.")
-                logger.info(f"{message}: the prompt is run again for each.")
+                logger.warning(f"{message}: the prompt is run again for each.")
                 self._packs = False
         return self._packs
 
@@ -229,7 +229,7 @@ class RankingMixin:
             with disable_gradient_checkpointing(self._model, self.args.gradient_checkpointing_kwargs):
                 rows = self._values(model, inputs, packed=False)[0].float()
                 packed = self._values(model, inputs, packed=True)[0].float()
-        except (AttributeError, RuntimeError, TypeError, ValueError) as error:
+        except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
             return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
         finally:
             model.train(was_training)
