@@ -5,7 +5,7 @@ import re
 
 import pytest
 from transformers import Trainer
-from trl import GRPOConfig, GRPOTrainer
+from trl import DPOTrainer, GRPOConfig, GRPOTrainer, RewardTrainer
 from trl.trainer import grpo_trainer, utils
 
 from trl_ext import compat
@@ -175,3 +175,39 @@ def test_transformers_hook_signature(name, expected):
 
 def test_rng_state_is_saved_with_every_resumable_checkpoint():
     assert "self._save_rng_state(output_dir)" in inspect.getsource(Trainer._save_checkpoint)
+
+
+# --- What the ranking trainers rely on ---
+
+
+@pytest.mark.parametrize("trainer", [RewardTrainer, DPOTrainer])
+@pytest.mark.parametrize(
+    "name, expected",
+    [
+        ("_prepare_dataset", ["self", "dataset", "processing_class", "args", "dataset_name"]),
+        ("_set_signature_columns_if_needed", ["self"]),
+        ("compute_loss", ["self", "model", "inputs", "return_outputs", "num_items_in_batch"]),
+        ("log", ["self", "logs", "start_time"]),
+    ],
+)
+def test_hook_signature_of_preference_trainers(trainer, name, expected):
+    assert parameters(getattr(trainer, name)) == expected, f"{trainer.__name__}.{name} has moved"
+
+
+@pytest.mark.parametrize("trainer", [RewardTrainer, DPOTrainer])
+def test_the_collator_is_not_used_before_the_trainer_is_made(trainer):
+    source = inspect.getsource(trainer.__init__)
+    assert "data_collator(" not in source, f"{trainer.__name__} now collates in its __init__"
+
+
+@pytest.mark.parametrize(
+    "function, expected",
+    [
+        (compat.tokenize, ["processing_class", "input", "apply_chat_template_kwargs"]),
+        (compat.pad, ["tensors", "padding_value", "padding_side", "pad_to_multiple_of"]),
+        (compat.use_adapter, ["model", "adapter_name"]),
+        (compat.global_then_local_main_first, []),
+    ],
+)
+def test_signature_of_private_functions(function, expected):
+    assert parameters(function) == expected, f"{function.__name__} has moved"
