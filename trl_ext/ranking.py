@@ -122,7 +122,7 @@ def judgements_nll(
     if model not in PAIRWISE_MODELS:
         raise ValueError(f"Judgements of pairs need a pairwise `model`, one of {PAIRWISE_MODELS}, got {model!r}.")
     scores, log_tie = _checked(scores, model, log_tie)
-    judged = ((wins + wins.mT + ties) > 0).any(dim=-1)
+    judged = judged_items(wins, ties)
     if not scores[judged].isfinite().all():
         raise ValueError("`scores` holds NaN or infinity for a judged item.")
     return _pairwise_nll(torch.where(judged, scores, 0), wins, ties, model, log_tie)
@@ -191,6 +191,11 @@ def wins_and_ties(ranks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     r_i, r_j = ranks.unsqueeze(2), ranks.unsqueeze(1)
     other = ~torch.eye(ranks.size(1), dtype=torch.bool, device=ranks.device)
     return both & (r_i < r_j), both & other & (r_i == r_j)
+
+
+def judged_items(wins: torch.Tensor, ties: torch.Tensor) -> torch.Tensor:
+    """`(B, K)` bool: which items there is any judgement of."""
+    return (wins + wins.mT + ties > 0).any(dim=2)
 
 
 def _pair_logps(diff: torch.Tensor, model: str, log_tie: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:

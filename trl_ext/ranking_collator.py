@@ -12,7 +12,7 @@ from .ranking import wins_and_ties
 from .shared_prefix import PADDING, common_prefix_length, pack
 
 
-def judged_items(ranks: list[int] | None, pairs: list[list[int]] | None) -> list[int]:
+def judged_indices(ranks: list[int] | None, pairs: list[list[int]] | None) -> list[int]:
     """Indices of the completions that somebody judged."""
     if pairs is not None:  # an order that they imply may hold more than was judged
         return sorted({item for i, j, _ in pairs for item in (i, j)})
@@ -71,7 +71,7 @@ class DataCollatorForRanking(DataCollatorMixin):
     def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
         if "ranks" not in examples[0]:
             return self.pair_collator(examples)
-        items = [judged_items(example["ranks"], example.get("pairs")) for example in examples]
+        items = [judged_indices(example["ranks"], example.get("pairs")) for example in examples]
         groups = [[self._sequence(example, i) for i in kept] for example, kept in zip(examples, items, strict=True)]
         return judgement_tensors(examples, items) | self._rows(groups) | self._packed(groups)
 

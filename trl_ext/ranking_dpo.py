@@ -9,6 +9,7 @@ from trl import DPOConfig, DPOTrainer
 from trl.data_utils import get_dataset_column_names
 
 from .compat import disable_gradient_checkpointing, get_config_model_id, use_adapter
+from .ranking import judged_items
 from .ranking_card import RankingCardMixin
 from .ranking_config import RankingArguments
 from .ranking_data import is_ranking
@@ -164,7 +165,7 @@ class RankingDPOTrainer(RankingMixin, RankingCardMixin, DPOTrainer):
         mode = "train" if self.model.training else "eval"
         mask = inputs["packed_completion_mask" if packed else "completion_mask"][:, 1:].bool()
         entropy, is_top1 = (values[:, -mask.size(1) :][mask].float() for values in (outputs.entropy, outputs.is_top1))
-        judged = (inputs["wins"] + inputs["wins"].mT + inputs["ties"] > 0).any(dim=-1)
+        judged = judged_items(inputs["wins"], inputs["ties"])
         local = torch.stack([entropy.sum(), is_top1.sum(), mask.sum(), logps[judged].sum(), judged.sum()])
         entropy, is_top1, tokens, logps, completions = self.accelerator.reduce(local, reduction="sum").tolist()
         self._metrics[mode]["entropy"].append(entropy / max(tokens, 1))

@@ -17,7 +17,7 @@ import math
 import torch
 import torch.nn.functional as F
 
-from .ranking import MAX_ENUMERATED, predict_pair, predict_pairs_of_ranking, ranking_nll
+from .ranking import MAX_ENUMERATED, judged_items, predict_pair, predict_pairs_of_ranking, ranking_nll
 
 
 NUM_BINS = 10
@@ -208,7 +208,7 @@ def _predictions(scores, wins, ties, model, log_tie) -> tuple[torch.Tensor, torc
     if model != "davidson_luce":
         outcomes = predict_pair(scores.unsqueeze(2), scores.unsqueeze(1), model, log_tie)
         return torch.stack(outcomes), torch.ones_like(scores[:, :1, None])
-    judged = (wins + wins.mT + ties > 0).any(dim=2)
+    judged = judged_items(wins, ties)
     num_judged = judged.sum(dim=1)
     outcomes = scores.new_full((3, *wins.shape), 1 / 3)
     for k in set(num_judged.tolist()) & set(range(2, MAX_ENUMERATED + 1)):
@@ -226,7 +226,7 @@ def _checked(scores, wins, ties) -> tuple[torch.Tensor, torch.Tensor, torch.Tens
         raise ValueError(f"`scores`, `wins`, `ties` must be of shapes (B, K), (B, K, K) and (B, K, K), got {shapes}.")
     scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
     wins, ties = wins.to(scores), ties.to(scores)
-    judged = (wins + wins.mT + ties > 0).any(dim=2)
+    judged = judged_items(wins, ties)
     if not scores[judged].isfinite().all():
         raise ValueError("`scores` must be finite for judged items.")
     return torch.where(judged, scores, 0), wins, ties

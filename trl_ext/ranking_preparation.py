@@ -9,7 +9,7 @@ from trl.data_utils import extract_prompt, get_dataset_column_names, is_conversa
 
 from .compat import global_then_local_main_first, tokenize
 from .ranking import initial_log_tie, max_tie_order
-from .ranking_collator import judged_items
+from .ranking_collator import judged_indices
 from .ranking_config import RankingArguments
 from .ranking_data import prepare_rankings
 from .shared_prefix import common_prefix_length
@@ -145,7 +145,7 @@ def fit_lengths(dataset, args: RankingArguments, dataset_name: str, tokenized_co
         prompt_length = sum(len(row[column]) for column in prompt_columns)
         ids, ranks, pairs = row[ids_column], row["ranks"], row.get("pairs")
         limit = None if args.max_length is None else args.max_length - prompt_length
-        judged = judged_items(ranks, pairs)
+        judged = judged_indices(ranks, pairs)
         overlong = [i for i in judged if limit is not None and len(ids[i]) > limit]
         if overlong and args.overlong == "truncate":
             ids = [row_ids[: max(limit, 0)] for row_ids in ids]
@@ -154,7 +154,7 @@ def fit_lengths(dataset, args: RankingArguments, dataset_name: str, tokenized_co
         elif overlong:
             ranks = None if ranks is None else [-1 if i in overlong else rank for i, rank in enumerate(ranks)]
             pairs = None if pairs is None else [pair for pair in pairs if not {*pair[:2]} & set(overlong)]
-        left = [tuple(ids[i]) for i in judged_items(ranks, pairs)]
+        left = [tuple(ids[i]) for i in judged_indices(ranks, pairs)]
         fitted = {ids_column: ids, "ranks": ranks, "num_overlong": len(overlong)}
         fitted["num_left"] = 0 if left and not all(left) else len(left)  # truncated to nothing: no completion
         fitted["num_identical"] = len(left) - len(set(left)) if fitted["num_left"] > 1 else 0
@@ -215,7 +215,7 @@ def teaches(row: dict, args: RankingArguments) -> bool:
         return True
     if row.get("pairs"):
         return any(preferred != 0 for _, _, preferred in row["pairs"])
-    return len({row["ranks"][i] for i in judged_items(row["ranks"], None)}) > 1
+    return len({row["ranks"][i] for i in judged_indices(row["ranks"], None)}) > 1
 
 
 def keep_learnable(dataset, args: RankingArguments, max_order: int | None, dataset_name: str, named):

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from trl import RewardConfig, RewardTrainer
 
 from .compat import get_config_model_id
+from .ranking import judged_items
 from .ranking_card import RankingCardMixin
 from .ranking_config import RankingArguments
 from .ranking_preparation import tokenize_for_reward
@@ -116,7 +117,7 @@ class RankingRewardTrainer(RankingMixin, RankingCardMixin, RewardTrainer):
         if coefficient is None:
             return 0.0
         # The parent's (r_chosen + r_rejected)^2, which is (2 mean)^2, for any number of completions
-        present = (inputs["wins"] + inputs["wins"].mT + inputs["ties"] > 0).any(dim=-1)
+        present = judged_items(inputs["wins"], inputs["ties"])
         means = torch.where(present, scores, 0).sum(dim=1) / present.sum(dim=1)
         return coefficient * (2 * means).square().mean()
 

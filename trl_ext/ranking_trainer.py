@@ -18,7 +18,7 @@ from trl.data_utils import get_dataset_column_names
 
 from .child_modules import SyncReferenceCallback, give_learning_rate, split_state_dict, without_child
 from .compat import disable_gradient_checkpointing
-from .ranking import PAIRWISE_MODELS, judgements_nll, ranking_nll
+from .ranking import PAIRWISE_MODELS, judged_items, judgements_nll, ranking_nll
 from .ranking_collator import DataCollatorForRanking
 from .ranking_metrics import baseline_nll, means_of_sums, ranking_sums
 from .ranking_preparation import has_tied_pairs, prepare_ranking_dataset, ranks_of, starting_log_tie
@@ -233,7 +233,7 @@ class RankingMixin:
             return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
         finally:
             model.train(was_training)
-        judged = ((inputs["wins"] + inputs["wins"].mT + inputs["ties"]) > 0).any(dim=-1)
+        judged = judged_items(inputs["wins"], inputs["ties"])
         if not rows[judged].any():
             return ALL_ZERO
         difference = ((rows - packed)[judged].abs().max() / rows[judged].abs().max()).item()
@@ -272,7 +272,7 @@ class RankingMixin:
         sums["ranking_log_likelihood"], sums["baseline_log_likelihood"] = (-nll.sum() for nll in nlls)
         for name, value in sums.items():
             self._sums[mode][name].append(value.cpu())
-        self._log_scores(scores[((wins + wins.mT + ties) > 0).any(dim=-1)], mode)
+        self._log_scores(scores[judged_items(wins, ties)], mode)
 
     def _log_scores(self, scores: torch.Tensor, mode: str) -> None:
         """What the parent logs of its rewards, `(N,)`."""

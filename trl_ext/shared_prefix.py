@@ -55,6 +55,11 @@ def visible(segments: torch.Tensor, positions: torch.Tensor, window: int | None 
     """
     s_i, s_j = segments.unsqueeze(2), segments.unsqueeze(1)
     p_i, p_j = positions.unsqueeze(2), positions.unsqueeze(1)
+    return _sees(s_i, s_j, p_i, p_j, window)
+
+
+def _sees(s_i, s_j, p_i, p_j, window: int | None) -> torch.Tensor:
+    """Whether a token of segment s_i at position p_i sees one of s_j at p_j."""
     # Where segments are equal or j lies in the prefix, positions rise along the row
     seen = ((s_i == s_j) | ((s_j == 0) & (s_i != PADDING))) & (p_j <= p_i)
     return seen if window is None else seen & (p_i - p_j < window)
@@ -95,9 +100,7 @@ def _block_mask(segments: torch.Tensor, positions: torch.Tensor, window: int | N
     """[`visible`] as FlexAttention takes it, which skips the blocks in which nothing is seen."""
 
     def sees(b, head, i, j):
-        s_i, s_j, p_i, p_j = segments[b, i], segments[b, j], positions[b, i], positions[b, j]
-        seen = ((s_i == s_j) | ((s_j == 0) & (s_i != PADDING))) & (p_j <= p_i)
-        return seen if window is None else seen & (p_i - p_j < window)
+        return _sees(segments[b, i], segments[b, j], positions[b, i], positions[b, j], window)
 
     batch_size, length = segments.shape
     return create_block_mask(sees, batch_size, None, length, length, device=segments.device)
