@@ -32,8 +32,8 @@ from pathlib import Path
 
 import yaml
 from datasets import Dataset, IterableDataset
-from sft import HelpFormatter, RecipeArguments, check_model_args, load_split, model_init_kwargs, save
-from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
+from sft import RecipeArguments, check_model_args, load_split, model_init_kwargs, parse_arguments, save
+from trl import ModelConfig, get_peft_config, get_quantization_config
 
 from trl_ext import A2CConfig, A2CTrainer, PPOConfig, PPOTrainer, ReinforceConfig, ReinforceTrainer
 
@@ -127,8 +127,7 @@ def parse(args: list[str]) -> tuple:
     config_class, trainer_class = ALGORITHMS[choose_algorithm(args)]
     usage = "%(prog)s [--config FILE.yaml] [--algorithm reinforce|a2c|ppo] [OPTIONS]"
     arguments = (ActorCriticArguments, config_class, ModelConfig)
-    parser = TrlParser(arguments, usage=usage, description=__doc__, formatter_class=HelpFormatter)
-    return trainer_class, *parser.parse_args_and_config(args)
+    return trainer_class, *parse_arguments(__doc__, arguments, args, usage)
 
 
 def main() -> None:

@@ -24,18 +24,15 @@ Pairs with ties (`prompt`, `chosen`, `rejected`, `tie`) as DPO-D of Chen et al.,
 import sys
 
 from ranking_reward import RankingRecipeArguments, evaluate_and_save, load_rankings
-from sft import HelpFormatter, check_model_args, model_init_kwargs
-from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
+from sft import check_model_args, model_init_kwargs, parse_arguments
+from trl import ModelConfig, get_peft_config, get_quantization_config
 
 from trl_ext import RankingDPOConfig, RankingDPOTrainer
 
 
 def parse(args: list[str]) -> tuple:
     """The arguments of this script, of the training and of the model."""
-    usage = "%(prog)s [--config FILE.yaml] [OPTIONS]"
-    arguments = (RankingRecipeArguments, RankingDPOConfig, ModelConfig)
-    parser = TrlParser(arguments, usage=usage, description=__doc__, formatter_class=HelpFormatter)
-    return parser.parse_args_and_config(args)
+    return parse_arguments(__doc__, (RankingRecipeArguments, RankingDPOConfig, ModelConfig), args)
 
 
 def main() -> None:

@@ -30,8 +30,8 @@ import sys
 from dataclasses import dataclass, field
 
 from datasets import Dataset, IterableDataset
-from sft import HelpFormatter, RecipeArguments, check_model_args, load_split, model_init_kwargs, save
-from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
+from sft import RecipeArguments, check_model_args, load_split, model_init_kwargs, parse_arguments, save
+from trl import ModelConfig, get_peft_config, get_quantization_config
 
 from trl_ext import RankingRewardConfig, RankingRewardTrainer
 
@@ -82,10 +82,7 @@ def evaluate_and_save(trainer, script_args: RankingRecipeArguments) -> None:
 
 def parse(args: list[str]) -> tuple:
     """The arguments of this script, of the training and of the model."""
-    usage = "%(prog)s [--config FILE.yaml] [OPTIONS]"
-    arguments = (RankingRecipeArguments, RankingRewardConfig, ModelConfig)
-    parser = TrlParser(arguments, usage=usage, description=__doc__, formatter_class=HelpFormatter)
-    return parser.parse_args_and_config(args)
+    return parse_arguments(__doc__, (RankingRecipeArguments, RankingRewardConfig, ModelConfig), args)
 
 
 def main() -> None:

@@ -114,12 +114,17 @@ def save(trainer, script_args: RecipeArguments) -> None:
         trainer.accelerator.end_training()
 
 
+def parse_arguments(
+    description: str, classes: tuple[type, ...], args: list[str], usage="%(prog)s [--config FILE.yaml] [OPTIONS]"
+) -> tuple:
+    """An instance of each of `classes`, of the command line and the YAML file it names."""
+    parser = TrlParser(classes, usage=usage, description=description, formatter_class=HelpFormatter)
+    return parser.parse_args_and_config(args)
+
+
 def parse(args: list[str]) -> tuple:
     """The arguments of this script, of the training and of the model."""
-    usage = "%(prog)s [--config FILE.yaml] [OPTIONS]"
-    arguments = (RecipeArguments, SFTConfig, ModelConfig)
-    parser = TrlParser(arguments, usage=usage, description=__doc__, formatter_class=HelpFormatter)
-    return parser.parse_args_and_config(args)
+    return parse_arguments(__doc__, (RecipeArguments, SFTConfig, ModelConfig), args)
 
 
 def main() -> None:

@@ -2,6 +2,7 @@
 
 import logging
 import math
+import re
 from pathlib import Path
 
 import pytest
@@ -63,10 +64,16 @@ def warnings_of(caplog):
         ({"overlong": "cut"}, r"`overlong` must be one of \[.*'prune'.*\], got 'cut'"),
         ({"shared_prefix": "yes"}, r"`shared_prefix` must be one of \['auto', 'always', 'never'\]"),
         ({"max_tie_order": 0}, "`max_tie_order` must be at least 1, got 0"),
-        ({"ranking_model": "davidson", "log_tie": [0.1, 0.2]}, "`log_tie` must hold 1 numbers .*'davidson'.*0.2"),
-        ({"ranking_model": "davidson", "log_tie": []}, "`log_tie` must hold 1 numbers"),
-        ({"ranking_model": "bradley_terry", "log_tie": [0.1]}, "`log_tie` must hold 0 numbers"),
-        ({"max_tie_order": 3, "log_tie": [0.1]}, "`log_tie` must hold 2 numbers .*and `max_tie_order=3`"),
+        ({"ranking_model": "davidson", "log_tie": [0.1, 0.2]}, "`log_tie` must be a list of 1 .*'davidson'.*0.2"),
+        (
+            {"ranking_model": "davidson", "log_tie": 0.5},
+            "`log_tie` must be a list of numbers between -80 and 80, got 0.5",
+        ),
+        ({"ranking_model": "davidson", "log_tie": [1e3]}, "`log_tie` must be a list of numbers between.*1000.0"),
+        ({"ranking_model": "davidson", "log_tie": [math.nan]}, "`log_tie` must be a list of numbers between.*nan"),
+        ({"ranking_model": "davidson", "log_tie": []}, "`log_tie` must be a list of 1"),
+        ({"ranking_model": "bradley_terry", "log_tie": [0.1]}, "`log_tie` must be a list of 0"),
+        ({"max_tie_order": 3, "log_tie": [0.1]}, "`log_tie` must be a list of 2 .*and `max_tie_order=3`"),
         ({"ranking_model": "rao_kupper", "log_tie": [-0.1]}, "log theta and must be above 0, got -0.1"),
         ({"ranking_model": "rao_kupper", "log_tie": [0.0]}, "log theta and must be above 0"),
     ],
@@ -102,12 +109,12 @@ def test_what_trl_refuses_is_refused(tokenizer, rankings, tmp_path):
 
 @pytest.mark.parametrize("log_tie", [[math.nan, 0.0], [math.inf, 0.0], [-math.inf, 0.0]])
 def test_tie_parameters_must_be_finite(tokenizer, rankings, tmp_path, log_tie):
-    with pytest.raises(ValueError, match="`log_tie` of 'davidson_luce' must be 2 finite numbers"):
+    with pytest.raises(ValueError, match="`log_tie` must be a list of numbers between"):
         make("reward", tokenizer, tmp_path, rankings, log_tie=log_tie)
 
 
 def test_fewer_tie_parameters_than_the_data_has_ties_of(tokenizer, rankings, tmp_path):
-    with pytest.raises(ValueError, match="`log_tie` holds 1 numbers.*ties of 3. Give 2"):
+    with pytest.raises(ValueError, match="`log_tie` is a list of 1.*ties of 3. Give 2"):
         make("reward", tokenizer, tmp_path, rankings, log_tie=[0.1])
 
 
@@ -235,6 +242,39 @@ def test_nothing_to_learn_from_is_an_error(tokenizer, tmp_path, dataset, overrid
         make("reward", tokenizer, tmp_path, dataset, **overrides)
 
 
+@pytest.mark.parametrize(
+    "ranks, overrides, message",
+    [
+        ([[1, 1], [2, 2]], {"ranking_model": "bradley_terry"}, "'bradley_terry' can learn nothing"),
+        ([[1, None]], {"on_error": "drop"}, "no row is a ranking"),
+        (
+            [[1, 1]],
+            {"on_error": "drop", "ranking_model": "plackett_luce"},
+            "none has a probability under 'plackett_luce'",
+        ),
+        ([[1, 2]], {"max_length": 3}, r"`max_length` \(3\).*Raise it"),
+    ],
+)
+def test_a_stream_with_nothing_to_learn_from_is_an_error(tokenizer, tmp_path, ranks, overrides, message):
+    stream = rows(*ranks).to_iterable_dataset()
+    with pytest.raises(ValueError, match=f"train dataset has no rankings to learn from: .*{message}"):
+        make("reward", tokenizer, tmp_path, stream, max_steps=1, **overrides)
+
+
+def test_tokenized_rows_are_fit_to_the_length(tokenizer, tmp_path, caplog):
+    data = {"group_ids": [[[5, 6, 7], [7], [8]], [[5, 6, 7], [8], [9, 9, 9]]], "ranks": [[1, 2, 3], [1, 2, 3]]}
+    trainer = make("reward", tokenizer, tmp_path, Dataset.from_dict(data), max_length=2)
+    assert trainer.train_dataset["ranks"] == [[-1, 2, 3]]
+    assert "3 completions exceed `max_length` (2)" in warnings_of(caplog)[0]
+
+
+@pytest.mark.parametrize("task, column", [("reward", "group_ids"), ("dpo", "completion_ids")])
+def test_tokenized_rows_need_ranks(tokenizer, tmp_path, task, column):
+    data = {column: [[[5, 6], [7]]], "prompt_ids": [[5]], "ranking": ["A > B"]}
+    with pytest.raises(ValueError, match="train dataset is tokenized.*has no column `ranks`"):
+        make(task, tokenizer, tmp_path, Dataset.from_dict(data))
+
+
 def test_tokenized_rows_may_leave_completions_unranked(tokenizer, tmp_path):
     results = []
     for nothing in (None, -1):
@@ -271,6 +311,14 @@ def test_pairs_with_ties_are_checked(tokenizer, tmp_path, task, dataset, message
         make(task, tokenizer, tmp_path, dataset)
 
 
+@pytest.mark.parametrize("task", ["reward", "dpo"])
+def test_pairs_without_a_valid_tie_can_be_left_out(tokenizer, tmp_path, caplog, task):
+    trainer = make(task, tokenizer, tmp_path, tied_pairs([None, True]), on_error="drop")
+    assert trainer.train_dataset["ranks"] == [[1, 1]]
+    (warning,) = warnings_of(caplog)
+    assert "Dropped 1 of the 2 rows" in warning and "row 0: column `tie`: must say true or false" in warning
+
+
 # --- What a likelihood can learn from ---
 
 
@@ -286,17 +334,17 @@ def test_pairs_with_ties_are_checked(tokenizer, tmp_path, task, dataset, message
         (
             rows([1, 1, 2], [1, 1, 1]),
             {"max_tie_order": 2},
-            r"train row 1, column `ranks`: 3 completions are tied, more than `max_tie_order` \(2\). Raise it, or",
+            r"train row 1, column `ranks`: must have no more completions tied than `max_tie_order` \(2\), got 3. Raise",
         ),
         (
             of_pairs([[0, 1, 1]], [[0, 1, 0], [1, 2, 0], [0, 2, 1]]),
             {},
-            "train row 1, column `pairs`: the judgements are not a ranking, and 'davidson_luce' is listwise. Use",
+            "train row 1, column `pairs`: must amount to a ranking for 'davidson_luce', which is listwise. Use",
         ),
         (
             of_pairs([[0, 1, 1], [0, 1, 2]], [[0, 1, 1]]),
             {"ranking_model": "plackett_luce_efron"},
-            "train row 0, column `pairs`: the judgements are not a ranking, and 'plackett_luce_efron' is listwise",
+            "train row 0, column `pairs`: must amount to a ranking for 'plackett_luce_efron', which is listwise",
         ),
     ],
 )
@@ -305,8 +353,9 @@ def test_rankings_of_no_probability_are_refused(tokenizer, tmp_path, caplog, tas
         make(task, tokenizer, tmp_path, dataset, **overrides)
     trainer = make(task, tokenizer, tmp_path, dataset, on_error="drop", **overrides)
     assert len(trainer.train_dataset) == 1
-    (message,) = warnings_of(caplog)
-    assert "train: left out 1 of 2 rankings" in message and trainer.args.ranking_model in message
+    (warning,) = warnings_of(caplog)
+    reason = re.sub(r".*(column `\w+`).*", r"\1", message)
+    assert "Dropped 1 of the 2 rows of the train dataset:\n- 1, the first of them row" in warning and reason in warning
 
 
 def test_rows_keep_their_numbers(tokenizer, tmp_path):
@@ -318,7 +367,7 @@ def test_rows_keep_their_numbers(tokenizer, tmp_path):
 
 @pytest.mark.parametrize("ranking_model", ["bradley_terry", "plackett_luce_marginal"])
 def test_rankings_in_which_all_tie_teach_some_models_nothing(tokenizer, tmp_path, caplog, ranking_model):
-    with pytest.raises(ValueError, match=f"train: '{ranking_model}' can learn nothing from these 2 rankings.*Use a"):
+    with pytest.raises(ValueError, match=f"no rankings.*all are tied, from which '{ranking_model}' can learn.*Use a"):
         make("reward", tokenizer, tmp_path, rows([1, 1], [2, 2, 2]), ranking_model=ranking_model)
     assert not warnings_of(caplog)
     trainer = make("reward", tokenizer, tmp_path, rows([1, 1], [1, 2], [2, 1, 1]), ranking_model=ranking_model)
@@ -347,7 +396,9 @@ def test_judgements_that_all_tie_teach_bradley_terry_nothing(tokenizer, tmp_path
 
 def test_larger_ties_than_those_trained_with_are_refused(tokenizer, tmp_path):
     trainer = make("reward", tokenizer, tmp_path, rows([1, 1, 2], [1, 2, 3]))
-    with pytest.raises(ValueError, match=r"eval row 0, column `ranks`: 3 completions are tied.*\(2\)"):
+    with pytest.raises(
+        ValueError, match=r"eval row 0, column `ranks`: must have no more completions tied.*\(2\), got 3"
+    ):
         trainer.evaluate(rows([1, 1, 1]))
 
 

@@ -12,8 +12,10 @@ from datasets import Dataset, List, Value
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trl_ext import ranking_converters, ranking_data
-from trl_ext.ranking_converters import (
+from trl_ext import ranking_converters, ranking_data, ranking_layouts
+from trl_ext.ranking_converters import from_pairs, from_scores, to_pairs
+from trl_ext.ranking_data import is_ranking, prepare_rankings, weak_order
+from trl_ext.ranking_layouts import (
     from_arena_55k,
     from_chatbot_arena,
     from_helpsteer2,
@@ -21,14 +23,10 @@ from trl_ext.ranking_converters import (
     from_helpsteer3,
     from_nectar,
     from_oasst1,
-    from_pairs,
     from_qa_feedback,
-    from_scores,
     from_ultrafeedback,
     from_webgpt,
-    to_pairs,
 )
-from trl_ext.ranking_data import is_ranking, prepare_rankings, weak_order
 
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
@@ -561,7 +559,7 @@ def public_functions(module):
 
 @pytest.mark.parametrize(
     "function",
-    [*public_functions(ranking_data), *public_functions(ranking_converters)],
+    [f for module in (ranking_data, ranking_converters, ranking_layouts) for f in public_functions(module)],
     ids=lambda function: function.__name__,
 )
 def test_examples_in_the_documentation(function):

@@ -262,8 +262,7 @@ def test_only_model_and_dataset(policy_path, tokenizer, rankings, tmp_path, monk
     class OnCPU(config_class):  # the defaults ask for bf16, which only this lets pass without a GPU
         use_cpu: bool = True
 
-    module = __import__(trainer_class.__module__, fromlist=["_"])
-    monkeypatch.setattr(module, config_class.__name__, OnCPU)
+    monkeypatch.setattr(trainer_class, "config_class", OnCPU)
     trainer = trainer_class("model", train_dataset=rankings)
     assert trainer.args.output_dir == {"reward": "model-Ranking-Reward", "dpo": "model-Ranking-DPO"}[task]
     assert trainer.args.ranking_model == "davidson_luce" and trainer.ties is not None

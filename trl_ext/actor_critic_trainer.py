@@ -35,6 +35,7 @@ from .checks import (
     check_dataset_size,
     check_prompt_ids,
     check_prompts,
+    checked_args,
     checked_reward,
     checked_rollout,
 )
@@ -98,14 +99,7 @@ class ActorCriticTrainer(CheckpointingMixin, ReportingMixin, CardMixin, GRPOTrai
     def __init__(
         self, model, reward_funcs=None, args=None, *other_args, critic_model: PreTrainedModel | None = None, **kwargs
     ):
-        if args is None:
-            model_name = model if isinstance(model, str) else get_config_model_id(model.config)
-            args = self.config_class(f"{model_name.split('/')[-1]}-{self._name}")
-        if not isinstance(args, self.config_class):
-            raise TypeError(
-                f"`args` must be a `{self.config_class.__name__}`, got `{type(args).__name__}`. It takes every argument "
-                "of `GRPOConfig`."
-            )
+        args = checked_args(args, type(self), model)
         if critic_model is not None and (args.critic != "separate" or args.critic_model_name_or_path is not None):
             raise ValueError(
                 "`critic_model` is the start of a separate critic. Set `critic='separate'`, and do not set "

@@ -5,6 +5,10 @@ from dataclasses import dataclass, field
 from .ranking import LISTWISE_MODELS, RANKING_MODELS
 
 
+# Beyond it nothing but ties is likely, or none at all, and exp of it leaves what fp32 can hold
+MAX_LOG_TIE = 80
+
+
 @dataclass
 class RankingArguments:
     r"""
@@ -98,10 +102,16 @@ class RankingArguments:
             raise ValueError(f"`max_tie_order` must be at least 1, got {self.max_tie_order}.")
         if self.tie_learning_rate < 0:
             raise ValueError(f"`tie_learning_rate` must not be negative, got {self.tie_learning_rate}.")
+        if self.log_tie is not None and not (
+            isinstance(self.log_tie, list | tuple) and all(abs(value) <= MAX_LOG_TIE for value in self.log_tie)
+        ):
+            raise ValueError(
+                f"`log_tie` must be a list of numbers between {-MAX_LOG_TIE} and {MAX_LOG_TIE}, got {self.log_tie!r}."
+            )
         num_ties = self._num_tie_parameters
         if self.log_tie is not None and num_ties is not None and len(self.log_tie) != num_ties:
             raise ValueError(
-                f"`log_tie` must hold {num_ties} numbers for `ranking_model='{self.ranking_model}'`"
+                f"`log_tie` must be a list of {num_ties} for `ranking_model='{self.ranking_model}'`"
                 + (f" and `max_tie_order={self.max_tie_order}`" if self.max_tie_order else "")
                 + f", got {self.log_tie}."
             )

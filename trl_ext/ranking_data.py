@@ -24,13 +24,11 @@ import unicodedata
 from collections.abc import Mapping
 from typing import Any
 
-from accelerate import PartialState
-from accelerate.logging import get_logger
 from datasets import Dataset, Features, IterableDataset, List, Value
 from trl.data_utils import get_dataset_column_names, is_conversational
 
+from .ranking_rows import report_dropped, require
 
-logger = get_logger(__name__)
 
 # What NFKC, which takes care of full-width forms, leaves of the symbols
 _SYMBOLS = str.maketrans({"≻": ">", "≺": "<", **dict.fromkeys("~∼≈≃≅〜", "=")})
@@ -213,21 +211,6 @@ def normalize_ranking(row: dict[str, Any]) -> dict[str, Any]:
     return normalized if pairs is None else normalized | {"pairs": pairs}
 
 
-def require(condition: Any, message: str) -> None:
-    """
-    Raise a ValueError unless the condition holds. Messages are `requirement, got value. Mend.`: dropped rows are
-    counted by requirement.
-
-    Example:
-
-    ```python
-    >>> require(1 + 1 == 2, "column `ranks`: must be whole numbers, got 1.5. Round them.")
-    ```
-    """
-    if not condition:
-        raise ValueError(message)
-
-
 def _check_texts(row: dict[str, Any]) -> None:
     for name in ("prompt", "completions"):
         require(name in row, f"column `{name}`: is missing or null. Fill it, or rename the column that holds it.")
@@ -363,7 +346,7 @@ def prepare_rankings(
     require(
         is_ranking(columns),
         f"The {dataset_name} dataset must have columns `prompt`, `completions` and one of `ranks`, `ranking` and "
-        f"`pairs`, got {columns}. Rename its columns, or convert it with a function of `ranking_converters`.",
+        f"`pairs`, got {columns}. Rename its columns, or convert it with a function of `ranking_converters` or `ranking_layouts`.",
     )
     is_streamed = isinstance(dataset, IterableDataset)
     if not is_streamed and len(dataset) == 0:
@@ -383,7 +366,7 @@ def prepare_rankings(
     )
     if on_error == "drop":
         if not is_streamed:
-            _report_dropped(dataset["ranking_error"], dataset_name)
+            report_dropped(dataset["ranking_error"], dataset_name)
         dataset = dataset.filter(lambda error: error is None, input_columns=["ranking_error"], **kwargs)
     return dataset.remove_columns("ranking_error")
 
@@ -396,17 +379,3 @@ def _normalize_row(row: dict[str, Any], index: int, on_error: str, dataset_name:
             raise ValueError(f"{dataset_name} row {index}, {error}") from None
         normalized = {"ranking_error": str(error)}
     return {name: normalized.get(name) for name in names}
-
-
-def _report_dropped(errors: list[str | None], dataset_name: str) -> None:
-    dropped = {}
-    for row, error in enumerate(errors):
-        if error is not None:
-            reason = error.partition(", got ")[0]  # what was got differs from row to row
-            dropped.setdefault(reason, []).append(row)
-    if dropped:
-        PartialState()  # the logger asks it which process this is, and there may be no trainer yet
-        count = sum(map(len, dropped.values()))
-        lines = [f"{len(rows)}, the first of them row {rows[0]}: {reason}" for reason, rows in dropped.items()]
-        lines.insert(0, f"Dropped {count} of the {len(errors)} rows of the {dataset_name} dataset:")
-        logger.warning("\n- ".join(lines))

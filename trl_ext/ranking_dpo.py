@@ -8,7 +8,8 @@ from peft import PeftModel
 from trl import DPOConfig, DPOTrainer
 from trl.data_utils import get_dataset_column_names
 
-from .compat import disable_gradient_checkpointing, get_config_model_id, use_adapter
+from .checks import checked_args
+from .compat import disable_gradient_checkpointing, use_adapter
 from .ranking import judged_items
 from .ranking_card import RankingCardMixin
 from .ranking_config import RankingArguments
@@ -79,6 +80,7 @@ class RankingDPOTrainer(RankingMixin, RankingCardMixin, DPOTrainer):
                 eprint    = {arXiv:2409.17431},
             }"""),
     }
+    config_class = RankingDPOConfig
     _pipeline_tag = "text-generation"
     _tokenized_columns = ["prompt_ids", "completion_ids"]
     _tokenize_ranking = staticmethod(tokenize_for_dpo)
@@ -86,14 +88,7 @@ class RankingDPOTrainer(RankingMixin, RankingCardMixin, DPOTrainer):
     def __init__(
         self, model, ref_model=None, args: RankingDPOConfig | None = None, data_collator=None, *other_args, **kwargs
     ):
-        if args is None:
-            model_name = model if isinstance(model, str) else get_config_model_id(model.config)
-            args = RankingDPOConfig(f"{model_name.split('/')[-1]}-Ranking-DPO")
-        if not isinstance(args, RankingDPOConfig):
-            raise TypeError(
-                f"`args` must be a `RankingDPOConfig`, got `{type(args).__name__}`. It takes every argument of "
-                "`DPOConfig`."
-            )
+        args = checked_args(args, type(self), model)
         # Accelerate would cut the tensors of a streamed batch, which have not all a row per prompt
         args.accelerator_config.dispatch_batches = False
         super().__init__(model, ref_model, args, data_collator, *other_args, **kwargs)

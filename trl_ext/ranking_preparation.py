@@ -12,11 +12,14 @@ from .ranking import initial_log_tie, max_tie_order
 from .ranking_collator import judged_indices
 from .ranking_config import RankingArguments
 from .ranking_data import prepare_rankings
+from .ranking_rows import report_dropped
 from .shared_prefix import common_prefix_length
 
 
 logger = get_logger(__name__)
 
+# Where all completions of a prompt are tied, their likelihood does not depend on the scores
+MODELS_THAT_SKIP_TIES = ("bradley_terry", "plackett_luce_marginal")
 # Rows of a stream that tie rates are taken from
 NUM_STREAMED_ROWS = 1000
 
@@ -26,13 +29,17 @@ def has_tied_pairs(columns: list[str]) -> bool:
     return "chosen" in columns and "rejected" in columns and "tie" in columns
 
 
-def ranking_of_pair(row: dict, index: int, dataset_name: str) -> dict:
-    """A row with `chosen`, `rejected` and `tie` as a ranking of two."""
-    name = f"{dataset_name} row {index}, column"
+def why_no_pair_with_tie(row: dict) -> str | None:
+    """What is wrong with a row of `chosen`, `rejected` and `tie`."""
     if not isinstance(row["tie"], bool):
-        raise ValueError(f"{name} `tie`: must say true or false for every pair, got {row['tie']!r}.")
+        return f"column `tie`: must say true or false for every pair, got {row['tie']!r}."
     if row.get("margin") is not None:
-        raise ValueError(f"{name} `margin`: does not go with `tie`, as a likelihood with ties has none. Remove one.")
+        return "column `margin`: does not go with `tie`, as a likelihood with ties has none. Remove one."
+    return None
+
+
+def ranking_of_pair(row: dict) -> dict:
+    """A row with `chosen`, `rejected` and `tie` as a ranking of two."""
     return {"completions": [row["chosen"], row["rejected"]], "ranks": [1, 1 if row["tie"] else 2]}
 
 
@@ -46,8 +53,7 @@ def prepare_ranking_dataset(
     max_tie_order: int | None,
 ) -> Dataset | IterableDataset:
     """
-    Check, tokenize and cut a dataset of rankings. A dataset with `ranks` and all `tokenized_columns` is taken to be
-    tokenized, and only checked against the likelihood.
+    Check, tokenize and cut a dataset of rankings. One with all `tokenized_columns` is taken to be tokenized.
 
     Args:
         dataset: Of the ranking type, see [`ranking_data`], or of the preference type with a `tie` column.
@@ -73,33 +79,35 @@ def prepare_ranking_dataset(
         return map_kwargs | ({"desc": f"{description} {dataset_name} dataset"} if is_map_style else {})
 
     with global_then_local_main_first():
-        if not {"ranks", *tokenized_columns} <= set(columns):
+        if not set(tokenized_columns) <= set(columns):
             if has_tied_pairs(columns):
                 if "prompt" not in columns:
                     dataset = dataset.map(extract_prompt, **named("Extracting prompts of"))
-                dataset = dataset.map(
-                    ranking_of_pair,
-                    fn_kwargs={"dataset_name": dataset_name},
-                    with_indices=True,
-                    **named("Reading pairs of"),
-                )
+                dataset = keep_valid(dataset, why_no_pair_with_tie, args.on_error, dataset_name, named)
+                dataset = dataset.map(ranking_of_pair, **named("Reading pairs of"))
             dataset = prepare_rankings(dataset, args.on_error, dataset_name, args.dataset_num_proc)
             check_not_empty(dataset, dataset_name, "no row is a ranking of two or more completions.")
             dataset = keep_learnable(dataset, args, max_tie_order, dataset_name, named)
             dataset = dataset.map(
                 tokenize_row, fn_kwargs={"processing_class": processing_class}, **named("Tokenizing")
             )
-            dataset = fit_lengths(dataset, args, dataset_name, tokenized_columns, named)
-            check_not_empty(
-                dataset,
-                dataset_name,
-                f"no two completions of a prompt fit into `max_length` ({args.max_length}). Raise it.",
+        elif "ranks" not in columns:
+            raise ValueError(
+                f"The {dataset_name} dataset is tokenized (it has {tokenized_columns}), but has no column `ranks`. Give "
+                "it one, null where a row has `pairs` that are no ranking; `prepare_rankings` makes it of `ranking`."
             )
+        dataset = fit_lengths(dataset, args, dataset_name, tokenized_columns, named)
+        check_not_empty(
+            dataset,
+            dataset_name,
+            f"no two completions of a prompt fit into `max_length` ({args.max_length}). Raise it.",
+        )
         return keep_learnable(dataset, args, max_tie_order, dataset_name, named)
 
 
 def check_not_empty(dataset: Dataset | IterableDataset, dataset_name: str, reason: str) -> None:
-    if isinstance(dataset, Dataset) and len(dataset) == 0:
+    # What is streamed has no length, and its columns may have been forgotten on the way
+    if next(iter(dataset), None) is None:
         raise ValueError(f"The {dataset_name} dataset has no rankings to learn from: {reason}")
 
 
@@ -131,6 +139,11 @@ def tokenize_for_dpo(row: dict, processing_class) -> dict:
     else:
         prompt = tokenize(processing_class, row["prompt"])
     length = min(common_prefix_length([prompt["input_ids"], ids]) for ids in whole)
+    if length < len(prompt["input_ids"]):
+        logger.warning_once(
+            "The tokens of a prompt are not those that prompt and completion start with: the tokenizer merges across "
+            "their border, or the chat template puts something between. They were split where they differ."
+        )
     return {"prompt_ids": prompt["input_ids"][:length], "completion_ids": [ids[length:] for ids in whole]}
 
 
@@ -192,53 +205,65 @@ def why_not_learnable(row: dict, args: RankingArguments, max_order: int | None) 
     """What is wrong with a row for `args.ranking_model`, and how to mend it."""
     if args.is_listwise and row["ranks"] is None:
         return (
-            f"column `pairs`: the judgements are not a ranking, and '{args.ranking_model}' is listwise. Use a pairwise "
-            "`ranking_model` such as 'davidson', or leave such rows out with `on_error='drop'`"
+            f"column `pairs`: must amount to a ranking for '{args.ranking_model}', which is listwise. Use a pairwise "
+            "`ranking_model` such as 'davidson', or leave such rows out with `on_error='drop'`."
         )
     largest = max_tie_order([row["ranks"] or []])
     if args.ranking_model == "plackett_luce" and largest > 1:
         return (
             "column `ranks`: 'plackett_luce' has no ties. Use a `ranking_model` that has, such as 'davidson_luce', or "
-            "leave such rows out with `on_error='drop'`"
+            "leave such rows out with `on_error='drop'`."
         )
     if args.ranking_model == "davidson_luce" and max_order is not None and largest > max_order:
         return (
-            f"column `ranks`: {largest} completions are tied, more than `max_tie_order` ({max_order}). "
-            "Raise it, or leave such rows out with `on_error='drop'`"
+            f"column `ranks`: must have no more completions tied than `max_tie_order` ({max_order}), got {largest}. "
+            "Raise it, or leave such rows out with `on_error='drop'`."
         )
     return None
 
 
-def teaches(row: dict, args: RankingArguments) -> bool:
-    """Whether the likelihood of a row depends on its scores."""
-    if args.ranking_model not in ("bradley_terry", "plackett_luce_marginal"):
-        return True
+def teaches(row: dict) -> bool:
+    """Whether not all are tied."""
     if row.get("pairs"):
         return any(preferred != 0 for _, _, preferred in row["pairs"])
     return len({row["ranks"][i] for i in judged_indices(row["ranks"], None)}) > 1
 
 
-def keep_learnable(dataset, args: RankingArguments, max_order: int | None, dataset_name: str, named):
-    def check(row: dict, index: int) -> bool:
-        reason = why_not_learnable(row, args, max_order)
-        if reason is not None and args.on_error == "raise":
-            raise ValueError(f"{dataset_name} row {index}, {reason}.")
-        return reason is None and teaches(row, args)
+def keep_valid(dataset, why_not: Callable[[dict], str | None], on_error: str, dataset_name: str, named):
+    """The rows for which `why_not` finds nothing; others are errors, or dropped and counted by reason."""
 
-    num_rows = len(dataset) if isinstance(dataset, Dataset) else None
-    dataset = dataset.filter(check, with_indices=True, **named("Checking"))
-    if num_rows is None or len(dataset) == num_rows:
-        return dataset
-    if len(dataset) == 0:
-        raise ValueError(
-            f"{dataset_name}: '{args.ranking_model}' can learn nothing from these {num_rows} rankings (all are tied, "
-            "too long, or no ranking). Use a `ranking_model` that learns from ties, such as 'davidson_luce'."
-        )
-    logger.warning(
-        f"{dataset_name}: left out {num_rows - len(dataset)} of {num_rows} rankings, from which "
-        f"'{args.ranking_model}' can learn nothing."
+    def check(row: dict, index: int) -> bool:
+        reason = why_not(row)
+        if reason is not None and on_error == "raise":
+            raise ValueError(f"{dataset_name} row {index}, {reason}")
+        return reason is None
+
+    if on_error == "drop" and isinstance(dataset, Dataset):
+        judgements = {"ranks", "pairs", "tie", "margin"} & set(dataset.column_names)
+        report_dropped([why_not(row) for row in dataset.select_columns(sorted(judgements))], dataset_name)
+    return dataset.filter(check, with_indices=True, **named("Checking"))
+
+
+def keep_learnable(dataset, args: RankingArguments, max_order: int | None, dataset_name: str, named):
+    dataset = keep_valid(
+        dataset, lambda row: why_not_learnable(row, args, max_order), args.on_error, dataset_name, named
     )
-    return dataset
+    check_not_empty(dataset, dataset_name, f"none has a probability under '{args.ranking_model}'. Use another.")
+    if args.ranking_model not in MODELS_THAT_SKIP_TIES:
+        return dataset
+    learnable = dataset.filter(teaches, **named("Keeping what teaches of"))
+    check_not_empty(
+        learnable,
+        dataset_name,
+        f"in each all are tied, from which '{args.ranking_model}' can learn nothing. Use a `ranking_model` that learns "
+        "from ties, such as 'davidson_luce'.",
+    )
+    if isinstance(dataset, Dataset) and len(learnable) < len(dataset):
+        logger.warning(
+            f"{dataset_name}: left out {len(dataset) - len(learnable)} of {len(dataset)} rankings, from which "
+            f"'{args.ranking_model}' can learn nothing: in each all are tied."
+        )
+    return learnable
 
 
 def ranks_of(dataset: Dataset | IterableDataset) -> list[list[int]]:
@@ -256,7 +281,7 @@ def starting_log_tie(
     max_order = args.max_tie_order or (len(args.log_tie) + 1 if args.log_tie else largest)
     if args.ranking_model == "davidson_luce" and largest > max_order:
         raise ValueError(
-            f"`log_tie` holds {len(args.log_tie or [])} numbers, but the data has ties of {largest}. Give {largest - 1}."
+            f"`log_tie` is a list of {len(args.log_tie or [])}, but the data has ties of {largest}. Give {largest - 1}."
         )
     if args.log_tie is not None:
         return args.log_tie, max_order

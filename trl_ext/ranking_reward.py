@@ -10,7 +10,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel
 from trl import RewardConfig, RewardTrainer
 
-from .compat import get_config_model_id
+from .checks import checked_args
 from .ranking import judged_items
 from .ranking_card import RankingCardMixin
 from .ranking_config import RankingArguments
@@ -83,19 +83,13 @@ class RankingRewardTrainer(RankingMixin, RankingCardMixin, RewardTrainer):
                 eprint    = {arXiv:1810.12068},
             }"""),
     }
+    config_class = RankingRewardConfig
     _pipeline_tag = "text-classification"
     _tokenized_columns = ["group_ids"]
     _tokenize_ranking = staticmethod(tokenize_for_reward)
 
     def __init__(self, model, args: RankingRewardConfig | None = None, data_collator=None, *other_args, **kwargs):
-        if args is None:
-            model_name = model if isinstance(model, str) else get_config_model_id(model.config)
-            args = RankingRewardConfig(f"{model_name.split('/')[-1]}-Ranking-Reward")
-        if not isinstance(args, RankingRewardConfig):
-            raise TypeError(
-                f"`args` must be a `RankingRewardConfig`, got `{type(args).__name__}`. It takes every argument of "
-                "`RewardConfig`."
-            )
+        args = checked_args(args, type(self), model)
         # Accelerate would cut the tensors of a streamed batch, which have not all a row per prompt
         args.accelerator_config.dispatch_batches = False
         super().__init__(model, args, data_collator, *other_args, **kwargs)

@@ -118,7 +118,7 @@ class RankingMixin:
 
     def _prepare_dataset(self, dataset, processing_class, args, dataset_name):
         columns = get_dataset_column_names(dataset)
-        is_tokenized = {"ranks", *self._tokenized_columns} <= set(columns)
+        is_tokenized = set(self._tokenized_columns) <= set(columns)
         if not ("completions" in columns or has_tied_pairs(columns) or is_tokenized):
             return super()._prepare_dataset(dataset, processing_class, args, dataset_name)
         if self._has_rankings is False:
@@ -204,11 +204,12 @@ class RankingMixin:
         """Whether the model gives completions the same packed as in rows of their own, as the first batch shows."""
         if self._packs is None:
             reason = self._why_not_packed(model, inputs)
-            if reason == ALL_ZERO:  # ask again after a step
-                return self.args.shared_prefix == "always"
             # All processes must take the same way
-            fails = torch.tensor(float(reason is not None), device=self.accelerator.device)
-            if self.accelerator.reduce(fails, reduction="sum").item() == 0:
+            verdict = torch.tensor([reason is not None, reason == ALL_ZERO], device=self.accelerator.device)
+            num_failed, num_zero = self.accelerator.reduce(verdict.float(), reduction="sum").tolist()
+            if num_zero > 0 and num_zero == num_failed:  # ask again after a step
+                return self.args.shared_prefix == "always"
+            if num_failed == 0:
                 self._packs = True
             else:
                 message = (

@@ -138,7 +138,10 @@ def tie_parameters(model_or_path: PreTrainedModel | PeftModel | str | Path) -> t
     else:
         name, config = type(model_or_path).__name__, model_or_path.config.to_dict()
     if "ranking_model" not in config:
-        raise ValueError(f"{name} has no `ranking_model` in its config: it was not trained on rankings.")
+        raise ValueError(
+            f"{name} has no `ranking_model` in its config: it was not trained on rankings, or it was and is an adapter "
+            "that a transformers class loaded onto its base. Pass the folder or Hub id of the adapter instead."
+        )
     log_tie = torch.tensor(config["log_tie"])
     if config["ranking_model"] == "davidson_luce":
         return "davidson_luce", log_tie

@@ -1,0 +1,85 @@
+"""Rows of datasets that become rankings: reading them, and what is said of those that are not as they should be."""
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from accelerate import PartialState
+from accelerate.logging import get_logger
+from datasets import Dataset, Features, List, Value
+
+
+logger = get_logger(__name__)
+
+NUMBER = (int, float)
+KINDS = {str: "text", list: "a list", dict: "a dict", NUMBER: "a number"}
+
+TEXT = {"prompt": Value("string"), "completions": List(Value("string"))}
+RANKS = {"ranks": List(Value("int64"))}
+PAIRS = {"pairs": List(List(Value("int64")))}
+
+
+def require(condition: Any, message: str) -> None:
+    """
+    Raise a ValueError unless the condition holds. Messages are `requirement, got value. Mend.`: dropped rows are
+    counted by requirement.
+
+    Example:
+
+    ```python
+    >>> require(1 + 1 == 2, "column `ranks`: must be whole numbers, got 1.5. Round them.")
+    ```
+    """
+    if not condition:
+        raise ValueError(message)
+
+
+def get(record: Any, column: str, kind: type | tuple[type, ...]) -> Any:
+    """The value of `column`, which a nested record knows by the part after the dot."""
+    value = record.get(column.rpartition(".")[2]) if isinstance(record, Mapping) else None
+    require(isinstance(value, kind), f"column `{column}`: must be {KINDS[kind]}, got {value!r:.80}.")
+    return value
+
+
+def in_row(index: int, function: Callable, *args) -> Any:
+    """`function(*args)`, whose errors say in which row."""
+    try:
+        return function(*args)
+    except ValueError as error:
+        raise ValueError(f"row {index}, {error}") from None
+
+
+def report_dropped(errors: list[str | None], dataset_name: str) -> None:
+    """Warn of what was wrong, by row, and how often."""
+    dropped = {}
+    for row, error in enumerate(errors):
+        if error is not None:
+            reason = error.partition(", got ")[0]  # what was got differs from row to row
+            dropped.setdefault(reason, []).append(row)
+    if dropped:
+        PartialState()  # the logger asks it which process this is, and there may be no trainer yet
+        count = sum(map(len, dropped.values()))
+        lines = [f"{len(rows)}, the first of them row {rows[0]}: {reason}" for reason, rows in dropped.items()]
+        lines.insert(0, f"Dropped {count} of the {len(errors)} rows of the {dataset_name} dataset:")
+        logger.warning("\n- ".join(lines))
+
+
+def convert_rows(dataset: Dataset, convert: Callable, types: dict[str, Any]) -> Dataset:
+    return dataset.map(
+        lambda row, index: in_row(index, convert, row),
+        with_indices=True,
+        remove_columns=dataset.column_names,
+        features=Features(types),
+        desc="Converting to rankings",
+    )
+
+
+def ranks_of_scores(scores: list[float | None], tie_threshold: float = 0.0) -> list[int | None]:
+    """Ranks from 1 without gaps, None for None and NaN; on the threshold see [`from_scores`]."""
+    ranks, rank, previous = {}, 0, math.inf
+    for score in sorted({score for score in scores if score is not None and score == score}, reverse=True):
+        gap = previous - score
+        is_tied = gap <= tie_threshold or math.isclose(gap, tie_threshold)  # 0.4 - 0.3 is a little more than 0.1
+        rank += not is_tied
+        ranks[score], previous = rank, score
+    return [ranks.get(score) for score in scores]
