@@ -19,7 +19,7 @@ REINFORCE on a 4-bit base model, the prompts in another column, the result pushe
     accelerate launch --config_file recipes/accelerate_configs/single_gpu.yaml recipes/actor_critic.py \
         --algorithm reinforce --reward_model trl-lib/Qwen2-0.5B-Reward --dataset_name openai/gsm8k \
         --dataset_config main --prompt_column question --model_name_or_path Qwen/Qwen2.5-7B-Instruct \
-        --use_peft --load_in_4bit --dtype bfloat16 --output_dir qwen-7b-reinforce --push_to_hub
+        --use_peft --load_in_4bit --output_dir qwen-7b-reinforce --push_to_hub
 """
 
 import argparse
@@ -32,7 +32,13 @@ from pathlib import Path
 
 import yaml
 from datasets import Dataset, IterableDataset
-from sft import RecipeArguments, check_model_args, load_split, model_init_kwargs, parse_arguments, save
+from sft import (
+    RecipeArguments,
+    load_split,
+    parse_arguments,
+    prepare_model_args,
+    save,
+)
 from trl import ModelConfig, get_peft_config, get_quantization_config
 
 from trl_ext import A2CConfig, A2CTrainer, PPOConfig, PPOTrainer, ReinforceConfig, ReinforceTrainer
@@ -132,8 +138,7 @@ def parse(args: list[str]) -> tuple:
 
 def main() -> None:
     trainer_class, script_args, training_args, model_args = parse(sys.argv[1:])
-    check_model_args(model_args)
-    training_args.model_init_kwargs = model_init_kwargs(model_args, training_args)
+    prepare_model_args(model_args, training_args)
     has_eval = training_args.eval_strategy != "no"
     trainer = trainer_class(
         model=model_args.model_name_or_path,

@@ -12,7 +12,7 @@ A LoRA adapter on a 4-bit base model, whose reference is the base itself:
 
     accelerate launch --config_file recipes/accelerate_configs/single_gpu.yaml recipes/ranking_dpo.py \
         --dataset_name rankings.jsonl --model_name_or_path Qwen/Qwen2.5-7B-Instruct --output_dir my-model \
-        --use_peft --load_in_4bit --dtype bfloat16 --learning_rate 1e-5 --push_to_hub
+        --use_peft --load_in_4bit --learning_rate 1e-5 --push_to_hub
 
 Pairs with ties (`prompt`, `chosen`, `rejected`, `tie`) as DPO-D of Chen et al., https://huggingface.co/papers/2409.17431:
 
@@ -24,7 +24,7 @@ Pairs with ties (`prompt`, `chosen`, `rejected`, `tie`) as DPO-D of Chen et al.,
 import sys
 
 from ranking_reward import RankingRecipeArguments, evaluate_and_save, load_rankings
-from sft import check_model_args, model_init_kwargs, parse_arguments
+from sft import parse_arguments, prepare_model_args
 from trl import ModelConfig, get_peft_config, get_quantization_config
 
 from trl_ext import RankingDPOConfig, RankingDPOTrainer
@@ -37,8 +37,7 @@ def parse(args: list[str]) -> tuple:
 
 def main() -> None:
     script_args, training_args, model_args = parse(sys.argv[1:])
-    check_model_args(model_args)
-    training_args.model_init_kwargs = model_init_kwargs(model_args, training_args)
+    prepare_model_args(model_args, training_args)
     train_dataset, eval_dataset = load_rankings(script_args, training_args)
     trainer = RankingDPOTrainer(
         model=model_args.model_name_or_path,

@@ -20,7 +20,7 @@ A LoRA adapter on a 4-bit base model, with another likelihood:
 
     accelerate launch --config_file recipes/accelerate_configs/single_gpu.yaml recipes/ranking_reward.py \
         --dataset_name rankings.jsonl --model_name_or_path Qwen/Qwen2.5-7B-Instruct --output_dir my-reward-model \
-        --use_peft --load_in_4bit --dtype bfloat16 --ranking_model rao_kupper --push_to_hub
+        --use_peft --load_in_4bit --ranking_model rao_kupper --push_to_hub
 
 The result is a plain sequence classifier, which TRL's GRPO and `actor_critic.py --reward_model my-reward-model` take.
 """
@@ -30,7 +30,13 @@ import sys
 from dataclasses import dataclass, field
 
 from datasets import Dataset, IterableDataset
-from sft import RecipeArguments, check_model_args, load_split, model_init_kwargs, parse_arguments, save
+from sft import (
+    RecipeArguments,
+    load_split,
+    parse_arguments,
+    prepare_model_args,
+    save,
+)
 from trl import ModelConfig, get_peft_config, get_quantization_config
 
 from trl_ext import RankingRewardConfig, RankingRewardTrainer
@@ -87,9 +93,7 @@ def parse(args: list[str]) -> tuple:
 
 def main() -> None:
     script_args, training_args, model_args = parse(sys.argv[1:])
-    check_model_args(model_args)
-    training_args.model_init_kwargs = model_init_kwargs(model_args, training_args)
-    model_args.lora_task_type = "SEQ_CLS"  # which trains and saves the new score head beside the adapter
+    prepare_model_args(model_args, training_args)
     train_dataset, eval_dataset = load_rankings(script_args, training_args)
     trainer = RankingRewardTrainer(
         model=model_args.model_name_or_path,

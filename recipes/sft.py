@@ -10,7 +10,7 @@ A LoRA adapter on a 4-bit base model, on one GPU:
 
     accelerate launch --config_file recipes/accelerate_configs/single_gpu.yaml recipes/sft.py \
         --model_name_or_path Qwen/Qwen2.5-7B --dataset_name trl-lib/Capybara --output_dir qwen-7b-sft \
-        --use_peft --load_in_4bit --dtype bfloat16 --learning_rate 2e-4 --eos_token '<|im_end|>'
+        --use_peft --load_in_4bit --learning_rate 2e-4 --eos_token '<|im_end|>'
 
 Own data (columns as TRL's SFT takes them: `messages`, `text`, or `prompt` and `completion`), eight sharded GPUs:
 
@@ -78,25 +78,32 @@ def load_split(args: RecipeArguments, split: str) -> Dataset | IterableDataset:
     return splits[split]
 
 
-def check_model_args(model_args: ModelConfig) -> None:
-    """Refuse what would fail after minutes of loading."""
+def prepare_model_args(model_args: ModelConfig, training_args) -> None:
+    """
+    Refuse what would fail after minutes of loading, give `--use_peft` and `--load_in_4bit` the meaning they need where
+    nothing more is said, and tell the trainer how to load the model (what `--model_init_kwargs` says goes first).
+    """
     if model_args.model_name_or_path is None:
         raise ValueError("No model: pass --model_name_or_path, a Hub id or a local folder.")
-    if (model_args.load_in_4bit or model_args.load_in_8bit) and not model_args.use_peft:
+    is_quantized = model_args.load_in_4bit or model_args.load_in_8bit
+    if is_quantized and not model_args.use_peft:
         raise ValueError(
             "--load_in_4bit and --load_in_8bit freeze the model's weights, so there would be nothing to train. Add "
             "--use_peft to train an adapter on them."
         )
-
-
-def model_init_kwargs(model_args: ModelConfig, training_args) -> dict:
-    """How TRL is to load the model; what `--model_init_kwargs` says goes first."""
+    # Adapters on all linear layers learn what full fine-tuning does; on the attention alone, PEFT's default for many
+    # models, they do not (Dettmers et al. 2023, https://huggingface.co/papers/2305.14314, section 4)
+    if model_args.use_peft and model_args.lora_target_modules is None:
+        model_args.lora_target_modules = "all-linear"
+    # TRL's default is float32, for what is frozen and for computing under 4 bits, whatever training computes in
+    if is_quantized and model_args.dtype in (None, "float32"):
+        model_args.dtype = "bfloat16" if training_args.bf16 else "float16" if training_args.fp16 else "float32"
     from_flags = {
         "revision": model_args.model_revision,
         "attn_implementation": model_args.attn_implementation,
         "dtype": model_args.dtype,
     }
-    return from_flags | (training_args.model_init_kwargs or {})
+    training_args.model_init_kwargs = from_flags | (training_args.model_init_kwargs or {})
 
 
 def save(trainer, script_args: RecipeArguments) -> None:
@@ -129,8 +136,7 @@ def parse(args: list[str]) -> tuple:
 
 def main() -> None:
     script_args, training_args, model_args = parse(sys.argv[1:])
-    check_model_args(model_args)
-    training_args.model_init_kwargs = model_init_kwargs(model_args, training_args)
+    prepare_model_args(model_args, training_args)
     has_eval = training_args.eval_strategy != "no"
     trainer = SFTTrainer(
         model=model_args.model_name_or_path,

@@ -30,7 +30,7 @@ def make(model, tokenizer, tmp_path, reward_funcs=count_good, prompts=PROMPTS, c
         ({"kl_target": 6.0}, "Set `kl_in_reward`"),
         ({"truncation": "drop"}, "'bootstrap', 'penalty' or 'mask'"),
         ({"truncation": "bootstrap", "missing_eos_penalty": 1.0}, "Set `truncation='penalty'`"),
-        ({"critic": "none"}, "'shared' or 'separate'"),
+        ({"critic": "none"}, "'shared', 'adapter' or 'separate'"),
         ({"critic": "separate", "critic_detach": True}, "Remove it"),
         ({"scale_rewards": "group"}, "use `scale_rewards='none'` with `whiten_advantages=True`"),
         ({"multi_objective_aggregation": "normalize_then_sum"}, "num_generations=1"),

@@ -38,10 +38,10 @@ def violations(module, source):
     internal = internal_imports(source)
     if module in PURE and internal - ({"ranking"} if module == "ranking_metrics" else set()):
         yield f"a pure module imports {internal} from the package"
-    if module == "critic" and not internal <= {"compat", "child_modules"}:
-        yield f"the critic imports {internal - {'compat', 'child_modules'}}"
-    if module == "compat" and internal:
-        yield f"compat imports {internal}"
+    if module == "critic" and not internal <= {"compat", "child_modules", "shared_base"}:
+        yield f"the critic imports {internal - {'compat', 'child_modules', 'shared_base'}}"
+    if module in ("compat", "shared_base") and internal:
+        yield f"{module} imports {internal}"
     if module != "__init__" and internal & (ALGORITHMS | {"__init__"}):
         yield f"only the package's `__init__` may import {internal & (ALGORITHMS | {'__init__'})}"
     may_import_bases = ALGORITHMS | {"__init__", "actor_critic_trainer"}

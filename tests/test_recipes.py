@@ -7,6 +7,7 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from conftest import PROMPTS
 from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
-from trl import ModelConfig
+from trl import ModelConfig, SFTConfig, get_peft_config, get_quantization_config
 
 from trl_ext import RankingRewardConfig, tie_parameters
 
@@ -345,7 +346,31 @@ def test_quantization_without_an_adapter(tmp_path, recipe, monkeypatch):
     with pytest.raises(ValueError, match="nothing to train. Add --use_peft"):
         run_main(recipe, monkeypatch, "--output_dir", tmp_path, "--load_in_4bit")
     with pytest.raises(ValueError, match="pass --model_name_or_path"):
-        recipe("sft").check_model_args(ModelConfig())
+        recipe("sft").prepare_model_args(ModelConfig(), SFTConfig(output_dir=str(tmp_path), bf16=False))
+
+
+@pytest.mark.parametrize("precision, dtype", [("bf16", "bfloat16"), ("fp16", "float16"), (None, "float32")])
+def test_a_4bit_base_computes_in_what_training_computes_in(recipe, precision, dtype):
+    """Though TRL's flag for the dtype, which says both, is float32 by default."""
+    training_args = SimpleNamespace(model_init_kwargs=None, bf16=precision == "bf16", fp16=precision == "fp16")
+    model_args = ModelConfig(model_name_or_path="model", use_peft=True, load_in_4bit=True)
+    assert get_quantization_config(model_args).bnb_4bit_compute_dtype == torch.float32
+    recipe("sft").prepare_model_args(model_args, training_args)
+    quantization_config = get_quantization_config(model_args)
+    assert quantization_config.bnb_4bit_compute_dtype == getattr(torch, dtype)
+    assert quantization_config.bnb_4bit_quant_type == "nf4"
+    assert training_args.model_init_kwargs["dtype"] == dtype
+    assert get_peft_config(model_args).target_modules == "all-linear"
+
+
+def test_what_is_said_of_a_base_goes_first(recipe):
+    training_args = SimpleNamespace(model_init_kwargs={"dtype": "float16"}, bf16=True, fp16=False)
+    model_args = ModelConfig(
+        "model", use_peft=True, load_in_4bit=True, dtype="float16", lora_target_modules=["q_proj"]
+    )
+    recipe("sft").prepare_model_args(model_args, training_args)
+    assert training_args.model_init_kwargs["dtype"] == model_args.dtype == "float16"
+    assert get_peft_config(model_args).target_modules == {"q_proj"}
 
 
 @pytest.mark.parametrize("path", ["no_such_module.reward", "json.no_such_function", "reward"])

@@ -4,6 +4,7 @@ from .a2c import A2CConfig, A2CTrainer
 from .actor_critic_config import ActorCriticConfig
 from .actor_critic_trainer import ActorCriticTrainer
 from .critic import Critic, load_critic, token_values
+from .merging import merge_adapter
 from .ppo import PPOConfig, PPOTrainer
 from .ranking import RANKING_MODELS, judgements_nll, predict_pair, ranking_nll
 from .ranking_data import format_ranking, parse_ranking
@@ -33,6 +34,7 @@ __all__ = [
     "format_ranking",
     "judgements_nll",
     "load_critic",
+    "merge_adapter",
     "parse_ranking",
     "predict_pair",
     "ranking_nll",

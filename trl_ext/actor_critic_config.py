@@ -45,10 +45,13 @@ class ActorCriticConfig(GRPOConfig):
         > The critic
 
         critic (`str`, *optional*, defaults to `"shared"`):
-            `"shared"`: a value head on the policy's trunk. `"separate"`: a model of its own.
+            `"shared"`: a value head on the policy's trunk. `"adapter"`: a value head on an adapter of its own, on the
+            policy's frozen base; the policy then feels nothing of the critic's gradients, at the memory of one base,
+            for a forward and backward pass of its own. `"separate"`: a model of its own.
         critic_model_name_or_path (`str`, *optional*):
             What the critic starts from. A shared one: the folder or Hub id of a trained policy, whose value head is
-            taken up; by default 0. A separate one: a path or Hub id of a model, a reward model or a trained policy with
+            taken up; by default 0. An adapter: the same with such a critic, or a reward adapter on the same base; by
+            default 0. A separate one: a path or Hub id of a model, a reward model or a trained policy with
             a separate critic, or `"reward_model"` for the first model in `reward_funcs`; by default a copy of the
             policy.
         critic_detach (`bool`, *optional*, defaults to `False`): Keep value gradients off the shared trunk.
@@ -57,6 +60,12 @@ class ActorCriticConfig(GRPOConfig):
             Optimizer steps in which only the critic's own parameters learn and the policy stays as it is.
         vf_coef (`float`, *optional*, defaults to `0.1`): Weight of the value loss.
         cliprange_value (`float`, *optional*): Clip range of the value loss, in units of the return.
+
+        > Generation
+
+        generate_merged (`bool`, *optional*, defaults to `True`):
+            Generate with the adapter merged into its base, which is restored to the bit: faster than running the
+            adapter at every token. The base's weights are kept on CPU meanwhile. Not done for a quantized base.
 
         > The KL penalty
 
@@ -115,15 +124,17 @@ class ActorCriticConfig(GRPOConfig):
     critic: str = field(
         default="shared",
         metadata={
-            "help": "'shared': a value head on the policy's trunk. 'separate': a model of its own.",
-            "choices": ["shared", "separate"],
+            "help": "'shared': a value head on the policy's trunk. 'adapter': on an adapter of its own, on the "
+            "policy's frozen base (with `peft_config`). 'separate': a model of its own.",
+            "choices": ["shared", "adapter", "separate"],
         },
     )
     critic_model_name_or_path: str | None = field(
         default=None,
         metadata={
             "help": "What the critic starts from. Shared: the folder or Hub id of a trained policy, whose value head "
-            "is taken up (default: 0). Separate: a path or Hub id of a model, a reward model or a trained policy with "
+            "is taken up (default: 0). Adapter: the same with such a critic, or a reward adapter on the same base "
+            "(default: 0). Separate: a path or Hub id of a model, a reward model or a trained policy with "
             "a separate critic, or 'reward_model' for the first model in `reward_funcs` (default: a copy of the "
             "policy)."
         },
@@ -139,6 +150,14 @@ class ActorCriticConfig(GRPOConfig):
     vf_coef: float = field(default=0.1, metadata={"help": "Weight of the value loss."})
     cliprange_value: float | None = field(
         default=None, metadata={"help": "Clip range of the value loss, in units of the return. Off by default."}
+    )
+
+    generate_merged: bool = field(
+        default=True,
+        metadata={
+            "help": "Generate with the adapter merged into its base, which is restored to the bit. Keeps a copy of the "
+            "base's weights on CPU. Not done for a quantized base."
+        },
     )
 
     kl_in_reward: float = field(
@@ -178,10 +197,10 @@ class ActorCriticConfig(GRPOConfig):
                 f"`missing_eos_penalty={self.missing_eos_penalty}` has no effect with truncation={self.truncation!r}. "
                 "Set `truncation='penalty'`, or remove the penalty."
             )
-        if self.critic not in ("shared", "separate"):
-            raise ValueError(f"`critic` must be 'shared' or 'separate', got {self.critic!r}.")
-        if self.critic == "separate" and self.critic_detach:
-            raise ValueError("`critic_detach` concerns a shared trunk; a separate critic has its own. Remove it.")
+        if self.critic not in ("shared", "adapter", "separate"):
+            raise ValueError(f"`critic` must be 'shared', 'adapter' or 'separate', got {self.critic!r}.")
+        if self.critic != "shared" and self.critic_detach:
+            raise ValueError(f"`critic_detach` concerns a shared trunk, and `critic={self.critic!r}`. Remove it.")
         if self.beta and self.kl_in_reward:
             raise ValueError(
                 f"The KL penalty is asked for twice: in the loss (`beta={self.beta}`) and in the reward "

@@ -23,12 +23,14 @@ from contextlib import contextmanager, nullcontext
 
 import torch
 from datasets import Dataset
+from peft import PeftModel
 from transformers import PreTrainedModel
 from transformers.integrations import is_deepspeed_zero3_enabled
 from trl import GRPOTrainer, SyncRefModelCallback
 
 from . import token_mdp
 from .actor_critic_config import ActorCriticConfig
+from .adapters import AdapterMixin, merged
 from .checkpointing import CheckpointingMixin, StartOfTraining
 from .checks import (
     check_completion_ids,
@@ -51,6 +53,7 @@ from .critic import (
     Critic,
     attach_critic,
     check_vocabulary,
+    critic_as_adapter,
     critic_from_model,
     critic_from_policy,
     detach_critic,
@@ -62,16 +65,19 @@ from .kl_controller import KLController
 from .losses import value_loss
 from .model_card import CardMixin
 from .reporting import ReportingMixin
+from .reward_adapters import RewardAdapterMixin, split_reward_adapters
+from .shared_base import is_quantized
 
 
-class ActorCriticTrainer(CheckpointingMixin, ReportingMixin, CardMixin, GRPOTrainer):
+class ActorCriticTrainer(CheckpointingMixin, ReportingMixin, CardMixin, RewardAdapterMixin, AdapterMixin, GRPOTrainer):
     """
     [`~trl.GRPOTrainer`] with a critic. What changes with respect to the parent:
 
     - advantages are one per token, from generalized advantage estimation over the critic's values, not one per
       completion from its group; one completion per prompt is enough;
     - the critic's loss is added to the policy's, and the critic is saved beside the policy and restored with it;
-    - the KL to the reference may be taken off the reward (`kl_in_reward`) instead of added to the loss.
+    - the KL to the reference may be taken off the reward (`kl_in_reward`) instead of added to the loss;
+    - a reward model may be an adapter, by path or Hub id; it shares the policy's base if both were trained on the same.
 
     Args:
         critic_model ([`~transformers.PreTrainedModel`], *optional*):
@@ -95,6 +101,7 @@ class ActorCriticTrainer(CheckpointingMixin, ReportingMixin, CardMixin, GRPOTrai
             }"""),
     }
     config_class = ActorCriticConfig
+    _task_type = "CAUSAL_LM"
 
     def __init__(
         self, model, reward_funcs=None, args=None, *other_args, critic_model: PreTrainedModel | None = None, **kwargs
@@ -104,6 +111,14 @@ class ActorCriticTrainer(CheckpointingMixin, ReportingMixin, CardMixin, GRPOTrai
             raise ValueError(
                 "`critic_model` is the start of a separate critic. Set `critic='separate'`, and do not set "
                 "`critic_model_name_or_path` as well."
+            )
+        reward_funcs, reward_adapters = split_reward_adapters(reward_funcs)
+        model_is_quantized = isinstance(model, torch.nn.Module) and is_quantized(model)
+        if args.use_vllm and (model_is_quantized or kwargs.get("quantization_config") is not None):
+            raise ValueError(
+                "`use_vllm=True` merges the adapter into its base for every sync, which on a quantized base loses much "
+                "of what it learned and wears the base. Set `use_vllm=False`, or load the base in bfloat16 (leave out "
+                "`quantization_config`, or `--load_in_4bit`)."
             )
         if kwargs.get("rollout_func") is not None:
             kwargs["rollout_func"] = checked_rollout(kwargs["rollout_func"])
@@ -132,21 +147,29 @@ class ActorCriticTrainer(CheckpointingMixin, ReportingMixin, CardMixin, GRPOTrai
         self.kl_controller = KLController(args.kl_in_reward, args.kl_target, args.kl_horizon)
         self._policy = self.model  # before any distributed wrapper
         detach_critic(self._policy)  # an earlier trainer's
+        for index, path in reward_adapters.items():
+            self._load_reward_adapter(index, path)
         self.critic = self._make_critic(critic_model)
         if self.critic is not None:
             attach_critic(self._policy, self.critic)
+            if self.critic.trunk is not None and args.gradient_checkpointing:
+                # The parent asks only the policy itself, in which PEFT hides children of its wrapper
+                self.critic.trunk.gradient_checkpointing_enable(args.gradient_checkpointing_kwargs)
+                self.critic.trunk.enable_input_require_grads()
             if args.sync_ref_model:
                 self.remove_callback(SyncRefModelCallback)
                 self.add_callback(SyncReferenceCallback(self.ref_model, self.accelerator, CRITIC_NAME))
             if self.optimizer is not None:
-                self.optimizer.param_groups[-1]["params"].extend(self.critic.parameters())
+                self.optimizer.param_groups[-1]["params"].extend(self.critic.own_parameters())
 
         self.add_callback(StartOfTraining(self))
         self._scores = None  # (B,), of the completions being scored; nan where no reward function applies
         self._passes = []  # (log-probabilities, values) of each scoring forward of the present batch
         self._awaiting = None  # batch whose advantages the forward under way will give
         self._epochs_ended = False  # by `target_kl`, until the next rollout
+        self._is_first_update = False  # of a training, until it begins
         self._window_kl = torch.zeros(2, device=self.accelerator.device)  # sum and count within the optimizer step
+        self._base_weights = {}  # the base's, kept while its adapter is merged for generation
         self._last_rollout = None  # time of its start and its number of completion tokens
 
     # --- Critic ---
@@ -158,6 +181,11 @@ class ActorCriticTrainer(CheckpointingMixin, ReportingMixin, CardMixin, GRPOTrai
             if path is not None:
                 load_value_head(critic, local_folder(path))
             return critic
+        if self.args.critic == "adapter":
+            critic = critic_as_adapter(self._policy, path)
+            if self.args.disable_dropout:
+                disable_dropout_in_model(critic)
+            return critic
         source = critic_model or path
         if source == "reward_model":
             source = next((f for f in self.reward_funcs if isinstance(f, PreTrainedModel)), None)
@@ -168,10 +196,10 @@ class ActorCriticTrainer(CheckpointingMixin, ReportingMixin, CardMixin, GRPOTrai
                 )
         if source is not None:
             # A policy in 4 bits is no model for the dtype of what is to be trained
-            dtype = torch.float32 if self._policy_is_quantized else self._policy.dtype
+            dtype = torch.float32 if is_quantized(self._policy) else self._policy.dtype
             critic = critic_from_model(source, dtype, trust_remote_code=self.args.trust_remote_code)
             check_vocabulary(critic, self._policy)
-        elif self._policy_is_quantized or is_deepspeed_zero3_enabled():
+        elif is_quantized(self._policy) or is_deepspeed_zero3_enabled():
             raise ValueError(
                 "A separate critic cannot be copied from a policy that is quantized or sharded by ZeRO-3. Set "
                 "`critic_model_name_or_path` to what it should start from, or use `critic='shared'`."
@@ -186,15 +214,11 @@ class ActorCriticTrainer(CheckpointingMixin, ReportingMixin, CardMixin, GRPOTrai
     def _in_critic_warmup(self) -> bool:
         return self.state.global_step < self.args.critic_warmup_steps
 
-    @property
-    def _policy_is_quantized(self) -> bool:
-        return getattr(self._policy, "is_quantized", False)
-
     def create_optimizer(self, model=None):
         is_ours = self.optimizer is None
         optimizer = super().create_optimizer(model)
         if is_ours and self.critic is not None:
-            give_learning_rate(optimizer, self.critic.parameters(), self.args.critic_learning_rate)
+            give_learning_rate(optimizer, self.critic.own_parameters(), self.args.critic_learning_rate)
         return optimizer
 
     # --- Rollout ---
@@ -206,8 +230,16 @@ class ActorCriticTrainer(CheckpointingMixin, ReportingMixin, CardMixin, GRPOTrai
 
     def _generate(self, prompts):
         # The generation engine is sent the policy's weights: those of the critic would be unknown to it
-        with self._without_critic():
+        with self._without_critic(), self._merged_adapter():
             return super()._generate(prompts)
+
+    def _merged_adapter(self):
+        """Generation runs no adapter layers, where merging is exact to undo; vLLM merges for itself."""
+        is_mergeable = isinstance(self._policy, PeftModel) and not self._policy.active_peft_config.is_prompt_learning
+        is_whole = not (self.is_fsdp_enabled or self.is_deepspeed_enabled or is_quantized(self._policy))
+        if self.args.generate_merged and is_mergeable and is_whole and not self.use_vllm:
+            return merged(self._policy, self._base_weights)
+        return nullcontext()
 
     def _generate_single_turn(self, *args, **kwargs):
         outputs = super()._generate_single_turn(*args, **kwargs)

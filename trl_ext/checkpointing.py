@@ -30,6 +30,7 @@ class StartOfTraining(TrainerCallback):
     def on_train_begin(self, args, state, control, **kwargs):
         self.trainer._step, self.trainer._buffered_inputs = 0, None
         self.trainer._epochs_ended = False
+        self.trainer._is_first_update = state.global_step == 0
         self.trainer._window_kl.zero_()
 
     def on_epoch_begin(self, args, state, control, **kwargs):

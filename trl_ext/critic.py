@@ -1,5 +1,6 @@
 """
-The critic V(s): a value head on a trunk, which is the policy's own (shared) or another model's (separate).
+The critic V(s): a value head on a trunk, which is the policy's own (shared), an adapter of its own on the policy's
+frozen base (adapter), or another model's (separate).
 
 The critic is a child module of the policy, so that one optimizer, one `zero_grad`, one gradient clipping and one DDP,
 FSDP or DeepSpeed wrapper hold both. It runs inside the policy's forward, from two hooks, and its values are part of
@@ -8,7 +9,7 @@ that forward's output: distributed wrappers see every parameter used, and a shar
 On disk it lies beside the policy, which stays loadable without this package:
 
     value_head.safetensors             the head of a shared critic
-    critic/                            a separate critic: its trunk, as `save_pretrained` writes it, and
+    critic/                            the trunk of another, a model or an adapter, as `save_pretrained` writes it, and
     critic/value_head.safetensors      its head
 """
 
@@ -21,7 +22,8 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import snapshot_download
-from peft import PeftModel
+from peft import PeftModel, get_peft_model, load_peft_weights, set_peft_model_state_dict
+from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification, PreTrainedModel
@@ -29,10 +31,13 @@ from transformers.modeling_layers import GenericForSequenceClassification
 
 from .child_modules import keep_out_of_saves
 from .compat import FusedCausalLMOutput
+from .shared_base import frozen_base
 
 
 CRITIC_NAME = "critic"  # attribute of the policy, prefix of the critic's parameters, and folder of a separate critic
 VALUE_HEAD_FILE = "value_head.safetensors"
+ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_FILES = [f"{CRITIC_NAME}/*", VALUE_HEAD_FILE, ADAPTER_CONFIG, "adapter_model.safetensors"]
 
 
 class ValueHead(nn.Module):
@@ -60,11 +65,11 @@ class Critic(nn.Module):
 
     Args:
         hidden_size (`int`): Width of the trunk's last hidden state.
-        trunk (`PreTrainedModel`, *optional*): The critic's own trunk; `None` shares the policy's.
+        trunk (`PreTrainedModel` or `PeftModel`, *optional*): The critic's own trunk; `None` shares the policy's.
         detach (`bool`, *optional*, defaults to `False`): Keep the value gradients off a shared trunk.
     """
 
-    def __init__(self, hidden_size: int, trunk: PreTrainedModel | None = None, detach: bool = False):
+    def __init__(self, hidden_size: int, trunk: PreTrainedModel | PeftModel | None = None, detach: bool = False):
         super().__init__()
         self.trunk = trunk
         self.detach = detach
@@ -91,6 +96,21 @@ class Critic(nn.Module):
         elif self.detach:
             hidden_states = hidden_states.detach()
         return self.value_head(hidden_states[:, -num_states:])
+
+    @property
+    def is_adapter(self) -> bool:
+        """Whether the trunk is an adapter on the policy's base."""
+        return isinstance(self.trunk, PeftModel)
+
+    def own_parameters(self) -> Iterator[nn.Parameter]:
+        """What trains with the critic only: all but a base that it shares."""
+        shares_base = self.is_adapter
+        return (p for p in self.parameters() if p.requires_grad or not shares_base)
+
+    def to_device(self, device: torch.device) -> "Critic":
+        """To the policy's device, where an adapter's base is already (and may be too quantized to be moved)."""
+        (self.value_head if self.is_adapter else self).to(device)
+        return self
 
     @contextmanager
     def recording(self, num_states: int) -> Iterator[list[torch.Tensor]]:
@@ -135,7 +155,7 @@ def attach_critic(model: PreTrainedModel | PeftModel, critic: Critic) -> None:
 
     if isinstance(model, PeftModel) and CRITIC_NAME in model.peft_config:
         raise ValueError(f"An adapter is called {CRITIC_NAME!r}, which is the critic's name in the model. Rename it.")
-    critic.to(model.device)
+    critic.to_device(model.device)
     model.add_module(CRITIC_NAME, critic)
     critic._hooks = [
         base_causal_lm(model).base_model.register_forward_hook(keep_hidden_states),
@@ -160,6 +180,72 @@ def hidden_size_of(model: PreTrainedModel | PeftModel) -> int:
 def shared_critic(model: PreTrainedModel | PeftModel, detach: bool = False) -> Critic:
     """A critic on the trunk of `model`, starting at V = 0."""
     return Critic(hidden_size_of(model), detach=detach)
+
+
+def critic_as_adapter(model: PreTrainedModel | PeftModel, path: str | None = None) -> Critic:
+    """
+    A critic with an adapter of its own on the frozen base of `model`, of the policy adapter's kind and size.
+
+    Args:
+        model (`PeftModel`): The policy.
+        path (`str`, *optional*): What it starts from, in place of V = 0: the folder or Hub id of a trained policy with
+            such a critic beside it, or of a reward adapter on the same base, whose score head becomes the value head.
+    """
+    if not isinstance(model, PeftModel) or model.active_peft_config.is_prompt_learning:
+        raise ValueError(
+            "`critic='adapter'` puts a second adapter on the policy's frozen base, and this policy has none. Pass a "
+            "`peft_config` such as `LoraConfig(target_modules='all-linear')`, or use `critic='shared'` or 'separate'."
+        )
+    config = copy.deepcopy(model.active_peft_config)
+    config.target_modules = [
+        name for name, module in base_causal_lm(model).base_model.named_modules() if isinstance(module, BaseTunerLayer)
+    ]
+    # By the names of its layers no more is needed of what chose the policy's. The head is the critic's own; further
+    # modules and special starts, some of which change the base, are the policy's
+    given = config.to_dict()
+    for name in ("task_type", "modules_to_save", "layers_to_transform", "layers_pattern", "exclude_modules"):
+        if name in given:
+            setattr(config, name, None)
+    if "init_lora_weights" in given:
+        config.init_lora_weights = True
+    critic = Critic(hidden_size_of(model), trunk=get_peft_model(frozen_base(model), config))
+    if path is not None:
+        start_adapter(critic, path)
+    return critic
+
+
+def start_adapter(critic: Critic, path: str) -> None:
+    """Fill a critic's adapter and head from another critic's, or from a reward adapter."""
+    folder = Path(path) if Path(path).is_dir() else Path(snapshot_download(path, allow_patterns=ADAPTER_FILES))
+    if (folder / CRITIC_NAME).is_dir():
+        restore_critic(critic, folder)
+        return
+    weights = load_peft_weights(str(folder), device="cpu") if (folder / ADAPTER_CONFIG).is_file() else {}
+    head = [name for name in weights if name.endswith(".score.weight")]
+    if not head:
+        raise ValueError(
+            f"{path} holds neither a critic beside a policy nor a reward adapter with a score head. Pass another "
+            "`critic_model_name_or_path`, or leave it unset to start at V = 0."
+        )
+    with torch.no_grad():
+        critic.value_head.weight.copy_(weights.pop(head[0]))
+    prefix = f"base_model.model.{critic.trunk.get_base_model().base_model_prefix}."
+    load_adapter_weights(
+        critic.trunk, {name.replace(prefix, "base_model.model.", 1): weight for name, weight in weights.items()}, path
+    )
+
+
+def load_adapter_weights(trunk: PeftModel, weights: dict[str, torch.Tensor], path: str | Path) -> None:
+    """Fill an adapter, with an error where names or shapes differ."""
+    own = {name.replace(".default", ""): tuple(w.shape) for name, w in trunk.named_parameters() if w.requires_grad}
+    saved = {name: tuple(weight.shape) for name, weight in weights.items()}
+    if own != saved:
+        differing = sorted(set(own.items()) ^ set(saved.items()))[0]
+        raise ValueError(
+            f"The adapter in {path} does not fit the critic's (first difference: {differing}). Use the same rank and "
+            "`target_modules` for the policy's `peft_config` as it was trained with."
+        )
+    set_peft_model_state_dict(trunk, weights)
 
 
 def critic_from_policy(model: PreTrainedModel | PeftModel) -> Critic:
@@ -187,6 +273,11 @@ def critic_from_model(source: str | PreTrainedModel, dtype: torch.dtype, trust_r
     else:
         if (Path(source) / CRITIC_NAME).is_dir():
             source = str(Path(source) / CRITIC_NAME)
+        if (Path(source) / ADAPTER_CONFIG).is_file():
+            raise ValueError(
+                f"{source} is an adapter, which a separate critic cannot start from. Use `critic='adapter'`, or merge "
+                "it into its base first (`merge_adapter`)."
+            )
         architectures = AutoConfig.from_pretrained(source).architectures or [""]
         is_reward_model = architectures[0].endswith("ForSequenceClassification")
         auto_class = AutoModelForSequenceClassification if is_reward_model else AutoModel
@@ -248,6 +339,8 @@ def save_critic(critic: Critic, directory: str, state_dict: dict[str, torch.Tens
     else:
         (folder / VALUE_HEAD_FILE).unlink(missing_ok=True)
         folder = folder / CRITIC_NAME
+        if folder.is_dir() and (folder / ADAPTER_CONFIG).is_file() != critic.is_adapter:
+            shutil.rmtree(folder)
         trunk = {name.removeprefix("trunk."): w for name, w in state_dict.items() if name.startswith("trunk.")}
         critic.trunk.save_pretrained(folder, state_dict=trunk)
     folder.mkdir(parents=True, exist_ok=True)
@@ -277,8 +370,13 @@ def restore_critic(critic: Critic, directory: str) -> None:
         load_value_head(critic, directory)
         return
     folder = Path(directory) / CRITIC_NAME
-    if not folder.is_dir():
-        raise FileNotFoundError(f"No {CRITIC_NAME}/ folder in {directory}: no separate critic was saved there.")
+    if not folder.is_dir() or (folder / ADAPTER_CONFIG).is_file() != critic.is_adapter:
+        kind = "adapter" if critic.is_adapter else "separate"
+        raise FileNotFoundError(f"No {CRITIC_NAME}/ folder of a critic of kind {kind!r} in {directory}.")
+    if critic.is_adapter:
+        load_adapter_weights(critic.trunk, load_peft_weights(str(folder), device="cpu"), folder)
+        load_value_head(critic, folder)
+        return
     trunk = AutoModel.from_pretrained(folder, dtype=critic.trunk.dtype)
     critic.trunk.load_state_dict(trunk.state_dict())
     load_value_head(critic, folder)
@@ -300,12 +398,21 @@ def load_critic(model: PreTrainedModel | PeftModel, path: str) -> Critic:
         ValueError: when it does not fit `model`.
     """
     folder = local_folder(path)
-    if (folder / CRITIC_NAME).is_dir():
+    if (folder / CRITIC_NAME / ADAPTER_CONFIG).is_file():
+        if not isinstance(model, PeftModel):
+            raise ValueError(
+                f"The critic in {path} is an adapter on the base of the policy, which is not at hand: the policy is a "
+                "plain model. Load it as an adapter (`AutoPeftModelForCausalLM`), unmerged."
+            )
+        trunk = PeftModel.from_pretrained(frozen_base(model), folder / CRITIC_NAME)
+        critic = Critic(hidden_size_of(model), trunk=trunk)
+        load_value_head(critic, folder / CRITIC_NAME)
+    elif (folder / CRITIC_NAME).is_dir():
         critic = critic_from_model(str(folder), model.dtype)
     else:
         critic = shared_critic(model)
         load_value_head(critic, folder)
-    return critic.to(model.device).eval()
+    return critic.to_device(model.device).eval()
 
 
 @torch.no_grad()

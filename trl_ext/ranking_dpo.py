@@ -8,6 +8,7 @@ from peft import PeftModel
 from trl import DPOConfig, DPOTrainer
 from trl.data_utils import get_dataset_column_names
 
+from .adapters import AdapterMixin
 from .checks import checked_args
 from .compat import disable_gradient_checkpointing, use_adapter
 from .ranking import judged_items
@@ -49,7 +50,7 @@ PAIR_ARGUMENTS = {
 }
 
 
-class RankingDPOTrainer(RankingMixin, RankingCardMixin, DPOTrainer):
+class RankingDPOTrainer(RankingMixin, RankingCardMixin, AdapterMixin, DPOTrainer):
     """
     [`~trl.DPOTrainer`] for rankings with ties. What changes with respect to the parent:
 
@@ -81,6 +82,7 @@ class RankingDPOTrainer(RankingMixin, RankingCardMixin, DPOTrainer):
             }"""),
     }
     config_class = RankingDPOConfig
+    _task_type = "CAUSAL_LM"
     _pipeline_tag = "text-generation"
     _tokenized_columns = ["prompt_ids", "completion_ids"]
     _tokenize_ranking = staticmethod(tokenize_for_dpo)

@@ -6,16 +6,22 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
+from accelerate.logging import get_logger
 from peft import PeftModel
 from transformers import PreTrainedModel
 from trl import RewardConfig, RewardTrainer
+from trl.data_utils import get_dataset_column_names
 
+from .adapters import AdapterMixin
 from .checks import checked_args
 from .ranking import judged_items
 from .ranking_card import RankingCardMixin
 from .ranking_config import RankingArguments
-from .ranking_preparation import tokenize_for_reward
+from .ranking_preparation import has_tied_pairs, tokenize_for_reward
 from .ranking_trainer import RankingMixin
+
+
+logger = get_logger(__name__)
 
 
 @dataclass
@@ -55,7 +61,7 @@ def scores_of_all_tokens(model: PreTrainedModel | PeftModel) -> Iterator[None]:
             hook.remove()
 
 
-class RankingRewardTrainer(RankingMixin, RankingCardMixin, RewardTrainer):
+class RankingRewardTrainer(RankingMixin, RankingCardMixin, AdapterMixin, RewardTrainer):
     """
     [`~trl.RewardTrainer`] for rankings with ties. What changes with respect to the parent:
 
@@ -84,6 +90,7 @@ class RankingRewardTrainer(RankingMixin, RankingCardMixin, RewardTrainer):
             }"""),
     }
     config_class = RankingRewardConfig
+    _task_type = "SEQ_CLS"
     _pipeline_tag = "text-classification"
     _tokenized_columns = ["group_ids"]
     _tokenize_ranking = staticmethod(tokenize_for_reward)
@@ -94,6 +101,17 @@ class RankingRewardTrainer(RankingMixin, RankingCardMixin, RewardTrainer):
         args.accelerator_config.dispatch_batches = False
         super().__init__(model, args, data_collator, *other_args, **kwargs)
         self._set_up_rankings(data_collator)
+
+    def _task_type_of(self, peft_config, train_dataset):
+        # Pairs without ties are trained on just as the parent does, which leaves the head as it is
+        columns = [] if train_dataset is None else get_dataset_column_names(train_dataset)
+        if peft_config.task_type is None and "chosen" in columns and not has_tied_pairs(columns):
+            logger.warning(
+                "`peft_config` has no `task_type`, so that the score head stays as it is, as in TRL. Set "
+                "`task_type='SEQ_CLS'` to train it with the adapter. It is saved either way."
+            )
+            return None
+        return self._task_type
 
     def _scores(self, model, inputs):
         return self._values(model, inputs, packed=self._use_shared_prefix(model, inputs))

@@ -4,12 +4,18 @@ import math
 import time
 
 import torch
+from accelerate.logging import get_logger
 from accelerate.utils import gather_object
 
 from . import token_mdp
 
 
+logger = get_logger(__name__)
+
 KL_ESTIMATORS = ("k1", "k2", "k3")
+# What rounding in bfloat16 leaves of a ratio of 1 and of a KL of 0, per token, with room to spare
+MAX_FIRST_RATIO_DEVIATION = 0.05
+MAX_FIRST_KL = 0.01
 
 
 class ReportingMixin:
@@ -29,6 +35,7 @@ class ReportingMixin:
     | `ratio/mean`, `ratio/max` | of the policy to the one that sampled; 1 in the first update on a rollout |
     | `approx_kl` | k3 of the KL between the same two, per token |
     | `target_kl_exceeded` | 1 where `target_kl` ended the epochs |
+    | `first_step/ratio_deviation`, `first_step/kl` | mean of abs(ratio - 1), and k3 to the reference, before any update |
     | `tokens_per_second` | completion tokens of a rollout over the time until the next one |
 
     TRL's `frac_reward_zero_std` is dropped for single completions, whose groups have no spread.
@@ -106,6 +113,9 @@ class ReportingMixin:
     def _log_update(self, inputs, logps, values, per_token_value_loss, mask) -> None:
         """Metrics of one micro-batch's forward; `values` and `per_token_value_loss` are None without a critic."""
         mode = "train" if self.model.training else "eval"
+        if mode == "train" and self._is_first_update:
+            self._is_first_update = False
+            self._check_first_update(inputs, logps, mask)
         old_logps = inputs.get("old_per_token_logps")
         old_logps = logps if old_logps is None else old_logps
         ratio = torch.where(mask, (logps - old_logps).exp(), 1)
@@ -131,3 +141,33 @@ class ReportingMixin:
             metrics["value_loss"].append(value_loss)
             if self.args.cliprange_value is not None:
                 metrics["value_clip_ratio"].append(value_clipped)
+
+    def _check_first_update(self, inputs, logps, mask) -> None:
+        """
+        Before its first update a policy is the one that sampled, so the ratio is 1, and mostly its own reference, so the
+        KL is 0. Where the forwards that should agree do not, gradients are of something else than the policy.
+        """
+        old_logps, ref_logps = inputs.get("old_per_token_logps"), inputs.get("ref_per_token_logps")
+        deviation = kl = torch.zeros_like(logps)
+        if old_logps is not None:
+            deviation = ((logps - old_logps).exp() - 1).abs()
+        if ref_logps is not None:
+            kl = token_mdp.kl_estimate(logps, ref_logps, "k3")
+        local = torch.stack([torch.where(mask, x, 0).sum() for x in (deviation, kl)] + [mask.sum()])
+        *sums, tokens = self.accelerator.reduce(local, reduction="sum").tolist()
+        checks = [
+            ("ratio_deviation", old_logps, MAX_FIRST_RATIO_DEVIATION, "the policy that sampled"),
+            ("kl", ref_logps, MAX_FIRST_KL, "the reference"),
+        ]
+        for total, (name, other, limit, other_name) in zip(sums, checks, strict=True):
+            if other is None:
+                continue
+            value = total / max(tokens, 1)
+            self._metrics["train"][f"first_step/{name}"].append(value)
+            if value > limit:
+                logger.warning(
+                    f"Before the first update the policy differs from {other_name}: `first_step/{name}` is {value:.3g} "
+                    f"per token, and rounding explains no more than {limit}. Usual causes: dropout (set "
+                    "`disable_dropout=True`, and `lora_dropout=0`), a policy that was trained further than its "
+                    "reference, or weights in a lower precision than `bf16` computes in."
+                )

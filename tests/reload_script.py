@@ -1,0 +1,49 @@
+"""Loads what the trainers saved, as a user would in a new process: `reload_script.py CASES.json OUTPUT.pt`."""
+
+import json
+import sys
+
+import torch
+from peft import AutoPeftModelForCausalLM, AutoPeftModelForSequenceClassification
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, BitsAndBytesConfig
+
+from trl_ext import load_critic, token_values
+
+
+QUANTIZATION = {
+    "4bit": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": torch.float32},
+    "8bit": {"load_in_8bit": True},
+}
+IDS = torch.tensor([[5, 6, 7, 8, 9, 10], [11, 12, 13, 5, 6, 7]])
+
+
+def quantization_config(method):
+    return BitsAndBytesConfig(**QUANTIZATION[method]) if method in QUANTIZATION else None
+
+
+@torch.no_grad()
+def outputs_of(model, critic=None):
+    """What a model says of two sequences, and the critic of each of their tokens."""
+    outputs = {"logits": model.eval()(input_ids=IDS).logits}
+    if critic is not None:
+        outputs["values"] = token_values(model, critic.eval(), IDS, torch.ones_like(IDS))
+    return outputs
+
+
+if __name__ == "__main__":
+    results = {}
+    for name, (what, method, folder) in json.load(open(sys.argv[1])).items():
+        is_reward_model, is_adapter = what == "reward", method != "full"
+        if is_adapter:
+            auto_class = AutoPeftModelForSequenceClassification if is_reward_model else AutoPeftModelForCausalLM
+        else:
+            auto_class = AutoModelForSequenceClassification if is_reward_model else AutoModelForCausalLM
+        kwargs = {"num_labels": 1} if is_reward_model else {}
+        model = auto_class.from_pretrained(folder, quantization_config=quantization_config(method), **kwargs)
+        has_critic = what in ("shared", "adapter", "separate")
+        results[name] = outputs_of(model, load_critic(model, folder) if has_critic else None)
+        if is_adapter:  # transformers alone finds the base by itself
+            plain = AutoModelForSequenceClassification if is_reward_model else AutoModelForCausalLM
+            model = plain.from_pretrained(folder, quantization_config=quantization_config(method), **kwargs)
+            results[name]["plain"] = outputs_of(model)["logits"]
+    torch.save(results, sys.argv[2])

@@ -1,0 +1,114 @@
+"""Merging a trained adapter into its base, with everything that goes with it, and measuring what that loses."""
+
+import shutil
+from pathlib import Path
+
+import torch
+from huggingface_hub import snapshot_download
+from peft import PeftConfig, PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from tqdm import tqdm
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    GenerationConfig,
+)
+
+from .critic import ADAPTER_CONFIG, CRITIC_NAME, VALUE_HEAD_FILE, Critic, load_value_head, save_critic
+from .reward_adapters import check_reward_adapter, tokenizer_of_adapter
+from .tie_parameters import TIE_PARAMETERS_FILE, read_config, write_to_config
+
+
+def merge_adapter(adapter: str, output_dir: str, dtype: str | torch.dtype = "bfloat16") -> dict[str, float]:
+    r"""
+    Write an adapter and its base as one plain model: a policy with its critic and tokenizer, or a reward model with its
+    score head and tie parameters.
+
+    The base is loaded in float32, never quantized: merging into 4 bits would round away most of a small adapter. Sums
+    are rounded once, to `dtype`. If the adapter was trained on a quantized base, that base's own rounding error (of
+    some 9% of the weights' size in nf4) is not in the merged model, which thus differs from what was trained; compare
+    them on your data.
+
+    Args:
+        adapter (`str`): Folder or Hub id.
+        output_dir (`str`): A new or empty folder.
+        dtype (`str` or `torch.dtype`, *optional*, defaults to `"bfloat16"`): Of the model that is written.
+
+    Returns:
+        `dict[str, float]`: `precision_loss`, |round(W') - W'| / |W' - W| in Frobenius norms over all weights W that the
+        adapter changes to W', and the same for `critic_precision_loss` if the critic is an adapter.
+
+    Raises:
+        ValueError: for what is no adapter, a base that is stored quantized, a reward adapter without its head, or a
+            folder that holds something.
+    """
+    dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+    output = Path(output_dir)
+    if output.is_dir() and any(output.iterdir()):
+        raise ValueError(f"`output_dir` {output} is not empty. Name a new folder.")
+    folder = Path(adapter) if Path(adapter).is_dir() else Path(snapshot_download(adapter))
+    if not (folder / ADAPTER_CONFIG).is_file():
+        raise ValueError(f"{adapter} holds no {ADAPTER_CONFIG}: it is no adapter, and there is nothing to merge.")
+    config = PeftConfig.from_pretrained(folder)
+    base_name = config.base_model_name_or_path
+    if getattr(AutoConfig.from_pretrained(base_name), "quantization_config", None) is not None:
+        raise ValueError(
+            f"The base {base_name} is stored quantized, and merging into it would lose most of what the adapter "
+            "learned. Set `base_model_name_or_path` in the adapter's config to the original it was quantized from."
+        )
+    kwargs = {"dtype": torch.float32}
+    if config.task_type == "SEQ_CLS":
+        check_reward_adapter(str(folder))
+        base = AutoModelForSequenceClassification.from_pretrained(base_name, num_labels=1, **kwargs)
+    else:
+        base = AutoModelForCausalLM.from_pretrained(base_name, **kwargs)
+    model, loss = merge(PeftModel.from_pretrained(base, folder), dtype)
+    losses = {"precision_loss": loss}
+    tokenizer = tokenizer_of_adapter(str(folder))
+    if config.task_type == "SEQ_CLS":
+        if tokenizer.pad_token is None:
+            tokenizer.pad_token = tokenizer.eos_token
+        model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
+        if (folder / TIE_PARAMETERS_FILE).is_file():
+            ties = read_config(str(folder))
+            write_to_config(model, ties["ranking_model"], ties["log_tie"])
+    elif (folder / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(folder)
+    model.save_pretrained(output)
+    tokenizer.save_pretrained(output)
+    losses.update(merge_critic(folder, base_name, output, dtype))
+    return losses
+
+
+def merge_critic(folder: Path, base_name: str, output: Path, dtype: torch.dtype) -> dict[str, float]:
+    """Take over a critic: a head as it is, a model of its own as it is, an adapter merged into a model of its own."""
+    if (folder / VALUE_HEAD_FILE).is_file():
+        shutil.copy(folder / VALUE_HEAD_FILE, output)
+    source = folder / CRITIC_NAME
+    if not (source / ADAPTER_CONFIG).is_file():
+        if source.is_dir():
+            shutil.copytree(source, output / CRITIC_NAME)
+        return {}
+    base = AutoModel.from_pretrained(base_name, dtype=torch.float32)
+    trunk, loss = merge(PeftModel.from_pretrained(base, source), dtype)
+    critic = Critic(trunk.config.get_text_config().hidden_size, trunk=trunk)
+    load_value_head(critic, source)
+    save_critic(critic, output)
+    return {"critic_precision_loss": loss}
+
+
+@torch.no_grad()
+def merge(model: PeftModel, dtype: torch.dtype) -> tuple[torch.nn.Module, float]:
+    """The base of `model`, in float32, with the adapter in its weights, of `dtype`; and the `precision_loss`."""
+    layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+    lost = changed = 0.0
+    for layer in tqdm(layers, desc="Merging"):
+        before = {name: weight.clone() for name, weight in layer.get_base_layer().named_parameters()}
+        layer.merge()
+        for name, weight in layer.get_base_layer().named_parameters():
+            lost += (weight.to(dtype).float() - weight).double().square().sum().item()
+            changed += (weight - before[name]).double().square().sum().item()
+    loss = (lost / changed) ** 0.5 if changed else 0.0
+    return model.merge_and_unload().to(dtype), loss

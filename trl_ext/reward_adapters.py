@@ -1,0 +1,121 @@
+"""Reward models that are adapters: found among `reward_funcs`, and put on the policy's base where it is theirs too."""
+
+import copy
+from pathlib import Path
+
+import torch
+from peft import PeftModel, load_peft_weights
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
+
+from .compat import get_config_model_id
+from .shared_base import QUANTIZATION_FLAGS, base_of_adapter, frozen_base, is_adapter, is_quantized, is_same_model
+
+
+def split_reward_adapters(reward_funcs) -> tuple[list, dict[int, str]]:
+    """
+    TRL's `reward_funcs` as a list with a stand-in for each adapter given by path or Hub id, and these by their index:
+    whether they share the policy's base can be known only when that is loaded.
+    """
+    reward_funcs = [] if reward_funcs is None else reward_funcs
+    reward_funcs = list(reward_funcs) if isinstance(reward_funcs, list) else [reward_funcs]
+    adapters = {i: path for i, path in enumerate(reward_funcs) if isinstance(path, str) and is_adapter(path)}
+    for index, path in adapters.items():
+
+        def stand_in(completions, **kwargs):
+            raise RuntimeError("A reward adapter was asked for rewards before it was loaded.")
+
+        stand_in.__name__ = Path(path).name
+        reward_funcs[index] = stand_in
+    return reward_funcs, adapters
+
+
+class RewardAdapterMixin:
+    """Loads the reward models among `reward_funcs` that are adapters, once the policy is there."""
+
+    def _load_reward_adapter(self, index: int, path: str) -> None:
+        reward_model = reward_model_on_base(self.model, path) if isinstance(self.model, PeftModel) else None
+        if reward_model is None:
+            kwargs = {"trust_remote_code": self.args.trust_remote_code} | (self.args.model_init_kwargs or {})
+            reward_model = reward_model_of_its_own(path, **kwargs)
+            if not is_quantized(reward_model):
+                reward_model.to(self.accelerator.device)
+        tokenizer = self.reward_processing_classes[index]
+        if tokenizer is None:
+            tokenizer = tokenizer_of_adapter(path, self.args.trust_remote_code)
+        if tokenizer.pad_token_id is None:
+            tokenizer.pad_token = tokenizer.eos_token
+        # The score is that of the last token that is no padding
+        reward_model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
+        self.reward_funcs[index] = self.accelerator.prepare_model(
+            reward_model, device_placement=False, evaluation_mode=True
+        )
+        self.reward_processing_classes[index] = tokenizer
+
+
+def check_reward_adapter(path: str) -> None:
+    """Refuse an adapter without the score head that its rewards come from."""
+    if not any(".score." in name for name in load_peft_weights(path, device="cpu")):
+        raise ValueError(
+            f"The reward model {path} is an adapter without a score head, so its rewards would be those of a random "
+            "one. It was trained with the wrong `task_type`, or saved without `modules_to_save`: train it again with "
+            "`RankingRewardTrainer`, or with `task_type='SEQ_CLS'` in the `LoraConfig`."
+        )
+
+
+def reward_model_on_base(policy: PeftModel, path: str) -> PeftModel | None:
+    """
+    The reward adapter at `path`, with its score head, on the base that `policy` holds already.
+
+    Args:
+        policy (`PeftModel`): A language model with an adapter of its own.
+        path (`str`): Folder or Hub id of an adapter of a sequence classification model with one label.
+
+    Returns:
+        `PeftModel` in eval mode, which shares the frozen weights of `policy`; or `None` where the adapter was trained
+        on another base.
+
+    Raises:
+        ValueError: if it has no score head, or does not fit the base although it names it.
+    """
+    base = policy.get_base_model()
+    if not is_same_model(base_of_adapter(path), get_config_model_id(base.config)):
+        return None
+    check_reward_adapter(path)
+    config = copy.deepcopy(base.config)
+    config.num_labels = 1
+    with torch.device("meta"):
+        model = AutoModelForSequenceClassification.from_config(config)
+    setattr(model, model.base_model_prefix, frozen_base(policy))
+    model.score.to_empty(device=policy.device)  # the adapter's file fills it
+    for flag in QUANTIZATION_FLAGS:
+        if getattr(base, flag, False):
+            setattr(model, flag, True)
+    return load_adapter(model, path).eval()
+
+
+def reward_model_of_its_own(path: str, **model_init_kwargs) -> PeftModel:
+    """The reward adapter at `path`, with its score head, on a base of its own."""
+    check_reward_adapter(path)
+    base_name = base_of_adapter(path)
+    base = AutoModelForSequenceClassification.from_pretrained(base_name, num_labels=1, **model_init_kwargs)
+    return load_adapter(base, path).eval()
+
+
+def load_adapter(model: PreTrainedModel, path: str) -> PeftModel:
+    """`PeftModel.from_pretrained`, for inference, whose error says what to do about an adapter that does not fit."""
+    try:
+        return PeftModel.from_pretrained(model, path)
+    except (RuntimeError, ValueError, KeyError) as error:
+        raise ValueError(
+            f"The adapter {path} does not fit {get_config_model_id(model.config)}, which it names as its base: it was "
+            "trained on another model, or this one has changed since. Load the base it was trained on, or train the "
+            f"adapter again. ({str(error).strip().splitlines()[0]})"
+        ) from error
+
+
+def tokenizer_of_adapter(path: str, trust_remote_code: bool = False):
+    """The tokenizer saved with an adapter, or else that of its base."""
+    has_own = (Path(path) / "tokenizer_config.json").is_file() or not Path(path).is_dir()
+    return AutoTokenizer.from_pretrained(
+        path if has_own else base_of_adapter(path), trust_remote_code=trust_remote_code
+    )

@@ -1,0 +1,86 @@
+"""
+Several models on one frozen base: a module tree for each, over the very same weights.
+
+PEFT keeps all adapters of a model in one tree and switches between them, and two things go wrong silently when two of
+them are trained together: leaving an adapter's context before the backward pass takes `requires_grad` off its weights,
+which then get no gradient; and gradient checkpointing recomputes a layer under whichever adapter is active by then.
+Here nothing is switched. [`frozen_base`] copies a model's structure and shares every weight, quantized or not, and an
+adapter injected into the copy is out of the other's sight. In memory the copy costs nothing but python objects; for
+autograd, distributed wrappers and the optimizer it is a model like any other.
+"""
+
+import copy
+from pathlib import Path
+
+from peft import PeftConfig, PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import AuxiliaryTrainingWrapper
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.utils import find_adapter_config_file
+
+
+# Flags by which PEFT tells how the base is quantized
+QUANTIZATION_FLAGS = ("is_loaded_in_4bit", "is_loaded_in_8bit")
+
+
+def is_quantized(model: nn.Module) -> bool:
+    """Whether the weights are in few bits, which neither train nor merge. Only transformers' models say that they are."""
+    return bool(getattr(model, "is_quantized", False))
+
+
+def frozen_base(model: PeftModel) -> PreTrainedModel:
+    """
+    The trunk of `model` (without its head) as it was before any adapter, in a module tree of its own.
+
+    Every parameter and buffer is that of `model`: what moves or changes there does so here.
+
+    Raises:
+        ValueError: if some of these weights are trained with `model`'s adapter, which makes them nobody else's.
+    """
+    base = model.get_base_model()
+    trunk = base.base_model
+    shared = {id(tensor): tensor for tensor in [*trunk.parameters(), *trunk.buffers()]}
+    for module in trunk.modules():
+        if isinstance(module, BaseTunerLayer):
+            shared[id(module)] = module.get_base_layer()
+        elif isinstance(module, AuxiliaryTrainingWrapper):
+            shared[id(module)] = module.original_module
+        elif next(module.children(), None) is None and (module._parameters or module._buffers):
+            # The module itself, as a quantized one keeps more than its weights. Those without weights are copied:
+            # dropout asks its own training mode
+            shared[id(module)] = module
+    copied = copy.deepcopy(trunk, shared)
+    for name, parameter in copied.named_parameters():
+        if parameter.requires_grad:
+            raise ValueError(
+                f"The base's weight {name!r} is trained with the adapter, so no other model can share it. Leave it out "
+                "(`bias='none'` in the `LoraConfig`)."
+            )
+    for flag in QUANTIZATION_FLAGS:
+        if getattr(base, flag, False):
+            setattr(copied, flag, True)
+    return copied
+
+
+def is_adapter(path: str) -> bool:
+    """Whether a folder or Hub repository holds an adapter."""
+    return find_adapter_config_file(path) is not None
+
+
+def base_of_adapter(path: str) -> str:
+    """The base model that the adapter in a folder or Hub repository was trained on."""
+    name = PeftConfig.from_pretrained(path).base_model_name_or_path
+    if not name:
+        raise ValueError(
+            f"The adapter {path} does not say what it was trained on. Set `base_model_name_or_path` in its "
+            "adapter_config.json to the folder or Hub id of its base."
+        )
+    return name
+
+
+def is_same_model(name: str | None, other: str | None) -> bool:
+    """Whether two names (folders or Hub ids) are of the same model."""
+    if not name or not other:
+        return False
+    return name == other or (Path(name).is_dir() and Path(other).is_dir() and Path(name).samefile(other))
