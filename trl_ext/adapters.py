@@ -157,11 +157,16 @@ def save_score_head(model: PeftModel, directory: str) -> None:
     if head is None or isinstance(head, ModulesToSaveWrapper) or not file.is_file():
         return
     weights = load_file(file)
-    base = head.get_base_layer() if isinstance(head, BaseTunerLayer) else head
-    suffix = ".base_layer" if isinstance(head, BaseTunerLayer) else ""
-    for name, weight in base.state_dict().items():
-        weights[f"base_model.model.{SCORE_HEAD}{suffix}.{name}"] = weight.detach().cpu().contiguous()
-    save_file(weights, file, metadata={"format": "pt"})
+    prefix = f"base_model.model.{SCORE_HEAD}"
+    if isinstance(head, BaseTunerLayer):
+        # A head with an adapter on it, for `PeftModel`, and the sum of the two for PEFT's classes of classifiers, which
+        # put another head in its place
+        weights[f"{prefix}.base_layer.weight"] = head.get_base_layer().weight
+        with merged(model, {}):
+            weights[f"{prefix}.weight"] = head.get_base_layer().weight.clone()
+    else:
+        weights[f"{prefix}.weight"] = head.weight
+    save_file({name: w.detach().cpu().contiguous() for name, w in weights.items()}, file, metadata={"format": "pt"})
 
 
 # --- Merging ---

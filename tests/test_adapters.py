@@ -1,0 +1,378 @@
+"""Adapters in a trainer: task type, precision, the base they are on, the head that goes with them."""
+
+import copy
+import logging
+
+import pytest
+import torch
+from bitsandbytes.nn import Linear4bit
+from conftest import RANKINGS, build_policy, build_reward_model, count_good, ranking_settings, settings
+from datasets import Dataset
+from peft import AutoPeftModelForSequenceClassification, LoraConfig, PeftModel, get_peft_model
+from reload_script import IDS, quantization_config
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, RewardConfig, RewardTrainer
+
+from trl_ext import (
+    PPOConfig,
+    PPOTrainer,
+    RankingDPOConfig,
+    RankingDPOTrainer,
+    RankingRewardConfig,
+    RankingRewardTrainer,
+)
+from trl_ext.adapters import merged
+
+
+OURS = {
+    "reward": (RankingRewardTrainer, RankingRewardConfig),
+    "dpo": (RankingDPOTrainer, RankingDPOConfig),
+    "ppo": (PPOTrainer, PPOConfig),
+}
+TRL = {
+    "reward": (RewardTrainer, RewardConfig),
+    "dpo": (DPOTrainer, DPOConfig),
+    "ppo": (GRPOTrainer, GRPOConfig),
+}
+PAIRS = {"prompt": ["the film was", "a", "it"], "chosen": [" good"] * 3, "rejected": [" bad", " dull", " sad"]}
+
+
+def lora(**overrides):
+    return LoraConfig(**{"r": 4, "target_modules": ["q_proj", "v_proj"], **overrides})
+
+
+def make(task, model, tmp_path, prompts, classes=OURS, dataset=None, kwargs=None, **overrides):
+    trainer_class, config_class = classes[task]
+    kwargs = {"peft_config": lora()} if kwargs is None else kwargs
+    if task == "ppo":
+        if trainer_class is GRPOTrainer:
+            own = settings(tmp_path, num_generations=2, **overrides)
+            own.pop("critic_learning_rate")
+            return GRPOTrainer(model, count_good, GRPOConfig(**own), prompts, **kwargs)
+        return PPOTrainer(model, count_good, PPOConfig(**settings(tmp_path, **overrides)), prompts, **kwargs)
+    dataset = Dataset.from_dict(PAIRS if classes is TRL else RANKINGS) if dataset is None else dataset
+    args = config_class(**ranking_settings(tmp_path, **overrides))
+    return trainer_class(model, args=args, train_dataset=dataset, **kwargs)
+
+
+# --- Precision ---
+
+
+def share_that_moved(trainer):
+    """Of the elements of the adapter's A matrices, which start at random and are of ordinary size."""
+    start = {name: p.detach().clone() for name, p in trainer.model.named_parameters() if "lora_A" in name}
+    trainer.train()
+    moved = [(p != start[name]).float().mean().item() for name, p in trainer.model.named_parameters() if name in start]
+    return sum(moved) / len(moved)
+
+
+@pytest.mark.parametrize("method", ["4bit", "8bit"])
+@pytest.mark.parametrize("task", OURS)
+def test_small_steps_on_a_quantized_base_are_made(policy_path, prompts, tmp_path, task, method):
+    """AdamW at 1e-6, where TRL's bfloat16 rounds nearly all of them away."""
+    shares = {}
+    for name, classes in (("ours", OURS), ("trl", TRL)):
+        torch.manual_seed(0)
+        kwargs = {
+            "peft_config": lora(init_lora_weights=False, task_type="SEQ_CLS" if task == "reward" else "CAUSAL_LM"),
+            "quantization_config": quantization_config(method),
+        }
+        # In the autocast that TRL's casts need
+        overrides = {"learning_rate": 1e-6, "max_steps": 8, "bf16": task == "reward"}
+        trainer = make(task, policy_path, tmp_path, prompts, classes, None, kwargs, **overrides)
+        dtypes = {p.dtype for n, p in trainer.model.named_parameters() if p.requires_grad}
+        assert dtypes == {torch.float32 if name == "ours" else torch.bfloat16}
+        shares[name] = share_that_moved(trainer)
+    assert shares["ours"] > 0.98
+    assert shares["trl"] < 0.15
+
+
+@pytest.mark.parametrize("use_dora", [False, True])
+def test_a_trained_adapter_on_a_4bit_base_goes_on_as_it_was(policy_path, prompts, tmp_path, use_dora):
+    """To the bit: TRL's cast would round it. Its reference is its copy, so the first KL is 0."""
+    base = AutoModelForCausalLM.from_pretrained(policy_path, quantization_config=quantization_config("4bit"))
+    model = get_peft_model(base, lora(init_lora_weights=False, use_dora=use_dora, modules_to_save=["lm_head"]))
+    with torch.no_grad():
+        model.get_base_model().lm_head.modules_to_save["default"].weight.add_(0.1)
+    start = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+    assert any(not torch.equal(p, p.bfloat16().float()) for p in start.values())
+    overrides = {"kl_in_reward": 0.1, "learning_rate": 0.0, "max_steps": 1}
+    trainer = make("ppo", model, tmp_path, prompts, kwargs={"processing_class": None}, **overrides)
+    for name, parameter in start.items():
+        assert torch.equal(trainer.model.get_parameter(name), parameter)
+    trainer.train()
+    assert trainer.state.log_history[0]["first_step/kl"] == 0.0
+
+
+def test_a_trained_head_on_a_4bit_base_goes_on_as_it_was(tokenizer, prompts, tmp_path):
+    path = str(tmp_path / "reward_model")
+    build_reward_model(tokenizer).save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    kwargs = {"peft_config": lora(), "quantization_config": quantization_config("4bit")}
+    trainer = make("reward", path, tmp_path, prompts, kwargs=kwargs)
+    head = trainer.model.get_base_model().score
+    assert torch.equal(head.modules_to_save["default"].weight, head.original_module.weight)
+    assert not torch.equal(head.original_module.weight, head.original_module.weight.bfloat16().float())
+
+
+@pytest.mark.parametrize("task", ["reward", "dpo"])
+def test_a_half_precision_base_meets_a_head_in_full_precision(policy_path, prompts, tmp_path, task):
+    """Without autocast, which these settings leave out, TRL's own casts would not fit together either."""
+    kwargs = {
+        "peft_config": lora(modules_to_save=None if task == "reward" else ["lm_head"]),
+        "quantization_config": quantization_config("4bit"),
+    }
+    trainer = make(task, policy_path, tmp_path, prompts, kwargs=kwargs, model_init_kwargs={"dtype": "bfloat16"})
+    assert trainer.model.get_base_model().model.norm.weight.dtype == torch.bfloat16
+    assert {p.dtype for p in trainer.model.parameters() if p.requires_grad} == {torch.float32}
+    trainer.train()
+    assert trainer.state.log_history[0]["grad_norm"] > 0
+
+
+# --- Task type and head ---
+
+
+@pytest.mark.parametrize("task_type", [None, "CAUSAL_LM", "SEQ_CLS", "TOKEN_CLS"])
+@pytest.mark.parametrize("task", OURS)
+def test_the_task_type_is_the_models(policy_path, prompts, tmp_path, task, task_type):
+    given = lora(task_type=task_type)
+    trainer = make(task, policy_path, tmp_path, prompts, kwargs={"peft_config": given})
+    assert given.task_type == task_type
+    assert trainer.model.peft_config["default"].task_type == ("SEQ_CLS" if task == "reward" else "CAUSAL_LM")
+    trainer.train()
+
+
+@pytest.mark.parametrize("how", ["peft_config", "peft_model"])
+@pytest.mark.parametrize("targets", [["q_proj"], "all-linear"])
+def test_a_head_that_is_not_trained_is_saved_all_the_same(policy_path, prompts, tmp_path, caplog, how, targets):
+    """TRL leaves it as it is, and out of what is saved, so that a random one takes its place."""
+    config = lora(target_modules=targets)
+    model, kwargs = policy_path, {"peft_config": config}
+    if how == "peft_model":
+        torch.manual_seed(1)
+        base = AutoModelForSequenceClassification.from_pretrained(policy_path, num_labels=1)
+        model, kwargs = get_peft_model(base, config), {}
+    trainer = make("reward", model, tmp_path, prompts, dataset=Dataset.from_dict(PAIRS), kwargs=kwargs)
+    warned = "Set `task_type='SEQ_CLS'` to train it" in caplog.text
+    assert warned == (how == "peft_config")
+    trainer.train()
+    trainer.save_model()
+    trainer.model.eval()
+    with torch.no_grad():
+        expected = trainer.model(input_ids=IDS).logits
+        for _ in range(2):  # each with another random head at first
+            base = AutoModelForSequenceClassification.from_pretrained(policy_path, num_labels=1)
+            loaded = PeftModel.from_pretrained(base, str(tmp_path))
+            assert torch.equal(loaded.eval()(input_ids=IDS).logits, expected)
+            loaded = AutoPeftModelForSequenceClassification.from_pretrained(str(tmp_path), num_labels=1)
+            torch.testing.assert_close(loaded.eval()(input_ids=IDS).logits, expected, atol=1e-6, rtol=1e-5)
+
+
+def test_pairs_under_a_plain_lora_config_train_as_in_trl(policy_path, prompts, tmp_path):
+    """What TRL's own tests ask of its trainer: the base as it was, head included, and everything else changed."""
+    base_names = {f"base_model.model.{name}" for name, _ in build_reward_model_names(policy_path)}
+    pairs = Dataset.from_dict(PAIRS)
+    trainer = make("reward", policy_path, tmp_path, prompts, dataset=pairs, kwargs={"peft_config": LoraConfig()})
+    start = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+    trainer.train()
+    for name, parameter in start.items():
+        if name in base_names or "base_layer" in name:
+            assert torch.equal(parameter, trainer.model.get_parameter(name))
+        else:
+            assert not torch.equal(parameter, trainer.model.get_parameter(name))
+
+
+def build_reward_model_names(path):
+    return AutoModelForSequenceClassification.from_pretrained(path, num_labels=1).named_parameters()
+
+
+def test_heads_that_the_adapter_holds_are_left_alone(policy_path, prompts, tmp_path):
+    trainer = make("reward", policy_path, tmp_path, prompts)
+    trainer.train()
+    trainer.save_model()
+    names = [name for name in load_file(tmp_path / "adapter_model.safetensors") if "score" in name]
+    assert names == ["base_model.model.score.weight"]
+
+
+# --- Refusals ---
+
+
+@pytest.mark.parametrize("task", OURS)
+def test_a_quantized_base_needs_an_adapter(policy_path, prompts, tmp_path, task):
+    quantized = {"quantization_config": quantization_config("4bit")}
+    with pytest.raises(ValueError, match="base model is quantized.*there is no adapter.*`peft_config`.*--use_peft"):
+        make(task, policy_path, tmp_path, prompts, kwargs=quantized)
+    auto_class = AutoModelForSequenceClassification if task == "reward" else AutoModelForCausalLM
+    labels = {"num_labels": 1} if task == "reward" else {}
+    model = auto_class.from_pretrained(policy_path, **quantized, **labels)
+    with pytest.raises(ValueError, match="base model is quantized"):
+        make(task, model, tmp_path, prompts, kwargs={})
+
+
+@pytest.mark.parametrize("method", ["4bit", "8bit"])
+@pytest.mark.parametrize("task", OURS)
+def test_a_quantized_module_cannot_be_saved_whole(policy_path, prompts, tmp_path, task, method):
+    kwargs = {
+        "quantization_config": quantization_config(method),
+        "peft_config": lora(target_modules=["v_proj"], modules_to_save=["q_proj"]),
+    }
+    with pytest.raises(ValueError, match=r"modules_to_save=\[.*'q_proj'.*\]. is quantized.*llm_int8_skip_modules"):
+        make(task, policy_path, tmp_path, prompts, kwargs=kwargs)
+
+
+def test_vllm_on_a_quantized_base_is_refused(policy_path, prompts, tmp_path):
+    kwargs = {"quantization_config": quantization_config("4bit"), "peft_config": lora()}
+    with pytest.raises(ValueError, match="Set `use_vllm=False`, or load the base in bfloat16"):
+        make("ppo", policy_path, tmp_path, prompts, kwargs=kwargs, use_vllm=True)
+
+
+# --- 4 bits on CPU ---
+
+
+@pytest.fixture
+def processor_with_avx512bf16(monkeypatch):
+    """Where bitsandbytes repacks; the kernel that would need the processor is not called."""
+    monkeypatch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: True)
+
+
+@pytest.fixture
+def repacked(monkeypatch):
+    """Calls of bitsandbytes's repacking, which does nothing here."""
+    calls = []
+
+    def repack(weight, quant_state):
+        calls.append(1)
+        return weight, quant_state
+
+    monkeypatch.setattr("bitsandbytes.nn.modules._convert_weight_packed_for_cpu", repack)
+    return calls
+
+
+@pytest.mark.parametrize("task", OURS)
+def test_4bit_weights_are_never_repacked(processor_with_avx512bf16, repacked, policy_path, prompts, tmp_path, task):
+    kwargs = {"quantization_config": quantization_config("4bit"), "peft_config": lora(init_lora_weights=False)}
+    if task != "ppo":
+        kwargs["eval_dataset"] = Dataset.from_dict(RANKINGS)
+    else:
+        kwargs["eval_dataset"] = prompts
+    trainer = make(task, policy_path, tmp_path, prompts, kwargs=kwargs, max_steps=1)
+
+    def gradients():
+        trainer.model.train()
+        trainer.model.zero_grad()
+        batch = {"input_ids": IDS, "attention_mask": torch.ones_like(IDS)}
+        trainer.model(**batch).logits.sum().backward()
+        return {name: p.grad.clone() for name, p in trainer.model.named_parameters() if p.grad is not None}
+
+    before = gradients()
+    trainer.evaluate()
+    assert not repacked
+    after = gradients()
+    assert len(before) > 4 and all(torch.equal(gradient, after[name]) for name, gradient in before.items())
+
+
+def test_bitsandbytes_still_repacks(processor_with_avx512bf16, repacked, policy_path):
+    """What the guard is for; should it go, so can the guard."""
+    model = AutoModelForCausalLM.from_pretrained(policy_path, quantization_config=quantization_config("4bit")).eval()
+    layers = [module for module in model.modules() if isinstance(module, Linear4bit)]
+    with torch.no_grad():
+        model(input_ids=IDS)
+    assert layers and len(repacked) == len(layers)
+
+
+# --- Merged for generation ---
+
+
+@pytest.mark.parametrize("use_dora", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_merging_for_generation_leaves_no_trace(tokenizer, use_dora, dtype):
+    model = get_peft_model(build_policy(tokenizer).to(dtype), lora(init_lora_weights=False, use_dora=use_dora)).eval()
+    start = copy.deepcopy(model.state_dict())
+    unmerged = model(input_ids=IDS).logits
+    backup = {}
+    for _ in range(2):
+        with merged(model, backup):
+            assert not torch.equal(
+                model.state_dict()[next(name for name in start if "base_layer" in name)],
+                start[next(name for name in start if "base_layer" in name)],
+            )
+            tolerance = {"atol": 1e-5, "rtol": 1e-5} if dtype == torch.float32 else {"atol": 0.1, "rtol": 0.1}
+            torch.testing.assert_close(model(input_ids=IDS).logits, unmerged, **tolerance)
+    assert all(torch.equal(weight, start[name]) for name, weight in model.state_dict().items())
+    assert torch.equal(model(input_ids=IDS).logits, unmerged)
+
+
+def test_generation_runs_merged_and_trains_the_same(policy_path, prompts, tmp_path):
+    """In float32 the completions are the same, and so is everything after; a failure in between leaves no trace."""
+    results = {}
+    for generate_merged in (True, False):
+        torch.manual_seed(0)
+        kwargs = {"peft_config": lora(init_lora_weights=False)}
+        overrides = {"generate_merged": generate_merged, "max_steps": 3, "kl_in_reward": 0.1}
+        trainer = make("ppo", policy_path, tmp_path, prompts, kwargs=kwargs, **overrides)
+        base = {name: p.detach().clone() for name, p in trainer.model.named_parameters() if "base_layer" in name}
+        was_merged = []
+        generate = trainer.model.generate
+
+        def watched(*args, model=trainer.model, seen=was_merged, generate=generate, **kw):
+            seen.append(model.get_base_model().model.layers[0].self_attn.q_proj.merged)
+            return generate(*args, **kw)
+
+        trainer.model.generate = watched
+        trainer.train()
+        assert was_merged == [generate_merged] * len(was_merged) and was_merged
+        assert base and all(torch.equal(weight, trainer.model.get_parameter(name)) for name, weight in base.items())
+        results[generate_merged] = [logs["loss"] for logs in trainer.state.log_history[:-1]]
+    assert results[True] == pytest.approx(results[False], rel=1e-4, abs=1e-6)
+
+
+def test_a_quantized_base_is_never_merged(policy_path, prompts, tmp_path, monkeypatch):
+    def fail(*args):
+        raise AssertionError("merged into 4 bits")
+
+    kwargs = {"peft_config": lora(), "quantization_config": quantization_config("4bit")}
+    trainer = make("ppo", policy_path, tmp_path, prompts, kwargs=kwargs)
+    monkeypatch.setattr(trainer.model, "merge_adapter", fail)
+    trainer.train()
+
+
+# --- The first update ---
+
+
+@pytest.mark.parametrize("method", ["full", "lora", "4bit", "8bit"])
+def test_the_first_update_starts_from_ratio_1_and_kl_0(policy_path, prompts, tmp_path, caplog, method):
+    kwargs = {} if method == "full" else {"peft_config": lora(), "quantization_config": quantization_config(method)}
+    overrides = {"kl_in_reward": 0.1, "num_iterations": 2, "max_steps": 3}
+    trainer = make("ppo", policy_path, tmp_path, prompts, kwargs=kwargs, **overrides)
+    trainer.train()
+    logs = trainer.state.log_history
+    assert logs[0]["first_step/ratio_deviation"] < 1e-5 and abs(logs[0]["first_step/kl"]) < 1e-9
+    assert not any("first_step/kl" in entry for entry in logs[1:])
+    assert "Before the first update" not in caplog.text
+
+
+@pytest.mark.parametrize("method", ["lora", "4bit"])
+def test_dropout_between_sampling_and_training_is_told(policy_path, prompts, tmp_path, caplog, method):
+    kwargs = {
+        "peft_config": lora(lora_dropout=0.9, init_lora_weights=False),
+        "quantization_config": quantization_config(method),
+    }
+    with caplog.at_level(logging.WARNING):
+        overrides = {"num_iterations": 2, "disable_dropout": False}
+        trainer = make("ppo", policy_path, tmp_path, prompts, kwargs=kwargs, **overrides)
+        trainer.train()
+    assert trainer.state.log_history[0]["first_step/ratio_deviation"] > 0.05
+    assert "`first_step/ratio_deviation` is" in caplog.text and "`lora_dropout=0`" in caplog.text
+
+
+def test_a_resumed_run_has_no_first_update(policy_path, prompts, tmp_path):
+    def trainer(max_steps):
+        overrides = {"num_iterations": 2, "save_strategy": "steps", "save_steps": 2, "max_steps": max_steps}
+        return make("ppo", policy_path, tmp_path, prompts, **overrides)
+
+    trainer(2).train()
+    resumed = trainer(4)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    steps = [entry["step"] for entry in resumed.state.log_history if "first_step/ratio_deviation" in entry]
+    assert steps == [1]  # of the run that was resumed
