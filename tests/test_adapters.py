@@ -2,6 +2,7 @@
 
 import copy
 import logging
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -128,6 +129,24 @@ def test_a_half_precision_base_meets_a_head_in_full_precision(policy_path, promp
     assert {p.dtype for p in trainer.model.parameters() if p.requires_grad} == {torch.float32}
     trainer.train()
     assert trainer.state.log_history[0]["grad_norm"] > 0
+
+
+@pytest.mark.parametrize("use_peft", [False, True])
+def test_continuous_batching_leaves_what_trains_in_full_precision(policy_path, prompts, tmp_path, use_peft):
+    """For which TRL casts the model to bfloat16, and leaves it so."""
+    kwargs = {"peft_config": lora()} if use_peft else {}
+    overrides = {"use_transformers_continuous_batching": True, "bf16": True, "learning_rate": 1e-6}
+    trainer = make("ppo", policy_path, tmp_path, prompts, kwargs=kwargs, **overrides)
+    seen = []
+
+    def generate_batch(prompt_ids, **kwargs):
+        seen.extend({p.dtype for p in trainer.model.parameters() if p.requires_grad})
+        return {i: SimpleNamespace(generated_tokens=[8, 9 + i % 3, 1]) for i in range(len(prompt_ids))}
+
+    (trainer.model.get_base_model() if use_peft else trainer.model).generate_batch = generate_batch
+    trainer.train()
+    assert torch.bfloat16 in seen
+    assert {p.dtype for p in trainer.model.parameters() if p.requires_grad} == {torch.float32}
 
 
 # --- Task type and head ---

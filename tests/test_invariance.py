@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import build_policy, count_good, recorded, scripted_rollout, settings
+from peft import LoraConfig
 from two_process_script import CASES
 
 from trl_ext import A2CConfig, A2CTrainer, PPOConfig, PPOTrainer, ReinforceConfig, ReinforceTrainer
@@ -60,8 +61,16 @@ def test_two_processes_train_like_one(by_processes, case):
 
 
 def trained(trainer_class, args, tokenizer, prompts, rollout_func=None):
+    torch.manual_seed(0)
+    peft_config = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
     trainer = trainer_class(
-        build_policy(tokenizer), count_good, args, prompts, processing_class=tokenizer, rollout_func=rollout_func
+        build_policy(tokenizer),
+        count_good,
+        args,
+        prompts,
+        processing_class=tokenizer,
+        rollout_func=rollout_func,
+        peft_config=peft_config if args.critic == "adapter" else None,
     )
     trainer.train()
     return {name: p.detach() for name, p in trainer.model.named_parameters()}
@@ -73,6 +82,7 @@ ALGORITHMS = [
     (A2CTrainer, A2CConfig, {}),  # values from the training forward
     (ReinforceTrainer, ReinforceConfig, {}),
     (A2CTrainer, A2CConfig, {"loss_type": "grpo", "critic": "separate"}),
+    (PPOTrainer, PPOConfig, {"num_iterations": 2, "critic": "adapter", "gradient_checkpointing": True}),
 ]
 
 

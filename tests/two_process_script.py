@@ -16,6 +16,11 @@ CASES = {
     "ppo-separate": (PPOTrainer, PPOConfig, {"num_iterations": 2, "critic": "separate"}),
     "ppo-lora": (PPOTrainer, PPOConfig, {"num_iterations": 2}),
     "a2c-lora-checkpointing": (A2CTrainer, A2CConfig, {"gradient_checkpointing": True, "critic": "separate"}),
+    "ppo-lora-adapter": (
+        PPOTrainer,
+        PPOConfig,
+        {"num_iterations": 2, "critic": "adapter", "gradient_checkpointing": True},
+    ),
     "a2c-whitened": (A2CTrainer, A2CConfig, {"whiten_advantages": True, "truncation": "bootstrap"}),
     "reinforce": (ReinforceTrainer, ReinforceConfig, {}),
 }

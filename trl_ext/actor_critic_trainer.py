@@ -30,7 +30,7 @@ from trl import GRPOTrainer, SyncRefModelCallback
 
 from . import token_mdp
 from .actor_critic_config import ActorCriticConfig
-from .adapters import AdapterMixin, merged
+from .adapters import AdapterMixin, merged, trainables_kept
 from .checkpointing import CheckpointingMixin, StartOfTraining
 from .checks import (
     check_completion_ids,
@@ -242,7 +242,9 @@ class ActorCriticTrainer(CheckpointingMixin, ReportingMixin, CardMixin, RewardAd
         return nullcontext()
 
     def _generate_single_turn(self, *args, **kwargs):
-        outputs = super()._generate_single_turn(*args, **kwargs)
+        # For continuous batching the parent casts the model, and leaves it so
+        with trainables_kept(self.model) if self.use_transformers_continuous_batching else nullcontext():
+            outputs = super()._generate_single_turn(*args, **kwargs)
         check_completion_ids(outputs[0], "The generation engine")
         return outputs
 

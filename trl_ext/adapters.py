@@ -117,6 +117,17 @@ def keep_trainables_in_fp32(model: nn.Module, before: dict[str, torch.Tensor]) -
             trained.register_forward_pre_hook(cast_input)
 
 
+@contextmanager
+def trainables_kept(model: nn.Module) -> Iterator[None]:
+    """What trains is afterwards what it was, though the model was cast to another precision meanwhile."""
+    kept = [(parameter, parameter.data) for parameter in model.parameters() if parameter.requires_grad]
+    try:
+        yield
+    finally:
+        for parameter, data in kept:
+            parameter.data = data
+
+
 def cast_input(module: nn.Module, args: tuple) -> tuple:
     """A forward pre-hook: hidden states of a half-precision base meet a head in float32, where nothing is autocast."""
     x = args[0]
