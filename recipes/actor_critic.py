@@ -14,6 +14,14 @@ A2C with a python reward, `def reward(completions, **columns) -> list[float]` in
         --algorithm a2c --reward_funcs my_rewards.reward --dataset_name prompts.jsonl \
         --model_name_or_path Qwen/Qwen2.5-7B-Instruct --use_peft --output_dir qwen-7b-a2c
 
+PPO with policy, reference, critic and reward model as adapters on one 4-bit base model; the reward model is what
+`ranking_reward.py --use_peft --load_in_4bit` made of the same base:
+
+    accelerate launch --config_file recipes/accelerate_configs/single_gpu.yaml recipes/actor_critic.py \
+        --algorithm ppo --critic adapter --kl_in_reward 0.05 --reward_model my-reward-adapter \
+        --dataset_name prompts.jsonl --model_name_or_path Qwen/Qwen2.5-7B-Instruct --learning_rate 1e-5 \
+        --use_peft --load_in_4bit --output_dir qwen-7b-ppo
+
 REINFORCE on a 4-bit base model, the prompts in another column, the result pushed to the Hub:
 
     accelerate launch --config_file recipes/accelerate_configs/single_gpu.yaml recipes/actor_critic.py \

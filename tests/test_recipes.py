@@ -3,6 +3,7 @@
 import importlib
 import json
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -15,12 +16,12 @@ import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import launch_command_parser
 from conftest import PROMPTS
-from peft import PeftModel
+from peft import AutoPeftModelForSequenceClassification, PeftModel
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 from trl import ModelConfig, SFTConfig, get_peft_config, get_quantization_config
 
-from trl_ext import RankingRewardConfig, tie_parameters
+from trl_ext import RankingRewardConfig, load_critic, tie_parameters, token_values
 
 
 RECIPES = Path(__file__).parent.parent / "recipes"
@@ -227,6 +228,50 @@ def test_adapter_of_a_reward_model_keeps_its_head(folder, policy_path):
     assert not (folder / "out" / "eval_results.json").exists()
 
 
+def test_everything_on_one_4bit_base(folder, policy_path):
+    """From rankings to a merged policy with its critic, by `--use_peft --load_in_4bit` alone."""
+    write_rows(folder / "rankings.jsonl", [{"prompt": prompt, **RANKING} for prompt in PROMPTS])
+    quantized = ["--model_name_or_path", policy_path, "--use_peft", "--load_in_4bit", *FAST]
+    launch(
+        *(RECIPES / "ranking_reward.py", *quantized, "--dataset_name", "rankings.jsonl", "--output_dir", "reward"),
+        cwd=folder,
+    )
+    launch(
+        *(RECIPES / "actor_critic.py", *quantized, "--algorithm", "ppo", "--dataset_name", "prompts.jsonl"),
+        *("--critic", "adapter", "--critic_learning_rate", 0.1, "--reward_model", "reward", "--kl_in_reward", 0.05),
+        *("--max_completion_length", 4, "--output_dir", "policy", "--max_steps", 4),
+        cwd=folder,
+    )
+    config = json.loads((folder / "policy" / "adapter_config.json").read_text())
+    assert len(config["target_modules"]) == 14  # all linear layers of the two
+    printed = launch(RECIPES / "merge.py", "--adapter", "policy", "--output_dir", "merged", cwd=folder)
+    assert re.search(r"precision_loss: \d+\.\d\d% of what the adapter changes", printed)
+    assert "critic_precision_loss" in printed
+    model = AutoModelForCausalLM.from_pretrained(folder / "merged")
+    assert model.dtype == torch.bfloat16
+    ids = torch.tensor([[5, 6, 7, 8]])
+    values = token_values(model, load_critic(model, str(folder / "merged")), ids, torch.ones_like(ids))
+    assert values.abs().min() > 0
+
+
+def test_the_card_of_an_adapter_says_how_to_use_it(folder, policy_path):
+    """Its first snippet is run as it stands, in the folder where it was trained."""
+    write_rows(folder / "rankings.jsonl", [{"prompt": prompt, **RANKING} for prompt in PROMPTS])
+    launch(
+        *(RECIPES / "ranking_reward.py", *FAST, "--model_name_or_path", policy_path, "--use_peft", "--held_out", 0),
+        *("--dataset_name", "rankings.jsonl", "--output_dir", "out"),
+        cwd=folder,
+    )
+    snippet = re.search(r"```python\n(.*?)```", (folder / "out" / "README.md").read_text(), re.DOTALL)[1]
+    (folder / "use.py").write_text(snippet)
+    printed = launch("use.py", cwd=folder)
+    trained = AutoPeftModelForSequenceClassification.from_pretrained(str(folder / "out"), num_labels=1).eval()
+    ids = AutoTokenizer.from_pretrained(folder / "out")("A prompt and one answer", return_tensors="pt")
+    with torch.no_grad():
+        expected = trained(**ids).logits.item()
+    assert float(re.search(r"'score': (-?[\d.e-]+)", printed)[1]) == pytest.approx(expected, rel=1e-4)
+
+
 def test_dpo_from_pairs_with_ties(folder, policy_path):
     rows = [{"prompt": p, "chosen": " good", "rejected": " bad", "tie": i % 2 == 0} for i, p in enumerate(PROMPTS)]
     write_rows(folder / "pairs.jsonl", rows)
@@ -287,7 +332,7 @@ def test_example_file_is_understood(tmp_path, recipe, script, example):
 
 
 @pytest.mark.parametrize(
-    ("script", "count"), [("sft", 3), ("actor_critic", 3), ("ranking_reward", 2), ("ranking_dpo", 3)]
+    ("script", "count"), [("sft", 3), ("actor_critic", 4), ("ranking_reward", 2), ("ranking_dpo", 3)]
 )
 def test_documented_commands_are_understood(tmp_path, recipe, monkeypatch, script, count):
     monkeypatch.chdir(RECIPES.parent)
