@@ -415,7 +415,7 @@ def test_what_is_said_of_a_base_goes_first(recipe):
     )
     recipe("sft").prepare_model_args(model_args, training_args)
     assert training_args.model_init_kwargs["dtype"] == model_args.dtype == "float16"
-    assert get_peft_config(model_args).target_modules == {"q_proj"}
+    assert get_peft_config(model_args).target_modules == "q_proj"  # which TRL makes of a list of one
 
 
 @pytest.mark.parametrize("path", ["no_such_module.reward", "json.no_such_function", "reward"])

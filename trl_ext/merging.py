@@ -17,7 +17,7 @@ from transformers import (
 )
 
 from .critic import ADAPTER_CONFIG, CRITIC_NAME, VALUE_HEAD_FILE, Critic, load_value_head, save_critic
-from .reward_adapters import check_reward_adapter, tokenizer_of_adapter
+from .reward_adapters import check_reward_adapter, has_score_head, tokenizer_of_adapter
 from .tie_parameters import TIE_PARAMETERS_FILE, read_config, write_to_config
 
 
@@ -59,7 +59,9 @@ def merge_adapter(adapter: str, output_dir: str, dtype: str | torch.dtype = "bfl
             "learned. Set `base_model_name_or_path` in the adapter's config to the original it was quantized from."
         )
     kwargs = {"dtype": torch.float32}
-    if config.task_type == "SEQ_CLS":
+    # Without a task type it may be either; its own head tells
+    is_reward_model = config.task_type == "SEQ_CLS" or (config.task_type is None and has_score_head(str(folder)))
+    if is_reward_model:
         check_reward_adapter(str(folder))
         base = AutoModelForSequenceClassification.from_pretrained(base_name, num_labels=1, **kwargs)
     else:
@@ -67,7 +69,7 @@ def merge_adapter(adapter: str, output_dir: str, dtype: str | torch.dtype = "bfl
     model, loss = merge(PeftModel.from_pretrained(base, folder), dtype)
     losses = {"precision_loss": loss}
     tokenizer = tokenizer_of_adapter(str(folder))
-    if config.task_type == "SEQ_CLS":
+    if is_reward_model:
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
         model.config.get_text_config().pad_token_id = tokenizer.pad_token_id

@@ -52,9 +52,14 @@ class RewardAdapterMixin:
         self.reward_processing_classes[index] = tokenizer
 
 
+def has_score_head(path: str) -> bool:
+    """Whether the adapter in a folder or Hub repository holds the head of a reward model."""
+    return any(".score." in name for name in load_peft_weights(path, device="cpu"))
+
+
 def check_reward_adapter(path: str) -> None:
     """Refuse an adapter without the score head that its rewards come from."""
-    if not any(".score." in name for name in load_peft_weights(path, device="cpu")):
+    if not has_score_head(path):
         raise ValueError(
             f"The reward model {path} is an adapter without a score head, so its rewards would be those of a random "
             "one. It was trained with the wrong `task_type`, or saved without `modules_to_save`: train it again with "
