@@ -42,6 +42,12 @@ class ActorCriticConfig(GRPOConfig):
             in stands for what would have followed. `"mask"`: it is not trained on (`mask_truncated_completions`).
         missing_eos_penalty (`float`, *optional*, defaults to `0.0`): Used by `truncation="penalty"`.
 
+        > Rewards
+
+        prefix_rewards (`bool`, *optional*, defaults to `False`):
+            Reward models score every prefix of a completion, and each token earns what it adds. In sum that is the
+            score of the whole less that of the prompt, so the best policy is the same, but credit is dense.
+
         > The critic
 
         critic (`str`, *optional*, defaults to `"shared"`):
@@ -119,6 +125,14 @@ class ActorCriticConfig(GRPOConfig):
     )
     missing_eos_penalty: float = field(
         default=0.0, metadata={"help": "Taken off the score of a cut completion with `truncation='penalty'`."}
+    )
+
+    prefix_rewards: bool = field(
+        default=False,
+        metadata={
+            "help": "Reward models score every prefix of a completion, and each token earns what it adds: the same "
+            "best policy, with dense credit."
+        },
     )
 
     critic: str = field(

@@ -16,6 +16,7 @@ The path of a batch:
 4. `_compute_loss` adds the value loss to TRL's.
 """
 
+import functools
 import math
 import textwrap
 import warnings
@@ -35,6 +36,7 @@ from .checkpointing import CheckpointingMixin, StartOfTraining
 from .checks import (
     check_completion_ids,
     check_dataset_size,
+    check_prefix_rewards,
     check_prompt_ids,
     check_prompts,
     checked_args,
@@ -61,11 +63,13 @@ from .critic import (
     local_folder,
     shared_critic,
 )
+from .dense_rewards import DenseRewards, shaped_rewards
 from .kl_controller import KLController
 from .losses import value_loss
 from .model_card import CardMixin
 from .reporting import ReportingMixin
 from .reward_adapters import RewardAdapterMixin, split_reward_adapters
+from .score_head import prefix_scores
 from .shared_base import is_quantized
 
 
@@ -149,6 +153,8 @@ class ActorCriticTrainer(CheckpointingMixin, ReportingMixin, CardMixin, RewardAd
         detach_critic(self._policy)  # an earlier trainer's
         for index, path in reward_adapters.items():
             self._load_reward_adapter(index, path)
+        if args.prefix_rewards:
+            check_prefix_rewards(self.reward_funcs, self.reward_processing_classes, self._tokenizer)
         self.critic = self._make_critic(critic_model)
         if self.critic is not None:
             attach_critic(self._policy, self.critic)
@@ -163,6 +169,7 @@ class ActorCriticTrainer(CheckpointingMixin, ReportingMixin, CardMixin, RewardAd
                 self.optimizer.param_groups[-1]["params"].extend(self.critic.own_parameters())
 
         self.add_callback(StartOfTraining(self))
+        self._token_rewards = None  # (B, T), of the same; None if no reward is dense
         self._scores = None  # (B,), of the completions being scored; nan where no reward function applies
         self._passes = []  # (log-probabilities, values) of each scoring forward of the present batch
         self._awaiting = None  # batch whose advantages the forward under way will give
@@ -250,10 +257,15 @@ class ActorCriticTrainer(CheckpointingMixin, ReportingMixin, CardMixin, RewardAd
 
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
         reward_funcs = self.reward_funcs
-        self.reward_funcs = [
-            func if isinstance(func, torch.nn.Module) else checked_reward(func, name)
-            for func, name in zip(reward_funcs, self.reward_func_names, strict=True)
-        ]
+        dense = DenseRewards(completions, completion_ids_list, self._tokenizer)
+        names_and_weights = zip(reward_funcs, self.reward_func_names, self.reward_weights.tolist(), strict=True)
+        self.reward_funcs = []
+        for func, name, weight in names_and_weights:
+            if isinstance(func, torch.nn.Module) and self.args.prefix_rewards:
+                func = self._prefix_reward(func)
+            if not isinstance(func, torch.nn.Module):
+                func = checked_reward(func, name, functools.partial(dense.totals, name=name, weight=weight))
+            self.reward_funcs.append(func)
         try:
             rewards_per_func = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
         finally:
@@ -270,7 +282,25 @@ class ActorCriticTrainer(CheckpointingMixin, ReportingMixin, CardMixin, RewardAd
         scores = (rewards_per_func * self.reward_weights.to(rewards_per_func.device)).nansum(dim=1)
         first = self.accelerator.process_index * len(prompts)
         self._scores = scores.masked_fill(unscorable, math.nan)[first : first + len(prompts)]
+        self._token_rewards = None if dense.is_empty else dense.tensor(scores.device)
+        if self._token_rewards is not None:
+            if not self.args.uses_raw_rewards:
+                raise ValueError(
+                    "Rewards of tokens and spans are no scores to compare within a group. Set `scale_rewards='none'` and "
+                    "`multi_objective_aggregation='sum_then_normalize'`."
+                )
+            # The whole completion's reward is what the dense ones leave of the total that the parent logs
+            self._scores = self._scores - self._token_rewards.sum(dim=1)
         return rewards_per_func
+
+    def _prefix_reward(self, reward_model):
+        """A reward function that pays the rise of the model's score with each token."""
+
+        def reward(prompts, completions, completion_ids, **kwargs):
+            scores = prefix_scores(reward_model, self._tokenize_prompts(prompts)[0], completion_ids)
+            return [shaped_rewards(row, self.args.gamma).tolist() for row in scores]
+
+        return reward
 
     def _generate_and_score_completions(self, inputs):
         mode = "train" if self.model.training else "eval"
@@ -282,6 +312,9 @@ class ActorCriticTrainer(CheckpointingMixin, ReportingMixin, CardMixin, RewardAd
         batch["scores"] = self._scores
         if not self.args.uses_raw_rewards:
             batch["scores"] = batch["advantages"].masked_fill(self._scores.isnan(), math.nan)
+        if self._token_rewards is not None:
+            missing = batch["completion_ids"].size(1) - self._token_rewards.size(1)
+            batch["token_rewards"] = torch.nn.functional.pad(self._token_rewards, (0, missing))
         batch["terminated"] = self._terminated(batch)
         batch["completion_index"] = torch.arange(len(inputs), device=self._scores.device)
         self._log_rollout(batch, mode)
@@ -377,6 +410,8 @@ class ActorCriticTrainer(CheckpointingMixin, ReportingMixin, CardMixin, RewardAd
         elif self.args.truncation == "penalty":
             scores = scores - self.args.missing_eos_penalty * cut
         rewards = token_mdp.place_on_last_token(scores, mask)
+        if "token_rewards" in batch:
+            rewards = rewards + token_mdp.carry_to_own_token(batch["token_rewards"], mask)
         if batch.get("ref_per_token_logps") is not None and logps is not None:
             ref_logps = batch["ref_per_token_logps"]
             rewards = token_mdp.kl_penalized(rewards, logps, ref_logps, mask, self.kl_controller.coef)

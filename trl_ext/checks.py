@@ -4,8 +4,11 @@ import functools
 import math
 from collections.abc import Callable
 
+import torch
 from datasets import Dataset
+from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
+from transformers.modeling_layers import GenericForSequenceClassification
 
 from .compat import get_config_model_id, is_async_callable
 
@@ -79,6 +82,32 @@ def check_completion_ids(completion_ids: list[list[int]], source: str) -> None:
             )
 
 
+def check_prefix_rewards(reward_funcs: list, reward_processing_classes: list, tokenizer) -> None:
+    """Refuse `prefix_rewards` where no reward model can score the policy's tokens one by one."""
+    models = [
+        (func, other)
+        for func, other in zip(reward_funcs, reward_processing_classes, strict=True)
+        if isinstance(func, torch.nn.Module)
+    ]
+    if not models:
+        raise ValueError(
+            "`prefix_rewards` has reward models score every prefix, and there is none in `reward_funcs`. Pass one, or "
+            "remove it: functions return rewards of tokens by themselves."
+        )
+    for model, other in models:
+        base = model.get_base_model() if isinstance(model, PeftModel) else model
+        if not isinstance(base, GenericForSequenceClassification):
+            raise ValueError(
+                f"`prefix_rewards` needs a causal reward model with a `score` head, and {type(base).__name__} is none. "
+                "Remove `prefix_rewards`, or pass another."
+            )
+        if other.get_vocab() != tokenizer.get_vocab():
+            raise ValueError(
+                f"`prefix_rewards` scores the policy's own tokens, and the reward model {type(base).__name__} has "
+                "another vocabulary. Remove `prefix_rewards`, or pass a reward model of the policy's family."
+            )
+
+
 def checked_rollout(rollout_func: Callable) -> Callable:
     """`rollout_func` that refuses to return an empty completion."""
 
@@ -91,10 +120,11 @@ def checked_rollout(rollout_func: Callable) -> Callable:
     return rollout
 
 
-def check_rewards(rewards: list[float | None], name: str) -> list[float | None]:
-    """Refuse nan and infinite rewards; None says 'not applicable' and passes."""
+def check_rewards(rewards: list, name: str, totals: Callable[[list], list]) -> list[float | None]:
+    """Refuse nan and infinite rewards; None says 'not applicable' and passes. `totals` sums up dense ones."""
     if rewards is None:
         raise ValueError(f"The reward function '{name}' returned None. Return a list with one reward per completion.")
+    rewards = totals(rewards)
     for row, reward in enumerate(rewards):
         if reward is not None and not math.isfinite(reward):
             raise ValueError(
@@ -104,16 +134,16 @@ def check_rewards(rewards: list[float | None], name: str) -> list[float | None]:
     return rewards
 
 
-def checked_reward(reward_func: Callable, name: str) -> Callable:
-    """`reward_func` (sync or async) that refuses to return nan or an infinity."""
+def checked_reward(reward_func: Callable, name: str, totals: Callable[[list], list]) -> Callable:
+    """`reward_func` (sync or async) with one finite number for each completion, or None, as [`check_rewards`] says."""
     if is_async_callable(reward_func):
 
         async def reward(*args, **kwargs):
-            return check_rewards(await reward_func(*args, **kwargs), name)
+            return check_rewards(await reward_func(*args, **kwargs), name, totals)
 
     else:
 
         def reward(*args, **kwargs):
-            return check_rewards(reward_func(*args, **kwargs), name)
+            return check_rewards(reward_func(*args, **kwargs), name, totals)
 
     return reward

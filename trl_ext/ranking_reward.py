@@ -1,14 +1,10 @@
 """Reward models from rankings with ties."""
 
 import textwrap
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
 from accelerate.logging import get_logger
-from peft import PeftModel
-from transformers import PreTrainedModel
 from trl import RewardConfig, RewardTrainer
 from trl.data_utils import get_dataset_column_names
 
@@ -19,6 +15,7 @@ from .ranking_card import RankingCardMixin
 from .ranking_config import RankingArguments
 from .ranking_preparation import has_tied_pairs, tokenize_for_reward
 from .ranking_trainer import RankingMixin
+from .score_head import scores_of_all_tokens
 
 
 logger = get_logger(__name__)
@@ -39,26 +36,6 @@ class RankingRewardConfig(RankingArguments, RewardConfig):
             "choices": ["prune", "drop"],
         },
     )
-
-
-@contextmanager
-def scores_of_all_tokens(model: PreTrainedModel | PeftModel) -> Iterator[None]:
-    """Within the context the `logits` of `model`'s outputs are those of all tokens, `(B, L, 1)`, not of the last."""
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
-    logits = []
-
-    def keep(module, args, output):
-        logits.append(output)
-
-    def put(module, args, output):
-        output["logits"] = logits.pop()
-
-    hooks = [base.get_submodule("score").register_forward_hook(keep), model.register_forward_hook(put)]
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 class RankingRewardTrainer(RankingMixin, RankingCardMixin, AdapterMixin, RewardTrainer):

@@ -58,10 +58,14 @@ class ReinforceConfig(ActorCriticConfig):
                 f"`baseline={self.baseline!r}` has no critic, so {', '.join(unused)} would do nothing. Remove them, or "
                 "set `baseline='value'`."
             )
-        for name, value in (("truncation", "bootstrap"), ("critic", "separate")):
-            if self.baseline != "value" and getattr(self, name) == value:
+        for name, needs_critic in (
+            ("truncation", self.truncation == "bootstrap"),
+            ("critic", self.critic != "shared"),
+        ):
+            if self.baseline != "value" and needs_critic:
                 raise ValueError(
-                    f"`{name}={value!r}` needs a critic, and `baseline={self.baseline!r}` has none. Set `baseline='value'`."
+                    f"`{name}={getattr(self, name)!r}` needs a critic, and `baseline={self.baseline!r}` has none. Set "
+                    "`baseline='value'`."
                 )
 
 

@@ -208,6 +208,30 @@ def place_on_last_token(scores: torch.Tensor, mask: torch.Tensor) -> torch.Tenso
     return torch.where(own & (remaining == 1), scores.unsqueeze(1), 0).to(_promote(scores))
 
 
+def carry_to_own_token(rewards: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    r"""
+    Rewards between the policy's own tokens as rewards of what led to them: each is carried back to the last own token
+    before it (or on to the first, if there is none). The text of an environment or a tool is no time step, but what it
+    pays is earned by the turn before it.
+
+    Args:
+        rewards (`torch.Tensor` of shape `(B, T)`): Of any token.
+        mask (`torch.Tensor` of shape `(B, T)`): 1 (or True) at the policy's own tokens.
+
+    Returns:
+        `torch.Tensor` of shape `(B, T)`: 0 where `mask` is 0. Each row sums to what it did, if it has an own token.
+
+    Raises:
+        ValueError: when the two differ in shape.
+    """
+    _check_same_shape(rewards=rewards, mask=mask)
+    own = mask.bool()
+    # The number of own tokens up to each token tells which it is carried to
+    number = (own.long().cumsum(dim=1) - 1).clamp(min=0)
+    of_own = torch.zeros_like(rewards, dtype=_promote(rewards)).scatter_add(1, number, rewards.to(_promote(rewards)))
+    return torch.where(own, of_own.gather(1, number), 0)
+
+
 def kl_estimate(logps: torch.Tensor, ref_logps: torch.Tensor, estimator: str = "k1") -> torch.Tensor:
     r"""
     Per-token estimate of KL(pi || pi_ref) from tokens sampled from pi, with d = log pi - log pi_ref:
