@@ -5,6 +5,7 @@ from .actor_critic_config import ActorCriticConfig
 from .actor_critic_trainer import ActorCriticTrainer
 from .critic import Critic, load_critic, token_values
 from .merging import merge_adapter
+from .nlpo import NLPOConfig, NLPOTrainer
 from .ppo import PPOConfig, PPOTrainer
 from .ranking import RANKING_MODELS, judgements_nll, predict_pair, ranking_nll
 from .ranking_data import format_ranking, parse_ranking
@@ -23,6 +24,8 @@ __all__ = [
     "ActorCriticConfig",
     "ActorCriticTrainer",
     "Critic",
+    "NLPOConfig",
+    "NLPOTrainer",
     "PPOConfig",
     "PPOTrainer",
     "RankingDPOConfig",

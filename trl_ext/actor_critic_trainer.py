@@ -244,7 +244,8 @@ class ActorCriticTrainer(CheckpointingMixin, ReportingMixin, CardMixin, RewardAd
         """Generation runs no adapter layers, where merging is exact to undo; vLLM merges for itself."""
         is_mergeable = isinstance(self._policy, PeftModel) and not self._policy.active_peft_config.is_prompt_learning
         is_whole = not (self.is_fsdp_enabled or self.is_deepspeed_enabled or is_quantized(self._policy))
-        if self.args.generate_merged and is_mergeable and is_whole and not self.use_vllm:
+        is_generated_here = not self.use_vllm and self.rollout_func is None
+        if self.args.generate_merged and is_mergeable and is_whole and is_generated_here:
             return merged(self._policy, self._base_weights)
         return nullcontext()
 

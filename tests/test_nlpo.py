@@ -1,0 +1,331 @@
+"""NLPO: sampling, ratio and KL within the nucleus of a snapshot that is renewed."""
+
+import math
+
+import pytest
+import torch
+from conftest import build_policy, recorded, settings
+from hypothesis import given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
+from peft import LoraConfig, PromptTuningConfig, get_peft_model
+from reload_script import IDS, quantization_config
+from transformers import TopPLogitsWarper
+
+from trl_ext import NLPOConfig, NLPOTrainer, PPOConfig, PPOTrainer
+from trl_ext.masking import masked_log_probs, nucleus
+from trl_ext.masking_policy import refresh, snapshot
+
+
+def length(completions, **kwargs):
+    return [float(len(completion)) for completion in completions]
+
+
+def lora(**overrides):
+    return LoraConfig(**{"r": 4, "target_modules": "all-linear", "init_lora_weights": False, **overrides})
+
+
+def make(policy_path, tmp_path, prompts, kwargs=None, trainer_class=NLPOTrainer, **overrides):
+    overrides = {"top_p_mask": 0.5, "min_tokens_to_keep": 2, "mask_update_steps": 1, **overrides}
+    args = NLPOConfig(**settings(tmp_path, **overrides))
+    return recorded(trainer_class)(policy_path, length, args, prompts, **(kwargs or {}))
+
+
+# --- The nucleus ---
+
+
+@given(st.lists(st.floats(-8, 8), min_size=2, max_size=30), st.floats(0.05, 0.99))
+@hypothesis_settings(max_examples=200, deadline=None)
+def test_the_nucleus_is_that_of_transformers(logits, top_p):
+    logits = torch.tensor([logits])
+    probabilities = logits.softmax(-1)
+    ours = nucleus(logits, top_p)
+    assert probabilities[ours].sum() >= top_p - 1e-5
+    # The smallest that reaches p, of the most likely
+    assert probabilities[ours].sum() - probabilities[ours].min() < top_p + 1e-5
+    assert not (~ours).any() or probabilities[ours].min() >= probabilities[~ours].max() - 1e-7
+    sums = probabilities.sort(descending=True).values.cumsum(-1)
+    is_ambiguous = (sums - top_p).abs().min() < 1e-4 or len(logits.unique()) < logits.numel()
+    if not is_ambiguous:
+        assert torch.equal(ours, TopPLogitsWarper(top_p=top_p)(None, logits.clone()).isfinite())
+
+
+def test_some_tokens_are_always_in():
+    logits = torch.tensor([[9.0, 0.0, -1.0, -2.0, -9.0]])
+    assert nucleus(logits, 0.5).tolist() == [[True, False, False, False, False]]
+    assert nucleus(logits, 0.5, min_tokens_to_keep=3).tolist() == [[True, True, True, False, False]]
+    assert nucleus(logits, 0.5, always=torch.tensor([4])).tolist() == [[True, False, False, False, True]]
+    assert nucleus(logits, 1.0).all()
+
+
+@given(st.lists(st.tuples(st.floats(-8, 8), st.booleans()), min_size=2, max_size=12))
+@hypothesis_settings(max_examples=100, deadline=None)
+def test_masked_probabilities_sum_to_1(row):
+    logits = torch.tensor([x for x, _ in row], dtype=torch.float64)
+    allowed = torch.tensor([inside for _, inside in row])
+    allowed[0] = True
+    tokens = allowed.nonzero()[:, 0]
+    log_probs, entropy = masked_log_probs(logits.expand(len(tokens), -1), allowed.expand(len(tokens), -1), tokens)
+    assert log_probs.exp().sum().item() == pytest.approx(1, abs=1e-5)
+    assert entropy[0].item() == pytest.approx(-(log_probs.exp() * log_probs).sum().item(), abs=1e-5)
+    weights = logits.exp()[tokens] / logits.exp()[tokens].sum()
+    assert log_probs.exp().tolist() == pytest.approx(weights.tolist(), abs=1e-5)
+
+
+# --- The snapshot ---
+
+
+def test_a_snapshot_shares_what_is_frozen_and_keeps_what_was(tokenizer):
+    model = get_peft_model(build_policy(tokenizer), lora()).eval()
+    before = model(input_ids=IDS).logits
+    copied = snapshot(model)
+    own = {id(p) for p in copied.parameters()} - {id(p) for p in model.parameters()}
+    names = [name for name, p in copied.named_parameters() if id(p) in own]
+    assert names and all("lora" in name for name in names)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1)
+    assert torch.equal(copied(input_ids=IDS).logits, before)
+    refresh(copied, model)
+    assert torch.equal(copied(input_ids=IDS).logits, model(input_ids=IDS).logits)
+    assert not torch.equal(copied(input_ids=IDS).logits, before)
+
+
+# --- Sampling and scoring ---
+
+
+METHODS = ["full", "lora", "4bit"]
+
+
+def kwargs_of(method):
+    return {} if method == "full" else {"peft_config": lora(), "quantization_config": quantization_config(method)}
+
+
+def sequence_of(batch, row):
+    prompt = batch["prompt_ids"][row][batch["prompt_mask"][row].bool()]
+    completion = batch["completion_ids"][row][batch["completion_mask"][row].bool()]
+    return torch.cat([prompt, completion])[None], len(prompt)
+
+
+@torch.no_grad()
+def distributions(trainer, batch, row, temperature=1.0):
+    """Of a row's completion tokens: allowed or not `(T, V)`, and the masked policy `(T, V)`, by whole models."""
+    ids, start = sequence_of(batch, row)
+    trainer.model.eval()
+    states = (
+        trainer._mask.model.get_base_model() if hasattr(trainer._mask.model, "get_base_model") else trainer._mask.model
+    )
+    masking_logits = states.lm_head(states.model(input_ids=ids).last_hidden_state)[0, start - 1 : -1]
+    probabilities = masking_logits.softmax(-1)
+    order = probabilities.argsort(dim=-1, descending=True)
+    allowed = torch.zeros_like(probabilities, dtype=torch.bool)
+    for t in range(len(probabilities)):  # by the definition, one token after the other
+        total, kept = 0.0, 0
+        for token in order[t].tolist():
+            if total < trainer.args.top_p_mask or kept < trainer.args.min_tokens_to_keep:
+                allowed[t, token] = True
+                total, kept = total + probabilities[t, token].item(), kept + 1
+    allowed[:, trainer.processing_class.all_special_ids] = True
+    policy = (trainer.model(input_ids=ids).logits[0, start - 1 : -1] / temperature).softmax(-1) * allowed
+    return ids[0, start:], allowed, policy / policy.sum(-1, keepdim=True)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_sampled_tokens_lie_inside_and_are_scored_within(policy_path, prompts, tmp_path, method):
+    overrides = {
+        "max_steps": 1,
+        "learning_rate": 0.0,
+        "critic_learning_rate": 0.0,
+        "temperature": 0.7,
+        "kl_in_reward": 0.1,
+    }
+    trainer = make(policy_path, tmp_path, prompts, kwargs_of(method), num_iterations=2, **overrides)
+    trainer.train()
+    (batch,) = trainer.rollouts
+    for row in range(len(batch["completion_ids"])):
+        tokens, allowed, policy = distributions(trainer, batch, row, temperature=0.7)
+        assert allowed[torch.arange(len(tokens)), tokens].all()
+        assert allowed.sum(1).max() < allowed.size(1)  # it did mask
+        expected = policy[torch.arange(len(tokens)), tokens].log()
+        actual = batch["old_per_token_logps"][row][: len(tokens)]
+        torch.testing.assert_close(actual, expected, atol=2e-5, rtol=1e-4)
+        if method != "full":  # whose reference is a model of its own; both within the mask
+            with trainer.model.disable_adapter():
+                _, _, reference = distributions(trainer, batch, row, temperature=0.7)
+            expected = reference[torch.arange(len(tokens)), tokens].log()
+            torch.testing.assert_close(
+                batch["ref_per_token_logps"][row][: len(tokens)], expected, atol=2e-5, rtol=1e-4
+            )
+    logs = trainer.state.log_history[0]
+    assert logs["first_step/ratio_deviation"] == 0 and logs["ratio/max"] == 1
+    assert logs["mask/forced"] == 0
+    if method == "full":
+        assert abs(logs["kl/k3"]) < 1e-9
+
+
+def test_the_mask_is_needed(policy_path, prompts, tmp_path):
+    """Without it the same policy leaves the nucleus: the test above can fail."""
+    trainer = make(policy_path, tmp_path, prompts, max_steps=1, learning_rate=0.0, critic_learning_rate=0.0)
+    args = PPOConfig(**settings(tmp_path, max_steps=1, learning_rate=0.0, critic_learning_rate=0.0))
+    free = recorded(PPOTrainer)(policy_path, length, args, prompts)
+    free.train()
+    outside = 0
+    for row in range(len(free.rollouts[0]["completion_ids"])):
+        tokens, allowed, _ = distributions(trainer, free.rollouts[0], row)
+        outside += (~allowed[torch.arange(len(tokens)), tokens]).sum().item()
+    assert outside > 3
+
+
+def test_gradients_are_those_of_the_masked_policy(policy_path, prompts, tmp_path):
+    """By autograd through the whole vocabulary at once, where the trainer goes chunk by chunk."""
+    trainer = make(policy_path, tmp_path, prompts, max_steps=1, learning_rate=0.0, critic_learning_rate=0.0)
+    trainer.train()
+    (batch,) = trainer.rollouts
+    ids, mask = (torch.cat([batch[f"prompt_{x}"], batch[f"completion_{x}"]], dim=1) for x in ("ids", "mask"))
+    num_tokens = batch["completion_ids"].size(1)
+    trainer.model.train()
+    trainer.model.zero_grad()
+    weights = torch.randn(batch["completion_ids"].shape, generator=torch.Generator().manual_seed(0))
+    weights = weights * batch["completion_mask"]
+    outputs = trainer._get_per_token_logps_and_entropies(trainer.model, ids, mask, num_tokens, compute_entropy=True)
+    (weights * (outputs[0] + 0.3 * outputs[1])).sum().backward()
+    actual = {name: p.grad.clone() for name, p in trainer.model.named_parameters() if p.grad is not None}
+
+    trainer.model.zero_grad()
+    total = 0
+    for row in range(len(ids)):
+        tokens, allowed, _ = distributions(trainer, batch, row)
+        sequence, start = sequence_of(batch, row)
+        logits = trainer.model(input_ids=sequence).logits[0, start - 1 : -1]
+        log_probs = logits.masked_fill(~allowed, -1e9).log_softmax(-1)
+        entropy = -(log_probs.exp() * log_probs.clamp(min=-1e4)).sum(-1)
+        chosen = log_probs[torch.arange(len(tokens)), tokens]
+        total = total + (weights[row, : len(tokens)] * (chosen + 0.3 * entropy)).sum()
+    total.backward()
+    for name, gradient in actual.items():
+        torch.testing.assert_close(gradient, trainer.model.get_parameter(name).grad, atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("use_peft", [False, True])
+def test_the_whole_vocabulary_is_ppo(policy_path, prompts, tmp_path, use_peft):
+    """Bit for bit."""
+    results = []
+    common = {"kl_in_reward": 0.05, "max_steps": 6, "num_iterations": 2}
+    for trainer_class, config in (
+        (PPOTrainer, PPOConfig(**settings(tmp_path, **common))),
+        (NLPOTrainer, NLPOConfig(**settings(tmp_path, top_p_mask=1.0, **common))),
+    ):
+        torch.manual_seed(0)
+        kwargs = {"peft_config": lora()} if use_peft else {}
+        trainer = trainer_class(policy_path, length, config, prompts, **kwargs)
+        trainer.train()
+        results.append({name: p.detach() for name, p in trainer.model.named_parameters()})
+    assert all(torch.equal(weight, results[1][name]) for name, weight in results[0].items())
+
+
+def test_a_mask_of_everything_trains_like_ppo(policy_path, prompts, tmp_path):
+    """Through the masked path, whose sums run in another order."""
+    common = {"kl_in_reward": 0.05, "max_steps": 4, "num_iterations": 2}
+    ppo = PPOTrainer(policy_path, length, PPOConfig(**settings(tmp_path, **common)), prompts)
+    ppo.train()
+    nlpo = make(policy_path, tmp_path, prompts, top_p_mask=0.5, min_tokens_to_keep=27, **common)
+    nlpo.train()
+    assert nlpo._mask is not None
+    for name, weight in ppo.model.named_parameters():
+        torch.testing.assert_close(weight, nlpo.model.get_parameter(name), atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("mask_in_eval", [False, True])
+def test_evaluation_is_unmasked_unless_asked_for(policy_path, prompts, tmp_path, mask_in_eval):
+    overrides = {"max_steps": 1, "mask_in_eval": mask_in_eval, "top_p_mask": 0.05, "min_tokens_to_keep": 1}
+    trainer = make(policy_path, tmp_path, prompts, {"eval_dataset": prompts}, **overrides)
+    trainer.evaluate()
+    outside = 0
+    for batch in trainer.rollouts:
+        for row in range(len(batch["completion_ids"])):
+            tokens, allowed, _ = distributions(trainer, batch, row)
+            outside += (~allowed[torch.arange(len(tokens)), tokens]).sum().item()
+    assert (outside == 0) == mask_in_eval
+
+
+# --- Renewal ---
+
+
+@pytest.mark.parametrize("use_peft", [False, True])
+def test_the_snapshot_is_renewed_and_survives_a_resume(policy_path, prompts, tmp_path, use_peft):
+    def trainer(max_steps, seed=0, **overrides):
+        torch.manual_seed(seed)
+        kwargs = {"peft_config": lora(init_lora_weights=True)} if use_peft else {}
+        overrides = {"max_steps": max_steps, "mask_update_steps": 2, "num_iterations": 1, **overrides}
+        return make(policy_path, tmp_path, prompts, kwargs, **overrides)
+
+    weights = []
+
+    class Watched(NLPOTrainer):
+        def _generate_and_score_completions(self, inputs):
+            batch = super()._generate_and_score_completions(inputs)
+            name = next(n for n, p in self.model.named_parameters() if p.requires_grad and "critic" not in n)
+            name = name.replace("lora_A", "lora_B")
+            weights.append(self._mask.model.get_parameter(name).clone())
+            return batch
+
+    torch.manual_seed(0)
+    kwargs = {"peft_config": lora(init_lora_weights=True)} if use_peft else {}
+    overrides = {
+        "max_steps": 6,
+        "mask_update_steps": 2,
+        "num_iterations": 1,
+        "save_strategy": "steps",
+        "save_steps": 3,
+    }
+    straight = make(policy_path, tmp_path, prompts, kwargs, trainer_class=Watched, **overrides)
+    straight.train()
+    changed = [not torch.equal(a, b) for a, b in zip(weights, weights[1:], strict=False)]
+    assert changed == [False, True, False, True, False]
+    resumed = trainer(6)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    for name, parameter in straight.model.named_parameters():
+        assert torch.equal(parameter, resumed.model.get_parameter(name)), name
+    for name, parameter in straight._mask.model.named_parameters():
+        assert torch.equal(parameter, resumed._mask.model.get_parameter(name)), name
+
+
+@pytest.mark.parametrize("critic", ["shared", "adapter"])
+def test_it_trains_with_every_critic(policy_path, prompts, tmp_path, critic):
+    overrides = {"critic": critic, "gradient_checkpointing": True, "gradient_accumulation_steps": 2, "max_steps": 3}
+    trainer = make(policy_path, tmp_path, prompts, {"peft_config": lora()}, **overrides)
+    start = {name: p.detach().clone() for name, p in trainer.model.named_parameters() if p.requires_grad}
+    trainer.train()
+    assert all(math.isfinite(logs["loss"]) for logs in trainer.state.log_history[:-1])
+    assert all(not torch.equal(p, trainer.model.get_parameter(name)) for name, p in start.items() if "lora_B" in name)
+
+
+# --- Refusals ---
+
+
+@pytest.mark.parametrize(
+    "overrides, message",
+    [
+        ({"top_p_mask": 0.0}, "`top_p_mask` must be above 0"),
+        ({"top_p_mask": 1.2}, "`top_p_mask` must be above 0"),
+        ({"min_tokens_to_keep": 0}, "`min_tokens_to_keep` must be at least 1"),
+        ({"mask_update_steps": 0}, "`mask_update_steps` must be at least 1"),
+        ({"use_vllm": True}, "`use_vllm` samples in an engine that takes no such mask"),
+        (
+            {"use_transformers_continuous_batching": True},
+            "`use_transformers_continuous_batching` samples in an engine",
+        ),
+    ],
+)
+def test_config_is_refused(tmp_path, overrides, message):
+    with pytest.raises(ValueError, match=message):
+        NLPOConfig(**settings(tmp_path, **overrides))
+
+
+def test_what_cannot_be_masked_is_refused(policy_path, prompts, tmp_path):
+    with pytest.raises(ValueError, match="`rollout_func` samples by itself"):
+        make(policy_path, tmp_path, prompts, {"rollout_func": lambda prompts, trainer: {}})
+    prompt_tuning = {"peft_config": PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)}
+    with pytest.raises(ValueError, match="virtual tokens of a prompt-tuned policy"):
+        make(policy_path, tmp_path, prompts, prompt_tuning)

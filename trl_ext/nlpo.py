@@ -1,0 +1,197 @@
+r"""
+Natural language policy optimization (NLPO): PPO whose actions are those that a masking policy finds likely.
+
+    L_t = -min( rho_t A_t, clip(rho_t, 1 - epsilon, 1 + epsilon) A_t ),   rho_t = pi~(a_t|s_t) / pi~_old(a_t|s_t)
+
+with pi~ the policy within the top-p nucleus of pi_psi, renormalised ([`masking`]), and pi_psi a snapshot of the policy,
+renewed every `mask_update_steps` rollouts. A vocabulary has 100,000 actions and few that make sense; exploring only
+these is what NLPO is for.
+
+Departures from the paper's own implementation (RL4LMs):
+
+1. pi~ is renormalised, in the ratio and in the KL; there the log-probabilities of the ratio are those of pi.
+2. The snapshot that samples is the one that is renewed; there the sampler keeps the first one forever.
+3. The snapshot is part of a checkpoint and restored with it.
+4. Evaluation samples from pi, unless `mask_in_eval`.
+
+Reference: Ramamurthy et al. 2023, https://huggingface.co/papers/2210.01241, section 4 and algorithm 1.
+"""
+
+import functools
+import os
+import textwrap
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+
+import torch
+from peft import PeftModel
+from transformers import LogitsProcessorList
+
+from .masking_policy import Mask, MaskedScoring, MaskingProcessor, refresh, snapshot, trained_weights
+from .ppo import PPOConfig, PPOTrainer
+
+
+MASKING_POLICY_FILE = "masking_policy.pt"
+
+
+@dataclass
+class NLPOConfig(PPOConfig):
+    r"""
+    Configuration of [`NLPOTrainer`].
+
+    Parameters:
+        top_p_mask (`float`, *optional*, defaults to `0.9`):
+            Probability of the masking policy's nucleus, which bounds what is sampled. 1 is PPO.
+        min_tokens_to_keep (`int`, *optional*, defaults to `100`): So many of its most likely tokens are in it at least.
+        mask_update_steps (`int`, *optional*, defaults to `20`): Rollouts after which the masking policy is renewed.
+        mask_in_eval (`bool`, *optional*, defaults to `False`): Also evaluate within the mask.
+    """
+
+    top_p_mask: float = field(
+        default=0.9,
+        metadata={"help": "Probability of the masking policy's nucleus, which bounds what is sampled. 1 is PPO."},
+    )
+    min_tokens_to_keep: int = field(
+        default=100, metadata={"help": "So many of the masking policy's most likely tokens are allowed at least."}
+    )
+    mask_update_steps: int = field(
+        default=20, metadata={"help": "Rollouts after which the masking policy is renewed from the policy."}
+    )
+    mask_in_eval: bool = field(default=False, metadata={"help": "Also evaluate within the mask."})
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not 0 < self.top_p_mask <= 1:
+            raise ValueError(f"`top_p_mask` must be above 0 and at most 1, got {self.top_p_mask}.")
+        for name in ("min_tokens_to_keep", "mask_update_steps"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
+        for name in ("use_vllm", "use_transformers_continuous_batching"):
+            if getattr(self, name):
+                raise ValueError(
+                    f"NLPO masks what is sampled by another model's distribution, token by token, and `{name}` samples "
+                    "in an engine that takes no such mask. Remove it, or use PPO."
+                )
+
+
+class NLPOTrainer(PPOTrainer):
+    """[`PPOTrainer`] that samples from, and optimizes, the policy within the nucleus of a snapshot of itself."""
+
+    _tag_names = ["trl", "trl_ext", "nlpo"]
+    _name = "NLPO"
+    _paper = {
+        "title": "Is Reinforcement Learning (Not) for Natural Language Processing?",
+        "id": "2210.01241",
+        "citation": textwrap.dedent("""\
+            @inproceedings{ramamurthy2023nlpo,
+                title     = {{Is Reinforcement Learning (Not) for Natural Language Processing: Benchmarks, Baselines, and Building Blocks for Natural Language Policy Optimization}},
+                author    = {Rajkumar Ramamurthy and Prithviraj Ammanabrolu and Kiant{\\'e} Brantley and Jack Hessel and Rafet Sifa and Christian Bauckhage and Hannaneh Hajishirzi and Yejin Choi},
+                booktitle = {International Conference on Learning Representations},
+                year      = 2023,
+                eprint    = {arXiv:2210.01241},
+            }"""),
+    }
+    config_class = NLPOConfig
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        if self.rollout_func is not None:
+            raise ValueError(
+                "NLPO masks what `generate` samples, and `rollout_func` samples by itself. Use PPO with it."
+            )
+        if isinstance(self._policy, PeftModel) and self._policy.active_peft_config.is_prompt_learning:
+            raise ValueError("NLPO's mask does not see the virtual tokens of a prompt-tuned policy. Use LoRA, or PPO.")
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            raise ValueError("NLPO copies the policy's weights, which FSDP and DeepSpeed shard. Use DDP, or PPO.")
+        self._num_rollouts = 0
+        self._mask = None  # with all of the vocabulary, nothing is masked
+        if self.args.top_p_mask < 1:
+            with self._without_critic():
+                masking_policy = snapshot(self._policy)
+            special_ids = torch.tensor(self._tokenizer.all_special_ids)
+            self._mask = Mask(
+                masking_policy,
+                self.args.top_p_mask,
+                self.args.min_tokens_to_keep,
+                special_ids,
+                self.accelerator.autocast,
+            )
+            models = [self._policy] if self.ref_model is None else [self._policy, self.ref_model]
+            self._masked_scoring = [MaskedScoring(model, self._mask, self.temperature) for model in models]
+
+    @property
+    def _is_masked(self) -> bool:
+        return self._mask is not None and (self.model.training or self.args.mask_in_eval)
+
+    # --- Sampling ---
+
+    def _generate_and_score_completions(self, inputs):
+        if self._mask is not None and self.model.training:
+            if self._num_rollouts > 0 and self._num_rollouts % self.args.mask_update_steps == 0:
+                with self._without_critic():
+                    refresh(self._mask.model, self._policy)
+            self._num_rollouts += 1
+        return super()._generate_and_score_completions(inputs)
+
+    def _generate_single_turn(self, *args, **kwargs):
+        with self._masked_generate() if self._is_masked else nullcontext():
+            return super()._generate_single_turn(*args, **kwargs)
+
+    def _merged_adapter(self):
+        # The masking policy runs on the same base, which must stay as it is meanwhile
+        return nullcontext() if self._is_masked else super()._merged_adapter()
+
+    @contextmanager
+    def _masked_generate(self):
+        """The policy's `generate` samples within the mask: the parent passes it no logits processors."""
+        own = vars(self._policy).get("generate")
+        generate = self._policy.generate
+
+        @functools.wraps(generate)
+        def masked(*args, attention_mask, **kwargs):
+            processors = LogitsProcessorList([MaskingProcessor(self._mask, attention_mask)])
+            return generate(*args, attention_mask=attention_mask, logits_processor=processors, **kwargs)
+
+        self._policy.generate = masked
+        try:
+            yield
+        finally:
+            del self._policy.generate
+            if own is not None:
+                self._policy.generate = own
+
+    # --- Update ---
+
+    def _get_per_token_logps_and_entropies(self, model, *args, **kwargs):
+        if not self._is_masked:
+            return super()._get_per_token_logps_and_entropies(model, *args, **kwargs)
+        scoring = self._masked_scoring[-1 if model is self.ref_model else 0]
+        with scoring.active():
+            outputs = super()._get_per_token_logps_and_entropies(model, *args, **kwargs)
+        mode = "train" if self.model.training else "eval"
+        forced, total = scoring.forced.tolist()
+        scoring.forced.zero_()
+        self._metrics[mode]["mask/forced"].append(forced / max(total, 1))
+        return outputs
+
+    # --- Checkpoints ---
+
+    def _save_rng_state(self, output_dir):
+        super()._save_rng_state(output_dir)
+        if self._mask is not None and self.args.should_save:
+            with self._without_critic():
+                weights = {name: self._mask.model.get_parameter(name) for name in trained_weights(self._policy)}
+            state = {"num_rollouts": self._num_rollouts, "weights": weights}
+            torch.save(state, os.path.join(output_dir, MASKING_POLICY_FILE))
+
+    def _load_rng_state(self, checkpoint):
+        super()._load_rng_state(checkpoint)
+        if self._mask is None or checkpoint is None:
+            return
+        file = os.path.join(checkpoint, MASKING_POLICY_FILE)
+        if os.path.isfile(file):
+            state = torch.load(file, weights_only=True, map_location=self.accelerator.device)
+            self._num_rollouts = state["num_rollouts"]
+            with torch.no_grad():
+                for name, weight in state["weights"].items():
+                    self._mask.model.get_parameter(name).copy_(weight)
