@@ -1,5 +1,5 @@
 r"""
-REINFORCE, A2C or PPO on your prompts and rewards. Every option of the algorithm's config and of `ModelConfig` is an
+REINFORCE, A2C, PPO or NLPO on your prompts and rewards. Every option of the algorithm's config and of `ModelConfig` is an
 argument here, and `--config FILE.yaml` sets many at once (the command line wins over the file). See the options of one
 algorithm with `--algorithm a2c --help`.
 
@@ -8,7 +8,9 @@ PPO with a reward model, from a file, on one GPU:
     accelerate launch --config_file recipes/accelerate_configs/single_gpu.yaml \
         recipes/actor_critic.py --config recipes/ppo.yaml
 
-A2C with a python reward, `def reward(completions, **columns) -> list[float]` in my_rewards.py of this folder, and LoRA:
+A2C with a python reward, `def reward(completions, **columns) -> list[float]` in my_rewards.py of this folder, and LoRA
+(a function may also return a list for each completion, one reward per token or spans of characters `(start, end,
+reward)`):
 
     accelerate launch --config_file recipes/accelerate_configs/multi_gpu.yaml recipes/actor_critic.py \
         --algorithm a2c --reward_funcs my_rewards.reward --dataset_name prompts.jsonl \
@@ -49,13 +51,23 @@ from sft import (
 )
 from trl import ModelConfig, get_peft_config, get_quantization_config
 
-from trl_ext import A2CConfig, A2CTrainer, PPOConfig, PPOTrainer, ReinforceConfig, ReinforceTrainer
+from trl_ext import (
+    A2CConfig,
+    A2CTrainer,
+    NLPOConfig,
+    NLPOTrainer,
+    PPOConfig,
+    PPOTrainer,
+    ReinforceConfig,
+    ReinforceTrainer,
+)
 
 
 ALGORITHMS = {
     "reinforce": (ReinforceConfig, ReinforceTrainer),
     "a2c": (A2CConfig, A2CTrainer),
     "ppo": (PPOConfig, PPOTrainer),
+    "nlpo": (NLPOConfig, NLPOTrainer),
 }
 
 
@@ -139,7 +151,7 @@ def load_prompts(script_args: ActorCriticArguments, split: str) -> Dataset | Ite
 def parse(args: list[str]) -> tuple:
     """The trainer's class, and the arguments of this script, of the training and of the model."""
     config_class, trainer_class = ALGORITHMS[choose_algorithm(args)]
-    usage = "%(prog)s [--config FILE.yaml] [--algorithm reinforce|a2c|ppo] [OPTIONS]"
+    usage = "%(prog)s [--config FILE.yaml] [--algorithm reinforce|a2c|ppo|nlpo] [OPTIONS]"
     arguments = (ActorCriticArguments, config_class, ModelConfig)
     return trainer_class, *parse_arguments(__doc__, arguments, args, usage)
 

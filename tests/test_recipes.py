@@ -370,7 +370,7 @@ def test_no_reward(tmp_path, recipe, monkeypatch):
 
 
 def test_unknown_algorithm(tmp_path, recipe, monkeypatch):
-    with pytest.raises(ValueError, match="--algorithm dqn is unknown. Choose one of reinforce, a2c, ppo."):
+    with pytest.raises(ValueError, match="--algorithm dqn is unknown. Choose one of reinforce, a2c, ppo, nlpo."):
         run_main(recipe, monkeypatch, "--output_dir", tmp_path, "--algorithm", "dqn")
     (tmp_path / "run.yaml").write_text("algorithm: sac")
     with pytest.raises(ValueError, match="--algorithm sac is unknown"):
