@@ -12,7 +12,12 @@ from datasets import Dataset
 from peft import AutoPeftModelForSequenceClassification, LoraConfig, PeftModel, get_peft_model
 from reload_script import IDS, quantization_config
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    BertConfig,
+    BertForSequenceClassification,
+)
 from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, RewardConfig, RewardTrainer
 
 from trl_ext import (
@@ -206,6 +211,66 @@ def build_reward_model_names(path):
     return AutoModelForSequenceClassification.from_pretrained(path, num_labels=1).named_parameters()
 
 
+@pytest.mark.parametrize("method", ["4bit", "8bit"])
+def test_saving_leaves_a_quantized_base_as_it_is(policy_path, prompts, tmp_path, method):
+    """Also where an adapter is on the head, which is saved as their sum."""
+    kwargs = {
+        "peft_config": lora(target_modules="all-linear", init_lora_weights=False),
+        "quantization_config": quantization_config(method),
+    }
+    trainer = make("reward", policy_path, tmp_path, prompts, dataset=Dataset.from_dict(PAIRS), kwargs=kwargs)
+    trainer.model.eval()
+    with torch.no_grad():
+        before = trainer.model(input_ids=IDS).logits
+        weights = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+        trainer.save_model()
+        assert torch.equal(trainer.model(input_ids=IDS).logits, before)
+    assert all(torch.equal(weight, trainer.model.get_parameter(name)) for name, weight in weights.items())
+
+
+def test_heads_of_other_names_are_saved_too(tokenizer, prompts, tmp_path):
+    """An encoder's, and one of several layers; under an adapter of another name."""
+    config = BertConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=1,
+        intermediate_size=16,
+        num_labels=1,
+        pad_token_id=0,
+    )
+    encoder = BertForSequenceClassification(config)
+    deep = build_reward_model(tokenizer)
+    deep.score = torch.nn.Sequential(torch.nn.Linear(16, 4), torch.nn.ReLU(), torch.nn.Linear(4, 1))
+    for name, model, targets in (("classifier", encoder, ["query"]), ("score", deep, ["q_proj"])):
+        peft_model = get_peft_model(model, lora(target_modules=targets), adapter_name="mine")
+        kwargs = {"processing_class": tokenizer}
+        dataset = Dataset.from_dict(PAIRS)
+        trainer = make("reward", peft_model, tmp_path / name, prompts, dataset=dataset, kwargs=kwargs)
+        trainer.save_model()
+        saved = load_file(tmp_path / name / "mine" / "adapter_model.safetensors")
+        head = {f"base_model.model.{name}.{key}": w for key, w in getattr(model, name).state_dict().items()}
+        assert len(head) >= 1 and all(torch.equal(saved[key], weight) for key, weight in head.items())
+
+
+@pytest.mark.parametrize("task", ["reward", "dpo"])
+def test_an_adapter_loaded_to_be_evaluated_keeps_its_head(policy_path, prompts, tmp_path, task):
+    """`PeftModel.from_pretrained` freezes it, so the trainer has nothing to remember."""
+    config = lora(modules_to_save=None if task == "reward" else ["lm_head"])
+    kwargs = {"peft_config": config, "quantization_config": quantization_config("4bit")}
+    trainer = make(task, policy_path, tmp_path, prompts, kwargs=kwargs)
+    trainer.train()
+    trainer.save_model()
+    auto_class = AutoModelForSequenceClassification if task == "reward" else AutoModelForCausalLM
+    labels = {"num_labels": 1} if task == "reward" else {}
+    base = auto_class.from_pretrained(policy_path, quantization_config=quantization_config("4bit"), **labels)
+    model = PeftModel.from_pretrained(base, str(tmp_path)).eval()
+    with torch.no_grad():
+        expected = model(input_ids=IDS).logits
+        again = make(task, model, tmp_path / "again", prompts, kwargs={})
+        assert torch.equal(again.model.eval()(input_ids=IDS).logits, expected)
+
+
 def test_heads_that_the_adapter_holds_are_left_alone(policy_path, prompts, tmp_path):
     trainer = make("reward", policy_path, tmp_path, prompts)
     trainer.train()
@@ -246,6 +311,44 @@ def test_vllm_on_a_quantized_base_is_refused(policy_path, prompts, tmp_path):
         make("ppo", policy_path, tmp_path, prompts, kwargs=kwargs, use_vllm=True)
 
 
+def test_biases_of_quantized_layers_are_refused(tmp_path, prompts, tokenizer):
+    path = str(tmp_path / "biased")
+    build_policy(tokenizer, attention_bias=True).save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    kwargs = {"quantization_config": quantization_config("4bit"), "peft_config": lora(bias="lora_only")}
+    with pytest.raises(ValueError, match="base_layer.bias is trained, but its layer is quantized.*bias='none'"):
+        make("ppo", path, tmp_path, prompts, kwargs=kwargs)
+
+
+def test_vllm_on_a_base_quantized_by_model_init_kwargs_is_refused(policy_path, prompts, tmp_path):
+    quantized = {"quantization_config": quantization_config("4bit")}
+    with pytest.raises(ValueError, match="Set `use_vllm=False`"):
+        make("ppo", policy_path, tmp_path, prompts, use_vllm=True, model_init_kwargs=quantized)
+
+
+def test_what_is_no_peft_config_is_refused_as_in_trl(policy_path, prompts, tmp_path):
+    with pytest.raises(TypeError, match="must be a `peft.PeftConfig` instance"):
+        make("reward", policy_path, tmp_path, prompts, kwargs={"peft_config": {"r": 4}})
+
+
+def test_arguments_may_go_through_classes_in_between(policy_path, prompts, tmp_path):
+    """And be given by position, as TRL's are."""
+
+    class Logged(GRPOTrainer):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            self.was_logged = True
+
+    class Mine(PPOTrainer, Logged):
+        pass
+
+    args = PPOConfig(**settings(tmp_path))
+    rest = (None, None, None, None, (None, None), quantization_config("4bit"), lora(task_type=None))
+    trainer = Mine(policy_path, count_good, args, prompts, *rest)
+    assert trainer.was_logged and trainer.model.peft_config["default"].task_type == "CAUSAL_LM"
+    assert {p.dtype for p in trainer.model.parameters() if p.requires_grad} == {torch.float32}
+
+
 # --- 4 bits on CPU ---
 
 
@@ -257,12 +360,12 @@ def processor_with_avx512bf16(monkeypatch):
 
 @pytest.fixture
 def repacked(monkeypatch):
-    """Calls of bitsandbytes's repacking, which does nothing here."""
+    """Calls of bitsandbytes's repacking, which here spoils the weights: gradients after it are wrong."""
     calls = []
 
     def repack(weight, quant_state):
         calls.append(1)
-        return weight, quant_state
+        return torch.zeros_like(weight), quant_state
 
     monkeypatch.setattr("bitsandbytes.nn.modules._convert_weight_packed_for_cpu", repack)
     return calls
@@ -346,6 +449,69 @@ def test_generation_runs_merged_and_trains_the_same(policy_path, prompts, tmp_pa
     assert results[True] == pytest.approx(results[False], rel=1e-4, abs=1e-6)
 
 
+def test_biases_that_train_are_not_restored(tokenizer, prompts, tmp_path):
+    path = str(tmp_path / "biased")
+    build_policy(tokenizer, attention_bias=True).save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    results = []
+    for generate_merged in (True, False):
+        torch.manual_seed(0)
+        kwargs = {"peft_config": lora(bias="lora_only")}
+        trainer = make("ppo", path, tmp_path, prompts, kwargs=kwargs, generate_merged=generate_merged, max_steps=4)
+        trainer.reward_funcs = [lambda completions, **kwargs: [float(len(text)) for text in completions]]
+        start = {name: p.detach().clone() for name, p in trainer.model.named_parameters() if "base_layer.bias" in name}
+        trainer.train()
+        moved = [(trainer.model.get_parameter(name) - p).abs().max().item() for name, p in start.items()]
+        results.append(moved)
+    assert min(results[0]) > 0 and results[0] == pytest.approx(results[1], rel=0.2)
+
+
+def test_half_precision_is_merged_only_on_request(policy_path, prompts, tmp_path):
+    for dtype, generate_merged, merges in (
+        ("float32", None, True),
+        ("bfloat16", None, False),
+        ("bfloat16", True, True),
+        ("float32", False, False),
+    ):
+        kwargs = {"peft_config": lora()}
+        overrides = {"generate_merged": generate_merged, "model_init_kwargs": {"dtype": dtype}, "bf16": True}
+        trainer = make("ppo", policy_path, tmp_path, prompts, kwargs=kwargs, **overrides)
+        with trainer._merged_adapter():
+            assert trainer.model.get_base_model().model.layers[0].self_attn.q_proj.merged == merges
+
+
+def test_tied_weights_are_not_merged_for_generation(tokenizer, prompts, tmp_path):
+    """What is added to the embeddings is not for the head."""
+    path = str(tmp_path / "tied")
+    build_policy(tokenizer, tie_word_embeddings=True).save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    for targets, merges in ((["q_proj"], True), (["q_proj", "embed_tokens"], False)):
+        kwargs = {"peft_config": lora(target_modules=targets, init_lora_weights=False)}
+        trainer = make("ppo", path, tmp_path, prompts, kwargs=kwargs, critic="adapter")
+        trainer.model.eval()
+        with torch.no_grad():
+            expected = trainer.model(input_ids=IDS).logits
+            with trainer._merged_adapter():
+                assert trainer.model.get_base_model().model.layers[0].self_attn.q_proj.merged == merges
+                torch.testing.assert_close(trainer.model(input_ids=IDS).logits, expected, atol=1e-5, rtol=1e-4)
+        trainer.train()
+
+
+def test_what_cannot_be_merged_runs_unmerged(policy_path, prompts, tmp_path, caplog):
+    kwargs = {"peft_config": lora(init_lora_weights=False)}
+    trainer = make("ppo", policy_path, tmp_path, prompts, kwargs=kwargs)
+    last = trainer.model.get_base_model().model.layers[1].self_attn.v_proj
+
+    def fail(*args, **kwargs):
+        raise NotImplementedError("this kind cannot be merged")
+
+    last.merge = fail  # when others have been
+    start = {name: p.detach().clone() for name, p in trainer.model.named_parameters() if "base_layer" in name}
+    trainer.train()
+    assert "cannot be merged for generation" in caplog.text
+    assert all(torch.equal(weight, trainer.model.get_parameter(name)) for name, weight in start.items())
+
+
 def test_a_quantized_base_is_never_merged(policy_path, prompts, tmp_path, monkeypatch):
     def fail(*args):
         raise AssertionError("merged into 4 bits")
@@ -354,6 +520,8 @@ def test_a_quantized_base_is_never_merged(policy_path, prompts, tmp_path, monkey
     trainer = make("ppo", policy_path, tmp_path, prompts, kwargs=kwargs)
     monkeypatch.setattr(trainer.model, "merge_adapter", fail)
     trainer.train()
+    with pytest.raises(ValueError, match="A quantized base cannot hold"), merged(trainer.model, {}):
+        pass
 
 
 # --- The first update ---

@@ -7,10 +7,14 @@ import pytest
 import torch
 from conftest import RANKINGS, build_policy, count_good, ranking_settings, recorded, settings, tiny_config
 from datasets import Dataset
-from peft import IA3Config, LoraConfig, PrefixTuningConfig, get_peft_model
+from peft import IA3Config, LoraConfig, PeftModel, PrefixTuningConfig, VeraConfig, get_peft_model
+from peft.tuners.lora import LoraLayer
 from reload_script import IDS, quantization_config
+from safetensors.torch import load_file
 from transformers import (
     AutoModelForCausalLM,
+    BertConfig,
+    BertForSequenceClassification,
     Gemma3ForCausalLM,
     Gemma3TextConfig,
     GPT2Config,
@@ -22,11 +26,13 @@ from transformers import (
     Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
 )
 from trl.trainer.utils import use_adapter
 
 from trl_ext import A2CConfig, A2CTrainer, PPOConfig, PPOTrainer, RankingRewardConfig, RankingRewardTrainer
-from trl_ext.critic import Critic, critic_as_adapter, restore_critic, save_critic, token_values
+from trl_ext.critic import Critic, critic_as_adapter, load_critic, restore_critic, save_critic, token_values
 from trl_ext.shared_base import frozen_base
 
 
@@ -263,17 +269,82 @@ def test_a_critics_adapter_is_restored_to_the_bit(tokenizer, tmp_path):
         restore_critic(other, str(tmp_path))
 
 
-def test_resuming_equals_not_stopping(policy_path, prompts, tmp_path):
+@pytest.mark.parametrize(
+    "peft_config",
+    [
+        lora(init_lora_weights=True),
+        lora(init_lora_weights=True, use_dora=True),
+        lora(init_lora_weights=True, target_modules=["q_proj", "embed_tokens"]),
+        lora(init_lora_weights=True, target_modules=["q_proj"], trainable_token_indices={"embed_tokens": [5, 6]}),
+        lora(init_lora_weights=True, target_modules=r".*layers\.1\..*_proj", rank_pattern={"q_proj": 2}),
+        IA3Config(target_modules=["v_proj", "down_proj"], feedforward_modules=["down_proj"]),
+        VeraConfig(r=4, target_modules=["q_proj", "o_proj"]),
+    ],
+    ids=["lora", "dora", "embeddings", "tokens", "patterns", "ia3", "vera"],
+)
+def test_resuming_equals_not_stopping(policy_path, prompts, tmp_path, peft_config):
     def trainer(**overrides):
+        torch.manual_seed(0)
         args = PPOConfig(**settings(tmp_path, critic="adapter", max_steps=6, seed=3, **overrides))
-        return PPOTrainer(policy_path, count_good, args, prompts, peft_config=lora(init_lora_weights=True))
+        return PPOTrainer(policy_path, count_good, args, prompts, peft_config=copy.deepcopy(peft_config))
 
     straight = trainer(save_strategy="steps", save_steps=3)
     straight.train()
     resumed = trainer()
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    assert set(resumed.model.peft_config) == {"default"}  # the critic's is not taken for one of the policy's
     for name, parameter in straight.model.named_parameters():
         assert torch.equal(parameter, resumed.model.get_parameter(name)), name
+    straight.save_model()
+    base = AutoModelForCausalLM.from_pretrained(policy_path)
+    policy = PeftModel.from_pretrained(base, str(tmp_path))
+    critic = load_critic(policy, str(tmp_path))
+    values = [
+        token_values(m.eval(), c.eval(), IDS, torch.ones_like(IDS))
+        for m, c in ((policy, critic), (straight.model, straight.critic))
+    ]
+    assert torch.equal(*values)
+
+
+def test_the_critics_adapter_is_of_the_policys_kind_and_size():
+    model_class, config = DECODERS["qwen2"]
+    patterns = {"rank_pattern": {"q_proj": 2, r"layers\.1\.mlp\.up_proj": 3}, "alpha_pattern": {"q_proj": 20}}
+    policy = get_peft_model(model_class(copy.deepcopy(config)), lora(use_rslora=True, **patterns))
+    critic = critic_as_adapter(policy)
+    own = dict(critic.trunk.get_base_model().named_modules())
+    layers = {n: m for n, m in policy.get_base_model().model.named_modules() if isinstance(m, LoraLayer)}
+    assert len({(m.r["default"], m.scaling["default"]) for m in layers.values()}) == 3
+    for name, layer in layers.items():
+        assert (own[name].r, own[name].scaling) == (layer.r, layer.scaling)
+
+
+def test_experts_that_are_parameters_are_left_as_they_are(prompts, tmp_path, tokenizer):
+    """By `target_parameters`; the critic's adapter has them too."""
+    torch.manual_seed(0)
+    config = Qwen3MoeConfig(
+        **{**SIZES, "vocab_size": len(tokenizer)},
+        intermediate_size=32,
+        num_key_value_heads=1,
+        head_dim=8,
+        num_experts=4,
+        num_experts_per_tok=2,
+        moe_intermediate_size=8,
+    )
+    peft_config = lora(target_modules=["q_proj"], target_parameters=["mlp.experts.down_proj"])
+    policy = get_peft_model(Qwen3MoeForCausalLM(config), peft_config)
+    critic = critic_as_adapter(policy)
+    trained = {name for name, p in critic.trunk.get_base_model().named_parameters() if p.requires_grad}
+    assert any("experts" in name for name in trained) and any("q_proj" in name for name in trained)
+    assert trained == {
+        name.removeprefix("model.") for name, p in policy.get_base_model().named_parameters() if p.requires_grad
+    }
+
+
+def test_saving_the_model_oneself_leaves_the_critic_out(policy_path, prompts, tmp_path):
+    args = A2CConfig(**settings(tmp_path, critic="adapter"))
+    trainer = A2CTrainer(policy_path, count_good, args, prompts, peft_config=lora())
+    trainer.model.save_pretrained(tmp_path / "own")
+    assert not [name for name in load_file(tmp_path / "own" / "adapter_model.safetensors") if "critic" in name]
 
 
 # --- Reward adapters ---
@@ -333,11 +404,14 @@ def test_a_reward_adapter_elsewhere_is_a_model_of_its_own(
     trainer.train()
 
 
-def test_a_critic_starts_from_a_reward_adapter(reward_adapter, policy_path, prompts, tmp_path):
-    """Then V of a whole text is its reward."""
+@pytest.mark.parametrize("by_name", [False, True])
+def test_a_critic_starts_from_a_reward_adapter(reward_adapter, policy_path, prompts, tmp_path, by_name):
+    """Then V of a whole text is its reward, whatever size and scaling the policy's adapter has."""
     folder, trained = reward_adapter
-    args = A2CConfig(**settings(tmp_path, critic="adapter", critic_model_name_or_path=folder))
-    trainer = A2CTrainer(policy_path, count_good, args, prompts, peft_config=lora())
+    path = "reward_model" if by_name else folder
+    args = A2CConfig(**settings(tmp_path, critic="adapter", critic_model_name_or_path=path))
+    peft_config = lora(r=2, lora_alpha=1, target_modules=["q_proj"])
+    trainer = A2CTrainer(policy_path, [count_good, folder], args, prompts, peft_config=peft_config)
     trained.model.eval(), trainer.model.eval()
     with torch.no_grad():
         rewards = trained.model(input_ids=IDS).logits.squeeze(1)
@@ -345,15 +419,74 @@ def test_a_critic_starts_from_a_reward_adapter(reward_adapter, policy_path, prom
     torch.testing.assert_close(values[:, -1], rewards, atol=1e-6, rtol=1e-5)
 
 
+def test_a_base_that_was_changed_is_not_shared(reward_adapter, policy_path, prompts, tmp_path):
+    """PiSSA takes the adapter's start off the base."""
+    folder, trained = reward_adapter
+    args = PPOConfig(**settings(tmp_path))
+    trainer = PPOTrainer(policy_path, folder, args, prompts, peft_config=lora(init_lora_weights="pissa"))
+    trained.model.eval()
+    with torch.no_grad():
+        assert torch.equal(trainer.reward_funcs[0](input_ids=IDS).logits, trained.model(input_ids=IDS).logits)
+
+
+def test_an_encoders_reward_adapter_is_taken(tokenizer, policy_path, prompts, tmp_path):
+    config = BertConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=1,
+        intermediate_size=16,
+        num_labels=1,
+        pad_token_id=0,
+    )
+    path, folder = str(tmp_path / "encoder"), str(tmp_path / "adapter")
+    BertForSequenceClassification(config).save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    args = RankingRewardConfig(**ranking_settings(folder))
+    peft_config = lora(target_modules=["query"], init_lora_weights=True)
+    trained = RankingRewardTrainer(path, args, train_dataset=Dataset.from_dict(RANKINGS), peft_config=peft_config)
+    trained.train()
+    trained.save_model()
+    trainer = PPOTrainer(policy_path, folder, PPOConfig(**settings(tmp_path)), prompts, peft_config=lora())
+    trained.model.eval()
+    with torch.no_grad():
+        assert torch.equal(trainer.reward_funcs[0](input_ids=IDS).logits, trained.model(input_ids=IDS).logits)
+    trainer.train()
+
+
+def test_a_head_on_a_half_precision_base_keeps_its_precision(reward_adapter, policy_path, prompts, tmp_path):
+    folder, _ = reward_adapter
+    args = PPOConfig(**settings(tmp_path, model_init_kwargs={"dtype": "bfloat16"}))
+    trainer = PPOTrainer(policy_path, folder, args, prompts, peft_config=lora())
+    head = trainer.reward_funcs[0].get_base_model().score.modules_to_save["default"]
+    assert head.weight.dtype == torch.float32
+    assert torch.equal(head.weight, load_file(f"{folder}/adapter_model.safetensors")["base_model.model.score.weight"])
+    with torch.no_grad():
+        assert trainer.reward_funcs[0](input_ids=IDS).logits.isfinite().all()
+
+
 # --- Refusals ---
+
+
+def test_a_critic_cannot_start_from_a_reward_adapter_of_another_base(reward_adapter, tokenizer, prompts, tmp_path):
+    path = str(tmp_path / "other")
+    build_policy(tokenizer, seed=9).save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    args = A2CConfig(**settings(tmp_path, critic="adapter", critic_model_name_or_path=reward_adapter[0]))
+    with pytest.raises(ValueError, match="was trained on another base than the policy's"):
+        A2CTrainer(path, count_good, args, prompts, peft_config=lora())
+    args = A2CConfig(**settings(tmp_path, critic="adapter", critic_model_name_or_path="reward_model"))
+    with pytest.raises(ValueError, match="takes the critic from a reward adapter in `reward_funcs`"):
+        A2CTrainer(path, count_good, args, prompts, peft_config=lora())
 
 
 def test_reward_adapters_that_do_not_fit_are_refused(reward_adapter, policy_path, tokenizer, prompts, tmp_path):
     headless, wider = tmp_path / "headless", tmp_path / "wider"
     model = LlamaForSequenceClassification.from_pretrained(policy_path, num_labels=1)
-    get_peft_model(model, lora(target_modules=["q_proj"])).save_pretrained(headless)
-    with pytest.raises(ValueError, match="adapter without a score head.*task_type='SEQ_CLS'"):
-        PPOTrainer(policy_path, str(headless), PPOConfig(**settings(tmp_path)), prompts, peft_config=lora())
+    for targets in (["q_proj"], ["q_proj", "score"]):  # with an adapter on a head that is not there
+        get_peft_model(copy.deepcopy(model), lora(target_modules=targets)).save_pretrained(headless)
+        with pytest.raises(ValueError, match="adapter without a score head.*task_type='SEQ_CLS'"):
+            PPOTrainer(policy_path, str(headless), PPOConfig(**settings(tmp_path)), prompts, peft_config=lora())
     # Trained on something else than what it names
     model = LlamaForSequenceClassification(
         tiny_config(tokenizer, num_labels=1, hidden_size=32, name_or_path=policy_path)
@@ -385,7 +518,7 @@ def test_an_adapter_is_no_start_of_a_separate_critic(reward_adapter, policy_path
 
 def test_a_critics_adapter_starts_from_nothing_else(policy_path, prompts, tmp_path):
     args = A2CConfig(**settings(tmp_path, critic="adapter", critic_model_name_or_path=policy_path))
-    with pytest.raises(ValueError, match="neither a critic beside a policy nor a reward adapter"):
+    with pytest.raises(ValueError, match="neither a critic that is an adapter.*nor a reward adapter"):
         A2CTrainer(policy_path, count_good, args, prompts, peft_config=lora())
 
 

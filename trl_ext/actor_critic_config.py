@@ -69,9 +69,11 @@ class ActorCriticConfig(GRPOConfig):
 
         > Generation
 
-        generate_merged (`bool`, *optional*, defaults to `True`):
+        generate_merged (`bool`, *optional*):
             Generate with the adapter merged into its base, which is restored to the bit: faster than running the
-            adapter at every token. The base's weights are kept on CPU meanwhile. Not done for a quantized base.
+            adapter at every token. The base's weights are kept on CPU. By default where the base is in float32: in
+            half precision what is sampled from would be the sum rounded, in which a young adapter is mostly lost.
+            Never done on a quantized base, or where the adapted weights are another module's too.
 
         > The KL penalty
 
@@ -166,11 +168,12 @@ class ActorCriticConfig(GRPOConfig):
         default=None, metadata={"help": "Clip range of the value loss, in units of the return. Off by default."}
     )
 
-    generate_merged: bool = field(
-        default=True,
+    generate_merged: bool | None = field(
+        default=None,
         metadata={
             "help": "Generate with the adapter merged into its base, which is restored to the bit. Keeps a copy of the "
-            "base's weights on CPU. Not done for a quantized base."
+            "base's weights on CPU. By default where the base is in float32: in half precision the sum is rounded, and "
+            "a young adapter is mostly lost. Never on a quantized base."
         },
     )
 

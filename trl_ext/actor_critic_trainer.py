@@ -31,7 +31,7 @@ from trl import GRPOTrainer, SyncRefModelCallback
 
 from . import token_mdp
 from .actor_critic_config import ActorCriticConfig
-from .adapters import AdapterMixin, merged, trainables_kept
+from .adapters import AdapterMixin, can_merge, merged
 from .checkpointing import CheckpointingMixin, StartOfTraining
 from .checks import (
     check_completion_ids,
@@ -67,6 +67,7 @@ from .dense_rewards import DenseRewards, shaped_rewards
 from .kl_controller import KLController
 from .losses import value_loss
 from .model_card import CardMixin
+from .precision import trainables_kept
 from .reporting import ReportingMixin
 from .reward_adapters import RewardAdapterMixin, split_reward_adapters
 from .score_head import prefix_scores
@@ -117,8 +118,10 @@ class ActorCriticTrainer(CheckpointingMixin, ReportingMixin, CardMixin, RewardAd
                 "`critic_model_name_or_path` as well."
             )
         reward_funcs, reward_adapters = split_reward_adapters(reward_funcs)
-        model_is_quantized = isinstance(model, torch.nn.Module) and is_quantized(model)
-        if args.use_vllm and (model_is_quantized or kwargs.get("quantization_config") is not None):
+        quantization_config = kwargs.get("quantization_config") or (args.model_init_kwargs or {}).get(
+            "quantization_config"
+        )
+        if args.use_vllm and (is_quantized(model) or quantization_config is not None):
             raise ValueError(
                 "`use_vllm=True` merges the adapter into its base for every sync, which on a quantized base loses much "
                 "of what it learned and wears the base. Set `use_vllm=False`, or load the base in bfloat16 (leave out "
@@ -151,6 +154,7 @@ class ActorCriticTrainer(CheckpointingMixin, ReportingMixin, CardMixin, RewardAd
         self.kl_controller = KLController(args.kl_in_reward, args.kl_target, args.kl_horizon)
         self._policy = self.model  # before any distributed wrapper
         detach_critic(self._policy)  # an earlier trainer's
+        self._reward_adapters = reward_adapters  # paths by their index in `reward_funcs`
         for index, path in reward_adapters.items():
             self._load_reward_adapter(index, path)
         if args.prefix_rewards:
@@ -176,6 +180,7 @@ class ActorCriticTrainer(CheckpointingMixin, ReportingMixin, CardMixin, RewardAd
         self._epochs_ended = False  # by `target_kl`, until the next rollout
         self._is_first_update = False  # of a training, until it begins
         self._window_kl = torch.zeros(2, device=self.accelerator.device)  # sum and count within the optimizer step
+        self._merges = None  # whether to merge the adapter for generation, until the first one
         self._base_weights = {}  # the base's, kept while its adapter is merged for generation
         self._last_rollout = None  # time of its start and its number of completion tokens
 
@@ -189,6 +194,13 @@ class ActorCriticTrainer(CheckpointingMixin, ReportingMixin, CardMixin, RewardAd
                 load_value_head(critic, local_folder(path))
             return critic
         if self.args.critic == "adapter":
+            if path == "reward_model":
+                path = next(iter(self._reward_adapters.values()), None)
+                if path is None:
+                    raise ValueError(
+                        "`critic_model_name_or_path='reward_model'` takes the critic from a reward adapter in "
+                        "`reward_funcs`, given by its path or Hub id, and there is none. Pass one, or leave it unset."
+                    )
             critic = critic_as_adapter(self._policy, path)
             if self.args.disable_dropout:
                 disable_dropout_in_model(critic)
@@ -242,12 +254,18 @@ class ActorCriticTrainer(CheckpointingMixin, ReportingMixin, CardMixin, RewardAd
 
     def _merged_adapter(self):
         """Generation runs no adapter layers, where merging is exact to undo; vLLM merges for itself."""
-        is_mergeable = isinstance(self._policy, PeftModel) and not self._policy.active_peft_config.is_prompt_learning
+        if self._merges is None:
+            self._merges = self._should_merge() and can_merge(self._policy)
+        return merged(self._policy, self._base_weights) if self._merges else nullcontext()
+
+    def _should_merge(self) -> bool:
+        is_adapter = isinstance(self._policy, PeftModel) and not self._policy.active_peft_config.is_prompt_learning
         is_whole = not (self.is_fsdp_enabled or self.is_deepspeed_enabled or is_quantized(self._policy))
         is_generated_here = not self.use_vllm and self.rollout_func is None
-        if self.args.generate_merged and is_mergeable and is_whole and is_generated_here:
-            return merged(self._policy, self._base_weights)
-        return nullcontext()
+        is_wanted = self.args.generate_merged
+        if is_wanted is None:  # where rounding the sum loses nothing of the adapter
+            is_wanted = self._policy.dtype == torch.float32
+        return is_wanted and is_adapter and is_whole and is_generated_here
 
     def _generate_single_turn(self, *args, **kwargs):
         # For continuous batching the parent casts the model, and leaves it so

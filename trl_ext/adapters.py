@@ -1,10 +1,6 @@
 """
 Adapters in a trainer: of the right task type, in full precision, on a base that stays as it is, and never without the
 head that goes with them.
-
-Under a quantized base TRL casts what trains to bfloat16, which has 8 bits of mantissa: an update smaller than 1/512 of
-a weight is rounded away, so with AdamW at a learning rate of 1e-6 nearly none of them moves. Here they stay in float32,
-and the forward pass is autocast as TRL's arguments `bf16` and `fp16` say.
 """
 
 import copy
@@ -15,20 +11,21 @@ from pathlib import Path
 
 import torch
 from accelerate.logging import get_logger
-from peft import PeftModel
+from peft import PeftConfig, PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper
+from peft.utils.constants import SEQ_CLS_HEAD_NAMES
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers.utils import is_bitsandbytes_available
 
+from .compat import has_transformers_adapter
+from .precision import keep_4bit_unpacked, keep_trainables_in_fp32, trainable_weights
 from .shared_base import is_quantized
 
 
 logger = get_logger(__name__)
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
-SCORE_HEAD = "score"  # what transformers calls the head of causal sequence classification
 
 
 class AdapterMixin:
@@ -38,22 +35,23 @@ class AdapterMixin:
     - the adapter's task type is that of the model, whatever the `peft_config` says;
     - under a base in 4 or 8 bits, what trains is kept in float32;
     - of a base in 4 bits on CPU, weights are never repacked, which would make gradients wrong;
-    - a score head is saved with the adapter even if it is not trained with it.
+    - the head of a classifier is saved with the adapter even if it is not trained with it.
     """
 
     _task_type: str  # of PEFT
 
     def __init__(self, model, *args, **kwargs):
-        arguments = inspect.signature(super().__init__).bind(model, *args, **kwargs)
+        trl_class = next(base for base in type(self).__mro__ if base.__module__.startswith("trl."))
+        arguments = inspect.signature(trl_class.__init__).bind(self, model, *args, **kwargs)
         given = arguments.arguments
         peft_config = given.get("peft_config")
         check_trainable(model, given.get("quantization_config"), peft_config)
-        if peft_config is not None and peft_config.task_type != self._task_type:
+        if isinstance(peft_config, PeftConfig) and peft_config.task_type != self._task_type:
             given["peft_config"] = copy.deepcopy(peft_config)
             given["peft_config"].task_type = self._task_type_of(peft_config, given.get("train_dataset"))
         before = trainable_weights(model)
         try:
-            super().__init__(*arguments.args, **arguments.kwargs)
+            super().__init__(*arguments.args[1:], **arguments.kwargs)
         except RuntimeError as error:
             if "floating point" in str(error) and peft_config is not None and peft_config.modules_to_save:
                 raise ValueError(
@@ -63,7 +61,8 @@ class AdapterMixin:
                 ) from error
             raise
         if is_quantized(self.model):
-            keep_trainables_in_fp32(self.model, before)
+            check_biases(self.model)
+            keep_trainables_in_fp32(self.model, before, is_new=peft_config is not None)
             keep_4bit_unpacked(self.model)
 
     def _task_type_of(self, peft_config, train_dataset) -> str | None:
@@ -72,115 +71,88 @@ class AdapterMixin:
     def _save(self, output_dir=None, state_dict=None):
         super()._save(output_dir, state_dict)
         if self.args.should_save and isinstance(self.model, PeftModel):
-            save_score_head(self.model, output_dir or self.args.output_dir)
+            save_heads(self.model, output_dir or self.args.output_dir)
 
 
 def check_trainable(model, quantization_config, peft_config) -> None:
     """Refuse quantized weights without an adapter: there would be nothing to train."""
-    if peft_config is not None or isinstance(model, PeftModel):
+    if peft_config is not None or isinstance(model, PeftModel) or has_transformers_adapter(model):
         return
-    is_instance = isinstance(model, nn.Module)
-    if is_quantized(model) if is_instance else quantization_config is not None:
+    if is_quantized(model) if isinstance(model, nn.Module) else quantization_config is not None:
         raise ValueError(
             "The base model is quantized (4 or 8 bits), so its weights cannot be trained, and there is no adapter on "
             "it. Pass a `peft_config` such as `LoraConfig(target_modules='all-linear')`; in a recipe, `--use_peft`."
         )
 
 
-# --- Precision ---
-
-
-def trainable_weights(model) -> dict[str, torch.Tensor]:
-    """Copies of what trains in a `PeftModel` on a quantized base; nothing of other models."""
-    if not (isinstance(model, PeftModel) and is_quantized(model)):
-        return {}
-    return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
-
-
-def keep_trainables_in_fp32(model: nn.Module, before: dict[str, torch.Tensor]) -> None:
-    """
-    Undo TRL's cast of what trains to bfloat16, in place.
-
-    Args:
-        model: Of a trainer whose `__init__` has returned.
-        before (`dict[str, torch.Tensor]`): [`trainable_weights`] of the model it was given. A new adapter's random
-            start is kept as it was rounded; a new copy of a module (`modules_to_save`) is taken from the original.
-    """
+def check_biases(model: nn.Module) -> None:
+    """Refuse trained biases of quantized layers, which bitsandbytes casts to the precision that it computes in."""
     for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            parameter.data = before.get(name, parameter.data).to(parameter.device, torch.float32)
-    for name, module in model.named_modules():
-        if isinstance(module, ModulesToSaveWrapper):
-            trained = module.modules_to_save[module.active_adapter]
-            if not any(key.startswith(name) for key in before):
-                trained.load_state_dict(module.original_module.state_dict())
-            trained.register_forward_pre_hook(cast_input)
-
-
-@contextmanager
-def trainables_kept(model: nn.Module) -> Iterator[None]:
-    """What trains is afterwards what it was, though the model was cast to another precision meanwhile."""
-    kept = [(parameter, parameter.data) for parameter in model.parameters() if parameter.requires_grad]
-    try:
-        yield
-    finally:
-        for parameter, data in kept:
-            parameter.data = data
-
-
-def cast_input(module: nn.Module, args: tuple) -> tuple:
-    """A forward pre-hook: hidden states of a half-precision base meet a head in float32, where nothing is autocast."""
-    x = args[0]
-    if x.is_floating_point() and not torch.is_autocast_enabled(x.device.type):
-        return (x.to(next(module.parameters()).dtype), *args[1:])
-    return args
-
-
-def keep_4bit_unpacked(model: nn.Module) -> None:
-    """
-    Keep bitsandbytes from repacking 4-bit weights on CPU.
-
-    On processors with AVX512-BF16 the first forward in evaluation mode repacks them for a faster kernel, which
-    `train()` does not undo and autograd does not know: later gradients are wrong or the layer fails
-    (bitsandbytes 0.50, `Linear4bit.forward`).
-    """
-    if not is_bitsandbytes_available():
-        return
-    from bitsandbytes.nn import Linear4bit
-
-    for module in model.modules():
-        if isinstance(module, Linear4bit):
-            module.support_avx512bf16_for_cpu = False
-            module.state_dict()  # unpacks what is packed already, in place
+        if parameter.requires_grad and name.endswith("base_layer.bias"):
+            raise ValueError(
+                f"{name} is trained, but its layer is quantized, and bitsandbytes casts such biases to the dtype that "
+                "it computes in. Set `bias='none'` in the `LoraConfig`."
+            )
 
 
 # --- Heads ---
 
 
-def save_score_head(model: PeftModel, directory: str) -> None:
+def save_heads(model: PeftModel, directory: str) -> None:
     """
-    Add the score head to a saved adapter that does not hold it, under the name that PEFT reads it back by.
+    Add the head of a classifier to saved adapters that do not hold it, under the names that PEFT reads it back by.
 
     A reward adapter without its head has random rewards: transformers draws a new head whenever the base is loaded.
     """
-    file = Path(directory) / ADAPTER_WEIGHTS
-    head = getattr(model.get_base_model(), SCORE_HEAD, None)
-    if head is None or isinstance(head, ModulesToSaveWrapper) or not file.is_file():
-        return
-    weights = load_file(file)
-    prefix = f"base_model.model.{SCORE_HEAD}"
-    if isinstance(head, BaseTunerLayer):
-        # A head with an adapter on it, for `PeftModel`, and the sum of the two for PEFT's classes of classifiers, which
-        # put another head in its place
-        weights[f"{prefix}.base_layer.weight"] = head.get_base_layer().weight
+    for name in SEQ_CLS_HEAD_NAMES:
+        head = model.get_base_model()._modules.get(name)
+        if head is None or isinstance(head, ModulesToSaveWrapper):
+            continue
+        for adapter in model.peft_config:
+            file = Path(directory) / ("" if adapter == "default" else adapter) / ADAPTER_WEIGHTS
+            if file.is_file():
+                prefix = f"base_model.model.{name}."
+                weights = load_file(file) | {prefix + key: weight for key, weight in weights_of_head(head).items()}
+                weights = {key: weight.detach().cpu().contiguous() for key, weight in weights.items()}
+                save_file(weights, file, metadata={"format": "pt"})
+
+
+@torch.no_grad()
+def weights_of_head(head: nn.Module) -> dict[str, torch.Tensor]:
+    """
+    Of a head that an adapter is on, the two apart, for `PeftModel`, and their sum, for PEFT's classes of classifiers,
+    which put another head in its place.
+    """
+    if not isinstance(head, BaseTunerLayer):
+        return head.state_dict()
+    weights = {key: weight.clone() for key, weight in head.get_base_layer().state_dict().items()}
+    apart = {f"base_layer.{key}": weight for key, weight in weights.items()}
+    head.merge()
+    together = {key: weight.clone() for key, weight in head.get_base_layer().state_dict().items()}
+    head.merged_adapters.clear()
+    head.get_base_layer().load_state_dict(weights)
+    return apart | together
+
+
+# --- Merging for a while ---
+
+
+def can_merge(model: PeftModel) -> bool:
+    """
+    Whether merging makes the model that is trained: not where an adapted weight is also another module's (embeddings
+    tied to the head), nor with kinds of adapters that cannot be merged, as trying shows.
+    """
+    layers = {id(module.get_base_layer()) for module in model.modules() if isinstance(module, BaseTunerLayer)}
+    adapted = {id(w) for module in model.modules() if id(module) in layers for w in module.parameters()}
+    others = (module for module in model.modules() if id(module) not in layers)
+    if any(id(weight) in adapted for module in others for weight in module._parameters.values()):
+        return False
+    try:
         with merged(model, {}):
-            weights[f"{prefix}.weight"] = head.get_base_layer().weight.clone()
-    else:
-        weights[f"{prefix}.weight"] = head.weight
-    save_file({name: w.detach().cpu().contiguous() for name, w in weights.items()}, file, metadata={"format": "pt"})
-
-
-# --- Merging ---
+            return True
+    except (NotImplementedError, RuntimeError, ValueError) as error:
+        logger.warning(f"The adapter cannot be merged for generation, and runs at every token: {error}")
+        return False
 
 
 @contextmanager
@@ -194,19 +166,23 @@ def merged(model: PeftModel, backup: dict[str, torch.Tensor]) -> Iterator[None]:
         backup (`dict[str, torch.Tensor]`): Empty at first; filled with the base's weights, on CPU, and to be passed
             again the next time: a frozen base need be copied once.
     """
+    if is_quantized(model):
+        raise ValueError("A quantized base cannot hold what an adapter adds to it.")
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)}
     weights = {
         f"{name}.{key}": weight
-        for name, module in model.named_modules()
-        if isinstance(module, BaseTunerLayer)
+        for name, module in layers.items()
         for key, weight in module.get_base_layer().named_parameters()
+        if not weight.requires_grad  # a bias that trains is not merged into
     }
     if not backup:
         backup.update({name: weight.detach().to("cpu", copy=True) for name, weight in weights.items()})
-    model.merge_adapter()
     try:
+        model.merge_adapter()
         yield
     finally:
-        model.unmerge_adapter()
         with torch.no_grad():
             for name, weight in weights.items():
                 weight.copy_(backup[name])
+        for module in layers.values():
+            module.merged_adapters.clear()

@@ -8,7 +8,6 @@ import torch
 from datasets import Dataset
 from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
-from transformers.modeling_layers import GenericForSequenceClassification
 
 from .compat import get_config_model_id, is_async_callable
 
@@ -96,7 +95,7 @@ def check_prefix_rewards(reward_funcs: list, reward_processing_classes: list, to
         )
     for model, other in models:
         base = model.get_base_model() if isinstance(model, PeftModel) else model
-        if not isinstance(base, GenericForSequenceClassification):
+        if "score" not in base._modules:
             raise ValueError(
                 f"`prefix_rewards` needs a causal reward model with a `score` head, and {type(base).__name__} is none. "
                 "Remove `prefix_rewards`, or pass another."

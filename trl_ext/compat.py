@@ -44,6 +44,11 @@ from trl.trainer.utils import (
 )
 
 
+def has_transformers_adapter(model) -> bool:
+    """Whether transformers put an adapter into the model (`model.add_adapter`), without PEFT's wrapper around it."""
+    return getattr(model, "_hf_peft_config_loaded", False)
+
+
 __all__ = [
     "MULTIMODAL_KEYS",
     "FusedCausalLMOutput",
@@ -52,6 +57,7 @@ __all__ = [
     "disable_gradient_checkpointing",
     "get_config_model_id",
     "global_then_local_main_first",
+    "has_transformers_adapter",
     "is_async_callable",
     "pad",
     "tokenize",

@@ -9,8 +9,10 @@ that forward's output: distributed wrappers see every parameter used, and a shar
 On disk it lies beside the policy, which stays loadable without this package:
 
     value_head.safetensors             the head of a shared critic
-    critic/                            the trunk of another, a model or an adapter, as `save_pretrained` writes it, and
+    critic/                            a separate critic: its trunk, as `save_pretrained` writes it, and
     critic/value_head.safetensors      its head
+    critic/adapter/                    or the adapter of one on the policy's base, beside that head; not in `critic/`
+                                       itself, where transformers would take it for one of the policy's
 """
 
 import copy
@@ -22,8 +24,9 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import snapshot_download
-from peft import PeftModel, get_peft_model, load_peft_weights, set_peft_model_state_dict
+from peft import PeftModel, get_peft_model_state_dict, load_peft_weights, set_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import AuxiliaryTrainingWrapper
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification, PreTrainedModel
@@ -31,11 +34,13 @@ from transformers.modeling_layers import GenericForSequenceClassification
 
 from .child_modules import keep_out_of_saves
 from .compat import FusedCausalLMOutput
-from .shared_base import frozen_base
+from .reward_adapters import reward_model_on_base
+from .shared_base import adapter_like, frozen_base
 
 
 CRITIC_NAME = "critic"  # attribute of the policy, prefix of the critic's parameters, and folder of a separate critic
 VALUE_HEAD_FILE = "value_head.safetensors"
+ADAPTER_NAME = "adapter"  # folder within the critic's
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_FILES = [f"{CRITIC_NAME}/*", VALUE_HEAD_FILE, ADAPTER_CONFIG, "adapter_model.safetensors"]
 
@@ -104,8 +109,7 @@ class Critic(nn.Module):
 
     def own_parameters(self) -> Iterator[nn.Parameter]:
         """What trains with the critic only: all but a base that it shares."""
-        shares_base = self.is_adapter
-        return (p for p in self.parameters() if p.requires_grad or not shares_base)
+        return (p for p in self.parameters() if p.requires_grad) if self.is_adapter else self.parameters()
 
     def to_device(self, device: torch.device) -> "Critic":
         """To the policy's device, where an adapter's base is already (and may be too quantized to be moved)."""
@@ -161,7 +165,15 @@ def attach_critic(model: PreTrainedModel | PeftModel, critic: Critic) -> None:
         base_causal_lm(model).base_model.register_forward_hook(keep_hidden_states),
         model.register_forward_hook(add_values, with_kwargs=True),
     ]
+    if critic.is_adapter:  # which PEFT would take for weights of the policy's
+        critic._hooks.append(model.register_state_dict_post_hook(leave_out_critic))
     keep_out_of_saves(model, CRITIC_NAME)
+
+
+def leave_out_critic(module: nn.Module, state_dict: dict, prefix: str, local_metadata: dict) -> None:
+    """A hook after `state_dict`."""
+    for name in [name for name in state_dict if name.startswith(f"{prefix}{CRITIC_NAME}.")]:
+        del state_dict[name]
 
 
 def detach_critic(model: PreTrainedModel | PeftModel) -> None:
@@ -174,7 +186,10 @@ def detach_critic(model: PreTrainedModel | PeftModel) -> None:
 
 def hidden_size_of(model: PreTrainedModel | PeftModel) -> int:
     """Width of the last hidden state: what the LM head takes, which some models project down to."""
-    return base_causal_lm(model).get_output_embeddings().in_features
+    head = base_causal_lm(model).get_output_embeddings()
+    if isinstance(head, AuxiliaryTrainingWrapper):  # of a head that is trained whole, or some of its tokens
+        head = head.original_module
+    return (head.get_base_layer() if isinstance(head, BaseTunerLayer) else head).in_features
 
 
 def shared_critic(model: PreTrainedModel | PeftModel, detach: bool = False) -> Critic:
@@ -196,53 +211,54 @@ def critic_as_adapter(model: PreTrainedModel | PeftModel, path: str | None = Non
             "`critic='adapter'` puts a second adapter on the policy's frozen base, and this policy has none. Pass a "
             "`peft_config` such as `LoraConfig(target_modules='all-linear')`, or use `critic='shared'` or 'separate'."
         )
-    config = copy.deepcopy(model.active_peft_config)
-    config.target_modules = [
-        name for name, module in base_causal_lm(model).base_model.named_modules() if isinstance(module, BaseTunerLayer)
-    ]
-    # By the names of its layers no more is needed of what chose the policy's. The head is the critic's own; further
-    # modules and special starts, some of which change the base, are the policy's
-    given = config.to_dict()
-    for name in ("task_type", "modules_to_save", "layers_to_transform", "layers_pattern", "exclude_modules"):
-        if name in given:
-            setattr(config, name, None)
-    if "init_lora_weights" in given:
-        config.init_lora_weights = True
-    critic = Critic(hidden_size_of(model), trunk=get_peft_model(frozen_base(model), config))
-    if path is not None:
-        start_adapter(critic, path)
+    base = frozen_base(model)
+    if path is None:
+        return Critic(hidden_size_of(model), trunk=adapter_like(model, base))
+    folder = Path(path) if Path(path).is_dir() else Path(snapshot_download(path, allow_patterns=ADAPTER_FILES))
+    if (folder / CRITIC_NAME / ADAPTER_NAME).is_dir():
+        trunk = PeftModel.from_pretrained(base, folder / CRITIC_NAME / ADAPTER_NAME, is_trainable=True)
+        critic = Critic(hidden_size_of(model), trunk=trunk)
+        load_value_head(critic, folder / CRITIC_NAME)
+        return critic
+    if not (folder / ADAPTER_CONFIG).is_file():
+        raise ValueError(
+            f"{path} holds neither a critic that is an adapter, beside a policy, nor a reward adapter. Pass another "
+            "`critic_model_name_or_path`, or leave it unset to start at V = 0."
+        )
+    return critic_from_reward_adapter(model, base, str(folder))
+
+
+@torch.no_grad()
+def critic_from_reward_adapter(policy: PeftModel, base: PreTrainedModel, path: str) -> Critic:
+    """A critic on the policy's base that starts as the reward adapter at `path`: V of a whole text is its reward."""
+    reward_model = reward_model_on_base(policy, path)
+    if reward_model is None:
+        raise ValueError(
+            f"The reward adapter {path} was trained on another base than the policy's, so the critic cannot start from "
+            "it. Pass another `critic_model_name_or_path`, or leave it unset to start at V = 0."
+        )
+    critic = Critic(hidden_size_of(policy), trunk=adapter_like(reward_model, base))
+    source = reward_model.get_base_model().base_model
+    for name, parameter in critic.trunk.get_base_model().named_parameters():
+        if parameter.requires_grad:
+            parameter.copy_(source.get_parameter(name))
+    critic.value_head.weight.copy_(load_peft_weights(path, device="cpu")["base_model.model.score.weight"])
     return critic
 
 
-def start_adapter(critic: Critic, path: str) -> None:
-    """Fill a critic's adapter and head from another critic's, or from a reward adapter."""
-    folder = Path(path) if Path(path).is_dir() else Path(snapshot_download(path, allow_patterns=ADAPTER_FILES))
-    if (folder / CRITIC_NAME).is_dir():
-        restore_critic(critic, folder)
-        return
-    weights = load_peft_weights(str(folder), device="cpu") if (folder / ADAPTER_CONFIG).is_file() else {}
-    head = [name for name in weights if name.endswith(".score.weight")]
-    if not head:
-        raise ValueError(
-            f"{path} holds neither a critic beside a policy nor a reward adapter with a score head. Pass another "
-            "`critic_model_name_or_path`, or leave it unset to start at V = 0."
-        )
-    with torch.no_grad():
-        critic.value_head.weight.copy_(weights.pop(head[0]))
-    prefix = f"base_model.model.{critic.trunk.get_base_model().base_model_prefix}."
-    load_adapter_weights(
-        critic.trunk, {name.replace(prefix, "base_model.model.", 1): weight for name, weight in weights.items()}, path
-    )
+def adapter_weights(trunk: PeftModel) -> dict[str, torch.Tensor]:
+    """An adapter as PEFT saves it: without the embeddings under it, which are the base's."""
+    return get_peft_model_state_dict(trunk, save_embedding_layers=False)
 
 
-def load_adapter_weights(trunk: PeftModel, weights: dict[str, torch.Tensor], path: str | Path) -> None:
-    """Fill an adapter, with an error where names or shapes differ."""
-    own = {name.replace(".default", ""): tuple(w.shape) for name, w in trunk.named_parameters() if w.requires_grad}
-    saved = {name: tuple(weight.shape) for name, weight in weights.items()}
+def load_adapter_weights(trunk: PeftModel, folder: str | Path) -> None:
+    """Fill an adapter from where one like it was saved, with an error where names or shapes differ."""
+    weights = load_peft_weights(str(folder), device="cpu")
+    own, saved = ({name: tuple(w.shape) for name, w in state.items()} for state in (adapter_weights(trunk), weights))
     if own != saved:
         differing = sorted(set(own.items()) ^ set(saved.items()))[0]
         raise ValueError(
-            f"The adapter in {path} does not fit the critic's (first difference: {differing}). Use the same rank and "
+            f"The adapter in {folder} does not fit the critic's (first difference: {differing}). Use the same rank and "
             "`target_modules` for the policy's `peft_config` as it was trained with."
         )
     set_peft_model_state_dict(trunk, weights)
@@ -273,7 +289,7 @@ def critic_from_model(source: str | PreTrainedModel, dtype: torch.dtype, trust_r
     else:
         if (Path(source) / CRITIC_NAME).is_dir():
             source = str(Path(source) / CRITIC_NAME)
-        if (Path(source) / ADAPTER_CONFIG).is_file():
+        if (Path(source) / ADAPTER_CONFIG).is_file() or (Path(source) / ADAPTER_NAME).is_dir():
             raise ValueError(
                 f"{source} is an adapter, which a separate critic cannot start from. Use `critic='adapter'`, or merge "
                 "it into its base first (`merge_adapter`)."
@@ -339,10 +355,13 @@ def save_critic(critic: Critic, directory: str, state_dict: dict[str, torch.Tens
     else:
         (folder / VALUE_HEAD_FILE).unlink(missing_ok=True)
         folder = folder / CRITIC_NAME
-        if folder.is_dir() and (folder / ADAPTER_CONFIG).is_file() != critic.is_adapter:
+        if folder.is_dir() and (folder / ADAPTER_NAME).is_dir() != critic.is_adapter:
             shutil.rmtree(folder)
-        trunk = {name.removeprefix("trunk."): w for name, w in state_dict.items() if name.startswith("trunk.")}
-        critic.trunk.save_pretrained(folder, state_dict=trunk)
+        if critic.is_adapter:
+            critic.trunk.save_pretrained(folder / ADAPTER_NAME, save_embedding_layers=False)
+        else:
+            trunk = {name.removeprefix("trunk."): w for name, w in state_dict.items() if name.startswith("trunk.")}
+            critic.trunk.save_pretrained(folder, state_dict=trunk)
     folder.mkdir(parents=True, exist_ok=True)
     head = {name: state_dict[f"value_head.{name}"].float().contiguous() for name in ("weight", "bias")}
     save_file(head, folder / VALUE_HEAD_FILE, metadata={"format": "pt"})
@@ -370,11 +389,11 @@ def restore_critic(critic: Critic, directory: str) -> None:
         load_value_head(critic, directory)
         return
     folder = Path(directory) / CRITIC_NAME
-    if not folder.is_dir() or (folder / ADAPTER_CONFIG).is_file() != critic.is_adapter:
+    if not folder.is_dir() or (folder / ADAPTER_NAME).is_dir() != critic.is_adapter:
         kind = "adapter" if critic.is_adapter else "separate"
         raise FileNotFoundError(f"No {CRITIC_NAME}/ folder of a critic of kind {kind!r} in {directory}.")
     if critic.is_adapter:
-        load_adapter_weights(critic.trunk, load_peft_weights(str(folder), device="cpu"), folder)
+        load_adapter_weights(critic.trunk, folder / ADAPTER_NAME)
         load_value_head(critic, folder)
         return
     trunk = AutoModel.from_pretrained(folder, dtype=critic.trunk.dtype)
@@ -398,13 +417,13 @@ def load_critic(model: PreTrainedModel | PeftModel, path: str) -> Critic:
         ValueError: when it does not fit `model`.
     """
     folder = local_folder(path)
-    if (folder / CRITIC_NAME / ADAPTER_CONFIG).is_file():
+    if (folder / CRITIC_NAME / ADAPTER_NAME).is_dir():
         if not isinstance(model, PeftModel):
             raise ValueError(
                 f"The critic in {path} is an adapter on the base of the policy, which is not at hand: the policy is a "
                 "plain model. Load it as an adapter (`AutoPeftModelForCausalLM`), unmerged."
             )
-        trunk = PeftModel.from_pretrained(frozen_base(model), folder / CRITIC_NAME)
+        trunk = PeftModel.from_pretrained(frozen_base(model), folder / CRITIC_NAME / ADAPTER_NAME)
         critic = Critic(hidden_size_of(model), trunk=trunk)
         load_value_head(critic, folder / CRITIC_NAME)
     elif (folder / CRITIC_NAME).is_dir():

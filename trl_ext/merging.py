@@ -5,19 +5,15 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import snapshot_download
-from peft import PeftConfig, PeftModel
+from peft import AutoPeftModelForCausalLM, AutoPeftModelForSequenceClassification, PeftConfig, PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import AuxiliaryTrainingWrapper
 from tqdm import tqdm
-from transformers import (
-    AutoConfig,
-    AutoModel,
-    AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
-    GenerationConfig,
-)
+from transformers import AutoConfig, AutoModel, GenerationConfig
 
-from .critic import ADAPTER_CONFIG, CRITIC_NAME, VALUE_HEAD_FILE, Critic, load_value_head, save_critic
-from .reward_adapters import check_reward_adapter, has_score_head, tokenizer_of_adapter
+from .critic import ADAPTER_CONFIG, ADAPTER_NAME, CRITIC_NAME, VALUE_HEAD_FILE, Critic, load_value_head, save_critic
+from .reward_adapters import check_reward_adapter, head_names, tokenizer_of_adapter
+from .shared_base import base_of_adapter
 from .tie_parameters import TIE_PARAMETERS_FILE, read_config, write_to_config
 
 
@@ -52,21 +48,23 @@ def merge_adapter(adapter: str, output_dir: str, dtype: str | torch.dtype = "bfl
     if not (folder / ADAPTER_CONFIG).is_file():
         raise ValueError(f"{adapter} holds no {ADAPTER_CONFIG}: it is no adapter, and there is nothing to merge.")
     config = PeftConfig.from_pretrained(folder)
-    base_name = config.base_model_name_or_path
+    if config.is_prompt_learning:
+        raise ValueError(f"{adapter} is a learned prompt ({config.peft_type.value}), which no weight can take up.")
+    base_name = base_of_adapter(str(folder))
     if getattr(AutoConfig.from_pretrained(base_name), "quantization_config", None) is not None:
         raise ValueError(
             f"The base {base_name} is stored quantized, and merging into it would lose most of what the adapter "
             "learned. Set `base_model_name_or_path` in the adapter's config to the original it was quantized from."
         )
-    kwargs = {"dtype": torch.float32}
     # Without a task type it may be either; its own head tells
-    is_reward_model = config.task_type == "SEQ_CLS" or (config.task_type is None and has_score_head(str(folder)))
+    is_reward_model = config.task_type == "SEQ_CLS" or (config.task_type is None and bool(head_names(str(folder))))
     if is_reward_model:
         check_reward_adapter(str(folder))
-        base = AutoModelForSequenceClassification.from_pretrained(base_name, num_labels=1, **kwargs)
+        peft_model = AutoPeftModelForSequenceClassification.from_pretrained(folder, num_labels=1, dtype=torch.float32)
     else:
-        base = AutoModelForCausalLM.from_pretrained(base_name, **kwargs)
-    model, loss = merge(PeftModel.from_pretrained(base, folder), dtype)
+        peft_model = AutoPeftModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        untie(peft_model)
+    model, loss = merge(peft_model, dtype)
     losses = {"precision_loss": loss}
     tokenizer = tokenizer_of_adapter(str(folder))
     if is_reward_model:
@@ -89,16 +87,28 @@ def merge_critic(folder: Path, base_name: str, output: Path, dtype: torch.dtype)
     if (folder / VALUE_HEAD_FILE).is_file():
         shutil.copy(folder / VALUE_HEAD_FILE, output)
     source = folder / CRITIC_NAME
-    if not (source / ADAPTER_CONFIG).is_file():
+    if not (source / ADAPTER_NAME).is_dir():
         if source.is_dir():
             shutil.copytree(source, output / CRITIC_NAME)
         return {}
     base = AutoModel.from_pretrained(base_name, dtype=torch.float32)
-    trunk, loss = merge(PeftModel.from_pretrained(base, source), dtype)
+    trunk, loss = merge(PeftModel.from_pretrained(base, source / ADAPTER_NAME), dtype)
     critic = Critic(trunk.config.get_text_config().hidden_size, trunk=trunk)
     load_value_head(critic, source)
     save_critic(critic, output)
     return {"critic_precision_loss": loss}
+
+
+def untie(model: PeftModel) -> None:
+    """Where an adapter is on one of two tied weights, what it adds is not for the other: part them."""
+    base = model.get_base_model()
+    embeddings, head = base.get_input_embeddings(), base.get_output_embeddings()
+    is_adapted = any(isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper) for module in (embeddings, head))
+    if base.config.get_text_config().tie_word_embeddings and is_adapted:
+        base.config.get_text_config().tie_word_embeddings = False
+        inner = head.get_base_layer() if isinstance(head, BaseTunerLayer) else head
+        if isinstance(inner, torch.nn.Linear):
+            inner.weight = torch.nn.Parameter(inner.weight.detach().clone(), requires_grad=False)
 
 
 @torch.no_grad()

@@ -4,11 +4,17 @@ import copy
 from pathlib import Path
 
 import torch
+from accelerate.logging import get_logger
 from peft import PeftModel, load_peft_weights
+from peft.utils.constants import SEQ_CLS_HEAD_NAMES
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
 
 from .compat import get_config_model_id
+from .precision import cast_input
 from .shared_base import QUANTIZATION_FLAGS, base_of_adapter, frozen_base, is_adapter, is_quantized, is_same_model
+
+
+logger = get_logger(__name__)
 
 
 def split_reward_adapters(reward_funcs) -> tuple[list, dict[int, str]]:
@@ -34,7 +40,10 @@ class RewardAdapterMixin:
 
     def _load_reward_adapter(self, index: int, path: str) -> None:
         reward_model = reward_model_on_base(self.model, path) if isinstance(self.model, PeftModel) else None
-        if reward_model is None:
+        if reward_model is not None:
+            logger.info(f"The reward adapter {path} shares the policy's base.")
+        else:
+            logger.info(f"The reward adapter {path} is loaded on a base of its own, {base_of_adapter(path)}.")
             kwargs = {"trust_remote_code": self.args.trust_remote_code} | (self.args.model_init_kwargs or {})
             reward_model = reward_model_of_its_own(path, **kwargs)
             if not is_quantized(reward_model):
@@ -52,14 +61,21 @@ class RewardAdapterMixin:
         self.reward_processing_classes[index] = tokenizer
 
 
-def has_score_head(path: str) -> bool:
-    """Whether the adapter in a folder or Hub repository holds the head of a reward model."""
-    return any(".score." in name for name in load_peft_weights(path, device="cpu"))
+# Starts of LoRA that take something off the base, which is then nobody else's
+CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+
+
+def head_names(path: str) -> list[str]:
+    """The heads of a classifier (`score`, `classifier`) that the adapter in a folder or Hub repository holds whole."""
+    weights = load_peft_weights(path, device="cpu")
+    return [
+        head for head in SEQ_CLS_HEAD_NAMES if any(f".{head}." in name and "lora_" not in name for name in weights)
+    ]
 
 
 def check_reward_adapter(path: str) -> None:
-    """Refuse an adapter without the score head that its rewards come from."""
-    if not has_score_head(path):
+    """Refuse an adapter without the head that its rewards come from."""
+    if not head_names(path):
         raise ValueError(
             f"The reward model {path} is an adapter without a score head, so its rewards would be those of a random "
             "one. It was trained with the wrong `task_type`, or saved without `modules_to_save`: train it again with "
@@ -71,27 +87,37 @@ def reward_model_on_base(policy: PeftModel, path: str) -> PeftModel | None:
     """
     The reward adapter at `path`, with its score head, on the base that `policy` holds already.
 
+    Bases are told by their names: of weights that were changed in memory, nothing is known.
+
     Args:
         policy (`PeftModel`): A language model with an adapter of its own.
         path (`str`): Folder or Hub id of an adapter of a sequence classification model with one label.
 
     Returns:
         `PeftModel` in eval mode, which shares the frozen weights of `policy`; or `None` where the adapter was trained
-        on another base.
+        on another base, or on a model without a `score` head on a causal trunk.
 
     Raises:
-        ValueError: if it has no score head, or does not fit the base although it names it.
+        ValueError: if it has no head, or does not fit the base although it names it.
     """
     base = policy.get_base_model()
     if not is_same_model(base_of_adapter(path), get_config_model_id(base.config)):
+        return None
+    starts = [str(getattr(config, "init_lora_weights", "")) for config in policy.peft_config.values()]
+    if any(start.startswith(CHANGES_BASE) for start in starts):
         return None
     check_reward_adapter(path)
     config = copy.deepcopy(base.config)
     config.num_labels = 1
     with torch.device("meta"):
         model = AutoModelForSequenceClassification.from_config(config)
+    if "score" not in model._modules:
+        return None
     setattr(model, model.base_model_prefix, frozen_base(policy))
-    model.score.to_empty(device=policy.device)  # the adapter's file fills it
+    model.score.float().to_empty(device=policy.device)
+    with torch.no_grad():
+        for weight in model.score.parameters():
+            weight.fill_(torch.nan)  # until the adapter's file fills it
     for flag in QUANTIZATION_FLAGS:
         if getattr(base, flag, False):
             setattr(model, flag, True)
@@ -99,15 +125,20 @@ def reward_model_on_base(policy: PeftModel, path: str) -> PeftModel | None:
 
 
 def reward_model_of_its_own(path: str, **model_init_kwargs) -> PeftModel:
-    """The reward adapter at `path`, with its score head, on a base of its own."""
+    """The reward adapter at `path`, with its head, on a base of its own."""
     check_reward_adapter(path)
-    base_name = base_of_adapter(path)
-    base = AutoModelForSequenceClassification.from_pretrained(base_name, num_labels=1, **model_init_kwargs)
+    base = AutoModelForSequenceClassification.from_pretrained(base_of_adapter(path), num_labels=1, **model_init_kwargs)
     return load_adapter(base, path).eval()
 
 
 def load_adapter(model: PreTrainedModel, path: str) -> PeftModel:
-    """`PeftModel.from_pretrained`, for inference, whose error says what to do about an adapter that does not fit."""
+    """
+    `PeftModel.from_pretrained`, for inference, with the head in the precision it was trained in; an error says what to
+    do about an adapter that does not fit.
+    """
+    for name in SEQ_CLS_HEAD_NAMES:
+        if name in model._modules:
+            model._modules[name].float().register_forward_pre_hook(cast_input)
     try:
         return PeftModel.from_pretrained(model, path)
     except (RuntimeError, ValueError, KeyError) as error:

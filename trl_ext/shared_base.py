@@ -12,7 +12,8 @@ autograd, distributed wrappers and the optimizer it is a model like any other.
 import copy
 from pathlib import Path
 
-from peft import PeftConfig, PeftModel
+from peft import IA3Config, LoraConfig, PeftConfig, PeftModel, get_peft_model
+from peft.tuners.lora.layer import ParamWrapper
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
@@ -61,6 +62,42 @@ def frozen_base(model: PeftModel) -> PreTrainedModel:
         if getattr(base, flag, False):
             setattr(copied, flag, True)
     return copied
+
+
+def adapter_like(source: PeftModel, base: PreTrainedModel) -> PeftModel:
+    """
+    A new adapter on `base`, of the kind, size, scaling and layers that the active one of `source` has in its trunk.
+
+    Args:
+        source (`PeftModel`): Whatever its head.
+        base (`PreTrainedModel`): Such a trunk without adapters, from [`frozen_base`].
+    """
+    name = source.active_adapter
+    config = copy.deepcopy(source.peft_config[name])
+    trunk = source.get_base_model().base_model
+    within = [f"{path}." for path, module in trunk.named_modules() if isinstance(module, AuxiliaryTrainingWrapper)]
+    layers = {
+        path: module
+        for path, module in trunk.named_modules()
+        if isinstance(module, BaseTunerLayer)
+        and not isinstance(module, ParamWrapper)  # found by `target_parameters`
+        and not path.startswith(tuple(within))
+    }
+    # By their names: what chose the layers of `source` may speak of its whole model. What is saved whole is its own,
+    # and special starts, some of which change the base, have been made
+    new = {"target_modules": list(layers), "modules_to_save": None, "task_type": None, "init_lora_weights": True}
+    new |= dict.fromkeys(["layers_to_transform", "layers_pattern", "exclude_modules", "trainable_token_indices"])
+    if isinstance(config, LoraConfig):
+        new["rank_pattern"] = {path: layer.r[name] for path, layer in layers.items()}
+        new["alpha_pattern"] = {path: layer.lora_alpha[name] for path, layer in layers.items()}
+    if isinstance(config, IA3Config):
+        new["feedforward_modules"] = [path for path, layer in layers.items() if layer.is_feedforward]
+    config.inference_mode = False
+    given = config.to_dict()
+    for field, value in new.items():
+        if field in given:
+            setattr(config, field, value)
+    return get_peft_model(base, config)
 
 
 def is_adapter(path: str) -> bool:
