@@ -72,10 +72,9 @@ ALGORITHMS = {
 
 
 @dataclass
-class ActorCriticArguments(RecipeArguments):
-    """Arguments of this script."""
+class RewardArguments(RecipeArguments):
+    """Arguments common to the recipes that have prompts and rewards."""
 
-    algorithm: str = field(default="ppo", metadata={"help": "What to train with.", "choices": list(ALGORITHMS)})
     prompt_column: str = field(default="prompt", metadata={"help": "The dataset's column of prompts."})
     reward_model: list[str] | None = field(
         default=None,
@@ -96,6 +95,13 @@ class ActorCriticArguments(RecipeArguments):
             self.reward_model = [self.reward_model]
         if isinstance(self.reward_funcs, str):
             self.reward_funcs = [self.reward_funcs]
+
+
+@dataclass
+class ActorCriticArguments(RewardArguments):
+    """Arguments of this script."""
+
+    algorithm: str = field(default="ppo", metadata={"help": "What to train with.", "choices": list(ALGORITHMS)})
 
 
 def choose_algorithm(args: list[str]) -> str:
@@ -124,7 +130,7 @@ def import_reward(path: str) -> Callable:
         raise ValueError(f"--reward_funcs {path} cannot be imported from {os.getcwd()}: {error}.") from error
 
 
-def get_rewards(script_args: ActorCriticArguments) -> list[str | Callable]:
+def get_rewards(script_args: RewardArguments) -> list[str | Callable]:
     """Reward models (which the trainer loads), then reward functions."""
     rewards = [*(script_args.reward_model or []), *map(import_reward, script_args.reward_funcs or [])]
     if not rewards:
@@ -134,7 +140,7 @@ def get_rewards(script_args: ActorCriticArguments) -> list[str | Callable]:
     return rewards
 
 
-def load_prompts(script_args: ActorCriticArguments, split: str) -> Dataset | IterableDataset:
+def load_prompts(script_args: RewardArguments, split: str) -> Dataset | IterableDataset:
     """The split `split` with its prompts in the column `prompt`."""
     dataset = load_split(script_args, split)
     columns = list(next(iter(dataset), {}))  # of the first row: a streamed dataset may not know its columns

@@ -14,7 +14,7 @@ PURE = {"token_mdp", "losses", "kl_controller", "masking", "ranking", "ranking_m
 BASES = {"actor_critic_config", "actor_critic_trainer"}
 ALGORITHMS = {"reinforce", "a2c", "ppo", "nlpo", "ranking_reward", "ranking_dpo"}
 BELOW_CRITIC = {"compat", "child_modules", "shared_base", "reward_adapters"}
-PARENTS = {"nlpo": {"ppo"}}
+PARENTS = {"nlpo": {"ppo"}, "best_of_n": {"reinforce"}}
 PUBLIC_TRL = re.compile(r"trl\.[A-Z]\w*|trl\.data_utils\.[a-z]\w*")
 
 

@@ -101,6 +101,7 @@ def changed(model, start):
             ],
         ),
         ("ranking_reward.py", [], ["--config", "--ranking_model", "--max_tie_order", "--overlong", "--held_out"]),
+        ("best_of_n.py", [], ["--config", "--num_rounds", "--threshold", "--reward_model", "--load_in_4bit"]),
         ("ranking_dpo.py", [], ["--config", "--ranking_model", "--beta", "--shared_prefix", "--use_peft"]),
     ],
 )
@@ -332,7 +333,7 @@ def test_example_file_is_understood(tmp_path, recipe, script, example):
 
 
 @pytest.mark.parametrize(
-    ("script", "count"), [("sft", 3), ("actor_critic", 4), ("ranking_reward", 2), ("ranking_dpo", 3)]
+    ("script", "count"), [("sft", 3), ("actor_critic", 4), ("best_of_n", 2), ("ranking_reward", 2), ("ranking_dpo", 3)]
 )
 def test_documented_commands_are_understood(tmp_path, recipe, monkeypatch, script, count):
     monkeypatch.chdir(RECIPES.parent)

@@ -3,6 +3,7 @@
 from .a2c import A2CConfig, A2CTrainer
 from .actor_critic_config import ActorCriticConfig
 from .actor_critic_trainer import ActorCriticTrainer
+from .best_of_n import CompletionSampler, keep_best
 from .critic import Critic, load_critic, token_values
 from .merging import merge_adapter
 from .nlpo import NLPOConfig, NLPOTrainer
@@ -23,6 +24,7 @@ __all__ = [
     "A2CTrainer",
     "ActorCriticConfig",
     "ActorCriticTrainer",
+    "CompletionSampler",
     "Critic",
     "NLPOConfig",
     "NLPOTrainer",
@@ -36,6 +38,7 @@ __all__ = [
     "ReinforceTrainer",
     "format_ranking",
     "judgements_nll",
+    "keep_best",
     "load_critic",
     "merge_adapter",
     "parse_ranking",

@@ -173,8 +173,8 @@ class ActorCriticTrainer(CheckpointingMixin, ReportingMixin, CardMixin, RewardAd
                 self.optimizer.param_groups[-1]["params"].extend(self.critic.own_parameters())
 
         self.add_callback(StartOfTraining(self))
-        self._token_rewards = None  # (B, T), of the same; None if no reward is dense
         self._scores = None  # (B,), of the completions being scored; nan where no reward function applies
+        self._token_rewards = None  # (B, T), of the same; None if no reward is dense
         self._passes = []  # (log-probabilities, values) of each scoring forward of the present batch
         self._awaiting = None  # batch whose advantages the forward under way will give
         self._epochs_ended = False  # by `target_kl`, until the next rollout
