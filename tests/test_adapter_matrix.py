@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from conftest import build_policy, ranking_settings, settings
+from packaging.version import Version
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from reload_script import IDS, outputs_of, quantization_config
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
@@ -95,7 +97,9 @@ def test_a_new_process_computes_the_same(saved, reloaded, what, method):
     before, after = saved[what, method]["outputs"], reloaded[f"{what}-{method}"]
     for name, tensor in before.items():
         assert torch.equal(tensor, after[name]), name
-    if "plain" in after and method != "dora":  # transformers 5.23 alone leaves DoRA's magnitudes where they began
+    # transformers alone leaves DoRA's magnitudes where they began and, in earlier versions, heads
+    loses_heads = Version(transformers.__version__) < Version("5.23")
+    if "plain" in after and method != "dora" and not (what == "reward" and loses_heads):
         torch.testing.assert_close(after["plain"], before["logits"], atol=1e-6, rtol=1e-5)
 
 
