@@ -65,6 +65,7 @@ def saved(policy_path, prompts, rankings, tmp_path_factory):
         start = {name: p.detach().clone() for name, p in trainer.model.named_parameters() if p.requires_grad}
         trainer.train()
         trainer.save_model()
+        trainer.create_model_card("a model")
         results[what, method] = {
             "folder": folder,
             "outputs": outputs_of(trainer.model, getattr(trainer, "critic", None)),
@@ -101,6 +102,17 @@ def test_a_new_process_computes_the_same(saved, reloaded, what, method):
     loses_heads = Version(transformers.__version__) < Version("5.23")
     if "plain" in after and method != "dora" and not (what == "reward" and loses_heads):
         torch.testing.assert_close(after["plain"], before["logits"], atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("what, method", CASES)
+def test_the_card_says_what_is_adapted(saved, what, method):
+    card = (Path(saved[what, method]["folder"]) / "README.md").read_text()
+    assert ("| adapter: peft_type | LORA |" in card) == ("| adapter: r | 4 |" in card) == (method != "full")
+    assert ("| adapter: use_dora | True |" in card) == (method == "dora")
+    quantization = {"4bit": "4bit (nf4)", "8bit": "8bit (int8)"}.get(method)
+    assert ("base model: quantization" in card) == (quantization is not None)
+    assert quantization is None or f"| base model: quantization | {quantization} |" in card
+    assert ("- peft " in card) == (method != "full")
 
 
 @pytest.mark.parametrize("what, method", CASES)

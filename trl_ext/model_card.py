@@ -58,6 +58,10 @@ FINAL_METRICS = [
 ]
 
 
+PACKAGES = ["trl_ext", "trl", "transformers", "torch", "datasets"]
+ADAPTER_SETTINGS = ["peft_type", "r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora", "modules_to_save"]
+
+
 def number(value) -> str:
     if isinstance(value, Enum):
         value = value.value
@@ -104,11 +108,30 @@ def write_card(trainer, model, template: str, card_data: dict, **content) -> Non
         trainer_class=type(trainer).__name__,
         paper=trainer._paper,
         step=trainer.state.global_step,
-        versions={name: version(name) for name in ("trl_ext", "trl", "transformers", "torch", "datasets")},
-        **content,
+        versions={name: version(name) for name in [*PACKAGES, *(["peft"] if is_adapter else [])]},
+        **content | {"hyper_parameters": content["hyper_parameters"] | adapter_settings(model)},
     )
     os.makedirs(trainer.args.output_dir, exist_ok=True)
     card.save(os.path.join(trainer.args.output_dir, "README.md"))
+
+
+def adapter_settings(model) -> dict[str, str]:
+    """Of the adapter, and how its base is quantized; nothing of other models."""
+    if not isinstance(model, PeftModel):
+        return {}
+    config = model.active_peft_config.to_dict()
+    settings = {f"adapter: {name}": number(config[name]) for name in ADAPTER_SETTINGS if config.get(name) is not None}
+    quantization = getattr(model.config, "quantization_config", None)  # absent from other bases
+    return settings | ({} if quantization is None else {"base model: quantization": bits_of(quantization)})
+
+
+def bits_of(quantization) -> str:
+    """A quantization config of transformers in words."""
+    settings = quantization if isinstance(quantization, dict) else quantization.to_dict()
+    for bits, extra in (("load_in_4bit", settings.get("bnb_4bit_quant_type")), ("load_in_8bit", "int8")):
+        if settings.get(bits):
+            return f"{bits.removeprefix('load_in_')} ({extra})"
+    return str(settings["quant_method"])
 
 
 def shown(args, names: list[str]) -> dict[str, str]:
