@@ -24,9 +24,9 @@ from pathlib import Path
 
 from actor_critic import RewardArguments, get_rewards, load_prompts
 from sft import parse_arguments, prepare_model_args, save
-from trl import ModelConfig, SFTConfig, SFTTrainer, get_peft_config, get_quantization_config
+from trl import ModelConfig, SFTConfig, get_peft_config, get_quantization_config
 
-from trl_ext import CompletionSampler, ReinforceConfig, keep_best
+from trl_ext import CompletionSampler, ReinforceConfig, SFTTrainer, keep_best
 
 
 @dataclass

@@ -1,5 +1,5 @@
 r"""
-Supervised fine-tuning with TRL: the stage before reinforcement learning. Every option of `SFTConfig` and `ModelConfig`
+Supervised fine-tuning with TRL's trainer: the stage before reinforcement learning. Every option of `SFTConfig` and `ModelConfig`
 is an argument here, and `--config FILE.yaml` sets many at once (the command line wins over the file).
 
 From a file, on one GPU:
@@ -28,11 +28,12 @@ from trl import (
     ModelConfig,
     ScriptArguments,
     SFTConfig,
-    SFTTrainer,
     TrlParser,
     get_peft_config,
     get_quantization_config,
 )
+
+from trl_ext import SFTTrainer
 
 
 FILE_KINDS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv"}

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import bitsandbytes.nn.modules
 import pytest
 import torch
+import trl
 from bitsandbytes.nn import Linear4bit
 from conftest import RANKINGS, build_policy, build_reward_model, count_good, ranking_settings, settings
 from datasets import Dataset
@@ -19,7 +20,7 @@ from transformers import (
     BertConfig,
     BertForSequenceClassification,
 )
-from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, RewardConfig, RewardTrainer
+from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, RewardConfig, RewardTrainer, SFTConfig
 
 from trl_ext import (
     PPOConfig,
@@ -28,6 +29,7 @@ from trl_ext import (
     RankingDPOTrainer,
     RankingRewardConfig,
     RankingRewardTrainer,
+    SFTTrainer,
 )
 from trl_ext.adapters import merged
 
@@ -93,6 +95,19 @@ def test_small_steps_on_a_quantized_base_are_made(policy_path, prompts, tmp_path
         shares[name] = share_that_moved(trainer)
     assert shares["ours"] > 0.98
     assert shares["trl"] < 0.15
+
+
+def test_demonstrations_are_learned_in_small_steps_too(policy_path, tmp_path):
+    data = Dataset.from_dict({"prompt": PAIRS["prompt"], "completion": PAIRS["chosen"]})
+    shares = {}
+    for name, trainer_class in (("ours", SFTTrainer), ("trl", trl.SFTTrainer)):
+        own = ranking_settings(tmp_path, learning_rate=1e-6, max_steps=8)
+        kwargs = {"peft_config": lora(init_lora_weights=False), "quantization_config": quantization_config("4bit")}
+        torch.manual_seed(0)
+        trainer = trainer_class(policy_path, SFTConfig(**own), train_dataset=data, **kwargs)
+        shares[name] = share_that_moved(trainer)
+        trainer.save_model()
+    assert shares["ours"] > 0.98 and shares["trl"] < 0.15
 
 
 @pytest.mark.parametrize("use_dora", [False, True])

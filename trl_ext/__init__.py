@@ -13,6 +13,7 @@ from .ranking_data import format_ranking, parse_ranking
 from .ranking_dpo import RankingDPOConfig, RankingDPOTrainer
 from .ranking_reward import RankingRewardConfig, RankingRewardTrainer
 from .reinforce import ReinforceConfig, ReinforceTrainer
+from .sft import SFTTrainer
 from .tie_parameters import tie_parameters
 
 
@@ -36,6 +37,7 @@ __all__ = [
     "RankingRewardTrainer",
     "ReinforceConfig",
     "ReinforceTrainer",
+    "SFTTrainer",
     "format_ranking",
     "judgements_nll",
     "keep_best",
