@@ -301,6 +301,15 @@ def test_it_trains_with_every_critic(policy_path, prompts, tmp_path, critic):
     assert all(not torch.equal(p, trainer.model.get_parameter(name)) for name, p in start.items() if "lora_B" in name)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_it_runs_in_bf16(policy_path, prompts, tmp_path, dtype):
+    overrides = {"bf16": True, "model_init_kwargs": {"dtype": dtype}, "num_iterations": 2, "kl_in_reward": 0.1}
+    trainer = make(policy_path, tmp_path, prompts, {"peft_config": lora()}, max_steps=2, **overrides)
+    trainer.train()
+    logs = trainer.state.log_history[0]
+    assert math.isfinite(logs["loss"]) and logs["first_step/ratio_deviation"] < 0.05
+
+
 # --- Refusals ---
 
 

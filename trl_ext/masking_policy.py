@@ -74,7 +74,8 @@ class Mask:
     @torch.no_grad()
     def allowed(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """`(..., V)`, bool, of the trunk's last hidden states `(..., H)`."""
-        logits = logits_of(base_causal_lm(self.model), hidden_states)
+        with self.autocast():
+            logits = logits_of(base_causal_lm(self.model), hidden_states)
         return nucleus(logits, self.top_p, self.min_tokens_to_keep, self.always.to(logits.device))
 
 
