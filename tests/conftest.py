@@ -14,6 +14,8 @@ import torch
 from datasets import Dataset
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
     LlamaConfig,
     LlamaForCausalLM,
     LlamaForSequenceClassification,
@@ -56,8 +58,9 @@ def tokenizer():
     )
 
 
-def tiny_config(tokenizer, **overrides):
-    settings = {
+def tiny_settings(tokenizer):
+    """What the config of any small decoder takes."""
+    return {
         "vocab_size": len(tokenizer),
         "hidden_size": 16,
         "intermediate_size": 32,
@@ -71,7 +74,26 @@ def tiny_config(tokenizer, **overrides):
         "tie_word_embeddings": False,
         "dtype": "float32",
     }
-    return LlamaConfig(**settings | overrides)
+
+
+def tiny_config(tokenizer, **overrides):
+    return LlamaConfig(**tiny_settings(tokenizer) | overrides)
+
+
+def build_encoder(tokenizer):
+    """A reward model that is no decoder."""
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        max_position_embeddings=64,
+        num_labels=1,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    return BertForSequenceClassification(config)
 
 
 def build_policy(tokenizer, seed=0, **overrides):

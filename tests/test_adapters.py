@@ -9,7 +9,7 @@ import pytest
 import torch
 import trl
 from bitsandbytes.nn import Linear4bit
-from conftest import RANKINGS, build_policy, build_reward_model, count_good, ranking_settings, settings
+from conftest import RANKINGS, build_encoder, build_policy, build_reward_model, count_good, ranking_settings, settings
 from datasets import Dataset
 from peft import AutoPeftModelForSequenceClassification, LoraConfig, PeftModel, get_peft_model
 from reload_script import IDS, quantization_config
@@ -17,8 +17,6 @@ from safetensors.torch import load_file
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
-    BertConfig,
-    BertForSequenceClassification,
 )
 from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, RewardConfig, RewardTrainer, SFTConfig
 
@@ -246,16 +244,7 @@ def test_saving_leaves_a_quantized_base_as_it_is(policy_path, prompts, tmp_path,
 
 def test_heads_of_other_names_are_saved_too(tokenizer, prompts, tmp_path):
     """An encoder's, and one of several layers; under an adapter of another name."""
-    config = BertConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=1,
-        intermediate_size=16,
-        num_labels=1,
-        pad_token_id=0,
-    )
-    encoder = BertForSequenceClassification(config)
+    encoder = build_encoder(tokenizer)
     deep = build_reward_model(tokenizer)
     deep.score = torch.nn.Sequential(torch.nn.Linear(16, 4), torch.nn.ReLU(), torch.nn.Linear(4, 1))
     for name, model, targets in (("classifier", encoder, ["query"]), ("score", deep, ["q_proj"])):

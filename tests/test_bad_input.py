@@ -4,10 +4,10 @@ import math
 
 import pytest
 import torch
-from conftest import PROMPTS, build_policy, count_good, scripted_rollout, settings
+from conftest import PROMPTS, build_encoder, build_policy, count_good, scripted_rollout, settings
 from datasets import Dataset
 from peft import LoraConfig, PromptTuningConfig
-from transformers import BertConfig, BertForSequenceClassification, BitsAndBytesConfig
+from transformers import BitsAndBytesConfig
 from trl import GRPOConfig
 
 from trl_ext import A2CConfig, A2CTrainer, ActorCriticConfig, PPOConfig, PPOTrainer, ReinforceConfig
@@ -151,9 +151,7 @@ def test_critic_of_another_vocabulary_is_refused(policy, tokenizer, tmp_path):
 
 
 def test_critic_from_an_encoder_is_refused(policy, tokenizer, tmp_path):
-    encoder = BertForSequenceClassification(
-        BertConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=1, intermediate_size=16, num_labels=1)
-    )
+    encoder = build_encoder(tokenizer)
     with pytest.raises(ValueError, match="needs a causal model; BertForSequenceClassification is not"):
         make(policy, tokenizer, tmp_path, config={"critic": "separate"}, critic_model=encoder)
 

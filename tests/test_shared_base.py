@@ -5,7 +5,16 @@ import json
 
 import pytest
 import torch
-from conftest import RANKINGS, build_policy, count_good, ranking_settings, recorded, settings, tiny_config
+from conftest import (
+    RANKINGS,
+    build_encoder,
+    build_policy,
+    count_good,
+    ranking_settings,
+    recorded,
+    settings,
+    tiny_config,
+)
 from datasets import Dataset
 from peft import IA3Config, LoraConfig, PeftModel, PrefixTuningConfig, VeraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
@@ -13,8 +22,6 @@ from reload_script import IDS, quantization_config
 from safetensors.torch import load_file
 from transformers import (
     AutoModelForCausalLM,
-    BertConfig,
-    BertForSequenceClassification,
     Gemma3ForCausalLM,
     Gemma3TextConfig,
     GPT2Config,
@@ -430,17 +437,8 @@ def test_a_base_that_was_changed_is_not_shared(reward_adapter, policy_path, prom
 
 
 def test_an_encoders_reward_adapter_is_taken(tokenizer, policy_path, prompts, tmp_path):
-    config = BertConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=1,
-        intermediate_size=16,
-        num_labels=1,
-        pad_token_id=0,
-    )
     path, folder = str(tmp_path / "encoder"), str(tmp_path / "adapter")
-    BertForSequenceClassification(config).save_pretrained(path)
+    build_encoder(tokenizer).save_pretrained(path)
     tokenizer.save_pretrained(path)
     args = RankingRewardConfig(**ranking_settings(folder))
     peft_config = lora(target_modules=["query"], init_lora_weights=True)

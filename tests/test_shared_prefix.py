@@ -5,7 +5,7 @@ import logging
 import pytest
 import torch
 import transformers.integrations.flex_attention as flex_integration
-from conftest import RANKINGS, build_reward_model, ranking_settings
+from conftest import RANKINGS, build_encoder, build_reward_model, ranking_settings, tiny_settings
 from datasets import Dataset
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
@@ -14,7 +14,6 @@ from torch.nn.attention.flex_attention import create_mask, flex_attention
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
-    BertConfig,
     Gemma2Config,
     Gemma3TextConfig,
     GPT2Config,
@@ -62,18 +61,7 @@ def build(name, auto_class, tokenizer, seed=0, attn_implementation="eager", **ov
     config_class, own = ARCHITECTURES[name]
     config = config_class(
         **{
-            "vocab_size": len(tokenizer),
-            "hidden_size": 16,
-            "intermediate_size": 32,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 2,
-            "num_key_value_heads": 1,
-            "max_position_embeddings": 64,
-            "pad_token_id": tokenizer.pad_token_id,
-            "eos_token_id": tokenizer.eos_token_id,
-            "bos_token_id": None,
-            "tie_word_embeddings": False,
-            "dtype": "float32",
+            **tiny_settings(tokenizer),
             **({"num_labels": 1} if auto_class is AutoModelForSequenceClassification else {}),
         }
         | own
@@ -360,20 +348,6 @@ def test_collated_rows_are_prompt_and_completion():
 # --- Models that do not pack ---
 
 
-def bert(tokenizer):
-    config = BertConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        max_position_embeddings=64,
-        num_labels=1,
-    )
-    torch.manual_seed(0)
-    return AutoModelForSequenceClassification.from_config(config)
-
-
 def maskless(tokenizer):
     """A model with an attention of somebody's own, of which nobody knows what masks it takes."""
     ALL_ATTENTION_FUNCTIONS.register("somebodys_own", sdpa_attention_forward)
@@ -382,7 +356,8 @@ def maskless(tokenizer):
 
 
 @pytest.mark.parametrize(
-    "model, reason", [(bert, "has no attribute `score`"), (maskless, "attention by 'somebodys_own' takes no mask")]
+    "model, reason",
+    [(build_encoder, "has no attribute `score`"), (maskless, "attention by 'somebodys_own' takes no mask")],
 )
 def test_other_models_are_run_row_by_row(tokenizer, rankings, tmp_path, caplog, model, reason):
     caplog.set_level(logging.INFO, logger="trl_ext")
@@ -418,7 +393,7 @@ def test_experts_pack_without_their_loss(tokenizer, rankings, tmp_path):
 
 
 def test_always_is_an_error_where_it_cannot_be(tokenizer, rankings, tmp_path):
-    trainer = reward_trainer(bert(tokenizer), tokenizer, tmp_path, rankings, shared_prefix="always")
+    trainer = reward_trainer(build_encoder(tokenizer), tokenizer, tmp_path, rankings, shared_prefix="always")
     with pytest.raises(ValueError, match="BertForSequenceClassification cannot.*Set `shared_prefix='auto'`"):
         trainer.train()
 
