@@ -1,5 +1,6 @@
 """The recipes as their user runs them: started as programs, in a folder of their own, on tiny models and local data."""
 
+import copy
 import importlib
 import json
 import os
@@ -167,13 +168,14 @@ def test_ppo_from_a_file(folder, policy_path, reward_model_path):
     assert "rewards/count_letters/mean" in state["log_history"][0]
 
 
-def test_two_processes(folder, policy_path):
+@pytest.mark.parametrize("algorithm, flags", [("ppo", []), ("nlpo", ["--use_peft", "--mask_update_steps", 1])])
+def test_two_processes(folder, policy_path, algorithm, flags):
     # With `--cpu` accelerate would start one process; so it is told of GPUs, and the script to do without
     launch(
         *("-m", "accelerate.commands.launch", "--config_file", ACCELERATE_CONFIGS / "multi_gpu.yaml"),
         *("--num_processes", 2, "--main_process_port", 0, "--mixed_precision", "no"),
-        *(RECIPES / "actor_critic.py", "--algorithm", "ppo", *FAST, "--save_strategy", "steps", "--save_steps", 2),
-        *("--model_name_or_path", policy_path, "--dataset_name", "prompts.jsonl", "--output_dir", "out"),
+        *(RECIPES / "actor_critic.py", "--algorithm", algorithm, *FAST, "--save_strategy", "steps", "--save_steps", 2),
+        *("--model_name_or_path", policy_path, "--dataset_name", "prompts.jsonl", "--output_dir", "out", *flags),
         *("--reward_funcs", "my_rewards.count_letters", "--max_completion_length", 4, "--num_iterations", 2),
         cwd=folder,
     )
@@ -182,7 +184,13 @@ def test_two_processes(folder, policy_path):
     assert len([*checkpoint.glob("*.safetensors")]) == 2
     assert sorted(path.name for path in checkpoint.glob("rng_state*")) == ["rng_state_0.pth", "rng_state_1.pth"]
     assert sorted(path.name for path in checkpoint.glob("rollout*")) == ["rollout_0.pt", "rollout_1.pt"]
-    assert changed(AutoModelForCausalLM.from_pretrained(checkpoint), AutoModelForCausalLM.from_pretrained(policy_path))
+    start = AutoModelForCausalLM.from_pretrained(policy_path)
+    if algorithm == "nlpo":
+        assert (checkpoint / "masking_policy.pt").is_file()
+        trained = PeftModel.from_pretrained(copy.deepcopy(start), checkpoint).merge_and_unload()
+    else:
+        trained = AutoModelForCausalLM.from_pretrained(checkpoint)
+    assert changed(trained, start)
     assert (folder / "out" / "value_head.safetensors").is_file()
 
 
