@@ -426,6 +426,16 @@ def test_a_critic_starts_from_a_reward_adapter(reward_adapter, policy_path, prom
     torch.testing.assert_close(values[:, -1], rewards, atol=1e-6, rtol=1e-5)
 
 
+def test_bits_that_the_reward_was_not_trained_on_are_told(reward_adapter, policy_path, prompts, tmp_path, caplog):
+    folder, _ = reward_adapter
+    for method, is_told in (("lora", False), ("4bit", True)):
+        kwargs = {"peft_config": lora(), "quantization_config": quantization_config(method)}
+        trainer = PPOTrainer(policy_path, folder, PPOConfig(**settings(tmp_path)), prompts, **kwargs)
+        assert tensors_of(trainer.reward_funcs[0]).keys() & tensors_of(trainer.model).keys()
+        assert ("was trained on its base in full precision" in caplog.text) == is_told
+    assert "with the policy's, in 4bit (nf4)" in caplog.text
+
+
 def test_a_base_that_was_changed_is_not_shared(reward_adapter, policy_path, prompts, tmp_path):
     """PiSSA takes the adapter's start off the base."""
     folder, trained = reward_adapter

@@ -12,6 +12,7 @@ from trl import GRPOConfig
 from trl.data_utils import is_conversational
 
 from .compat import get_config_model_id
+from .shared_base import quantization_of
 
 
 # In a wheel the templates lie inside the package, in a source tree beside it
@@ -121,17 +122,8 @@ def adapter_settings(model) -> dict[str, str]:
         return {}
     config = model.active_peft_config.to_dict()
     settings = {f"adapter: {name}": number(config[name]) for name in ADAPTER_SETTINGS if config.get(name) is not None}
-    quantization = getattr(model.config, "quantization_config", None)  # absent from other bases
-    return settings | ({} if quantization is None else {"base model: quantization": bits_of(quantization)})
-
-
-def bits_of(quantization) -> str:
-    """A quantization config of transformers in words."""
-    settings = quantization if isinstance(quantization, dict) else quantization.to_dict()
-    for bits, extra in (("load_in_4bit", settings.get("bnb_4bit_quant_type")), ("load_in_8bit", "int8")):
-        if settings.get(bits):
-            return f"{bits.removeprefix('load_in_')} ({extra})"
-    return str(settings["quant_method"])
+    quantization = quantization_of(model)
+    return settings | ({} if quantization is None else {"base model: quantization": quantization})
 
 
 def shown(args, names: list[str]) -> dict[str, str]:

@@ -11,7 +11,16 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreT
 
 from .compat import get_config_model_id
 from .precision import cast_input
-from .shared_base import QUANTIZATION_FLAGS, base_of_adapter, frozen_base, is_adapter, is_quantized, is_same_model
+from .shared_base import (
+    QUANTIZATION_FLAGS,
+    base_of_adapter,
+    frozen_base,
+    is_adapter,
+    is_quantized,
+    is_same_model,
+    quantization_of,
+)
+from .tie_parameters import read_config
 
 
 logger = get_logger(__name__)
@@ -42,6 +51,7 @@ class RewardAdapterMixin:
         reward_model = reward_model_on_base(self.model, path) if isinstance(self.model, PeftModel) else None
         if reward_model is not None:
             logger.info(f"The reward adapter {path} shares the policy's base.")
+            warn_of_other_quantization(self.model, path)
         else:
             logger.info(f"The reward adapter {path} is loaded on a base of its own, {base_of_adapter(path)}.")
             kwargs = {"trust_remote_code": self.args.trust_remote_code} | (self.args.model_init_kwargs or {})
@@ -61,8 +71,20 @@ class RewardAdapterMixin:
         self.reward_processing_classes[index] = tokenizer
 
 
+UNKNOWN = object()
 # Starts of LoRA that take something off the base, which is then nobody else's
 CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+
+
+def warn_of_other_quantization(policy: PeftModel, path: str) -> None:
+    """Tell if the policy's base is in other bits than the reward adapter was trained on, as far as that was saved."""
+    trained_on, here = read_config(path).get("base_quantization", UNKNOWN), quantization_of(policy)
+    if trained_on is not UNKNOWN and trained_on != here:
+        logger.warning(
+            f"The reward adapter {path} was trained on its base in {trained_on or 'full precision'}, and scores with the "
+            f"policy's, in {here or 'full precision'}: its rewards differ by the rounding of the weights. Quantize both "
+            "in the same way, or give the reward model a base of its own by merging it (`merge_adapter`)."
+        )
 
 
 def head_names(path: str) -> list[str]:

@@ -30,6 +30,18 @@ def is_quantized(model: nn.Module) -> bool:
     return bool(getattr(model, "is_quantized", False))
 
 
+def quantization_of(model: nn.Module) -> str | None:
+    """How a model's weights, or those of its base, are quantized, in words."""
+    quantization = getattr(model.config, "quantization_config", None)  # absent from other models
+    if quantization is None:
+        return None
+    settings = quantization if isinstance(quantization, dict) else quantization.to_dict()
+    for bits, kind in (("load_in_4bit", settings.get("bnb_4bit_quant_type")), ("load_in_8bit", "int8")):
+        if settings.get(bits):
+            return f"{bits.removeprefix('load_in_')} ({kind})"
+    return str(settings["quant_method"])
+
+
 def frozen_base(model: PeftModel) -> PreTrainedModel:
     """
     The trunk of `model` (without its head) as it was before any adapter, in a module tree of its own.

@@ -3,7 +3,8 @@ The tie parameters of a ranking likelihood, learned with a model and kept in its
 
 They are a child module of the model while it trains, and are part of its output there, so that distributed wrappers see
 them used. On disk they are two entries, `ranking_model` and `log_tie`, of `config.json`; or of `tie_parameters.json`
-beside an adapter, whose folder must not have a `config.json`: transformers would look for a whole model there.
+beside an adapter, whose folder must not have a `config.json`: transformers would look for a whole model there. The
+latter also says how the base was quantized that the adapter's scores are for.
 [`tie_parameters`] reads either.
 """
 
@@ -20,6 +21,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import ModelOutput
 
 from .child_modules import keep_out_of_saves
+from .shared_base import quantization_of
 
 
 TIE_PARAMETERS_NAME = "tie_parameters"  # attribute of the model, prefix of the parameters
@@ -104,6 +106,7 @@ def write_to_config(model: PreTrainedModel | PeftModel, ranking_model: str, log_
 
 def save_beside_adapter(model: PeftModel, directory: str) -> None:
     entries = {name: getattr(model.config, name) for name in ("ranking_model", "log_tie")}
+    entries["base_quantization"] = quantization_of(model)
     (Path(directory) / TIE_PARAMETERS_FILE).write_text(json.dumps(entries, indent=2))
 
 
