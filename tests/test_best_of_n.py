@@ -40,6 +40,7 @@ def test_each_prompt_has_n_scored_completions(policy_path, reward_model_path, ch
         else:
             expected = len(row["completion"][0]["content"])
             assert row["reward/length"] == expected and row["score"] == pytest.approx(2 * expected + 0.5)
+    assert "eval_reward" in sampler.evaluate(prompts.select(range(2)))
     with_model = sampler_of(policy_path, prompts, tmp_path, reward_model_path).sample(prompts.select(range(2)))
     assert len(set(with_model["score"])) > 1
 

@@ -25,6 +25,7 @@ class CompletionSampler(ReinforceTrainer):
     """
 
     _name = "Completion sampler"
+    _samples = None  # rows, while it samples
 
     def sample(self, prompts: Dataset) -> Dataset:
         """
@@ -40,11 +41,14 @@ class CompletionSampler(ReinforceTrainer):
         groups = defaultdict(list)
         for row in gather_object(self._samples):
             groups[row[ROW]].append(row)
+        self._samples = None
         # Processes repeat some prompts to have as many each
         return Dataset.from_list([row for i in sorted(groups) for row in groups[i][: self.num_generations_eval]])
 
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
         rewards_per_func = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+        if self._samples is None:  # an evaluation of the user's own
+            return rewards_per_func
         first = self.accelerator.process_index * len(prompts)
         scores = (rewards_per_func * self.reward_weights.to(rewards_per_func.device)).nansum(dim=1)
         scores = scores.masked_fill(rewards_per_func.isnan().all(dim=1), float("nan"))
