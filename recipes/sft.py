@@ -19,6 +19,7 @@ Own data (columns as TRL's SFT takes them: `messages`, `text`, or `prompt` and `
 """
 
 import argparse
+import os
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -108,7 +109,7 @@ def prepare_model_args(model_args: ModelConfig, training_args) -> None:
 
 
 def save(trainer, script_args: RecipeArguments) -> None:
-    """Write the final model with its card, and push them if asked to."""
+    """Write the final model with its card, push them if asked to, and end training: the last thing a recipe does."""
     dataset_name = None if Path(script_args.dataset_name).exists() else script_args.dataset_name
     trainer.save_model()
     if trainer.args.push_to_hub:
@@ -116,10 +117,15 @@ def save(trainer, script_args: RecipeArguments) -> None:
     else:
         model_name = Path(trainer.args.hub_model_id or trainer.args.output_dir).name
         trainer.create_model_card(model_name=model_name, dataset_name=dataset_name)
-    # On CPU the process would often hang: destroying Gloo's group leaves its last reference to DDP's reducer, whose
-    # destructor joins Gloo's threads while it holds the interpreter lock
+    # Several processes on CPU often hang when they destroy Gloo's group, whose threads are then joined by DDP's reducer
+    # while it holds the interpreter lock, and sometimes abort when they end without (torch 2.13): they leave as they are
     if trainer.accelerator.device.type != "cpu":
         trainer.accelerator.end_training()
+    elif trainer.accelerator.num_processes > 1:
+        trainer.accelerator.wait_for_everyone()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)
 
 
 def parse_arguments(
