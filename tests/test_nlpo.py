@@ -14,7 +14,7 @@ from transformers import TopPLogitsWarper
 
 from trl_ext import NLPOConfig, NLPOTrainer, PPOConfig, PPOTrainer
 from trl_ext.masking import masked_log_probs, nucleus
-from trl_ext.masking_policy import refresh, snapshot
+from trl_ext.masking_policy import refresh, snapshot, trained_weights
 
 
 def length(completions, **kwargs):
@@ -87,7 +87,7 @@ def test_a_snapshot_shares_what_is_frozen_and_keeps_what_was(tokenizer):
             if parameter.requires_grad:
                 parameter.add_(0.1)
     assert torch.equal(copied(input_ids=IDS).logits, before)
-    refresh(copied, model)
+    refresh(copied, trained_weights(model))
     assert torch.equal(copied(input_ids=IDS).logits, model(input_ids=IDS).logits)
     assert not torch.equal(copied(input_ids=IDS).logits, before)
 

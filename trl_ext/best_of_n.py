@@ -50,9 +50,9 @@ class CompletionSampler(ReinforceTrainer):
         if self._samples is None:  # an evaluation of the user's own
             return rewards_per_func
         first = self.accelerator.process_index * len(prompts)
-        scores = (rewards_per_func * self.reward_weights.to(rewards_per_func.device)).nansum(dim=1)
-        scores = scores.masked_fill(rewards_per_func.isnan().all(dim=1), float("nan"))
-        rows = zip(inputs, completions, scores[first:].tolist(), rewards_per_func[first:].tolist(), strict=False)
+        scores = self._scores if self._token_rewards is None else self._scores + self._token_rewards.sum(dim=1)
+        own_rewards = rewards_per_func[first : first + len(prompts)]
+        rows = zip(inputs, completions, scores.tolist(), own_rewards.tolist(), strict=True)
         for example, completion, score, rewards in rows:
             own = {f"reward/{name}": _or_none(r) for name, r in zip(self.reward_func_names, rewards, strict=True)}
             self._samples.append(

@@ -141,6 +141,11 @@ def base_causal_lm(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
     return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
+def trunk_inputs(kwargs: dict) -> dict:
+    """What another trunk takes of the arguments of a scoring forward."""
+    return {k: v for k, v in kwargs.items() if k not in ("labels", "fused_lm_head", "output_router_logits")}
+
+
 def attach_critic(model: PreTrainedModel | PeftModel, critic: Critic) -> None:
     """Make `critic` a child of `model` that sees its scoring forwards (those that return log-probabilities)."""
 
@@ -151,8 +156,7 @@ def attach_critic(model: PreTrainedModel | PeftModel, critic: Critic) -> None:
     def add_values(module, args, kwargs, output):
         if critic._recorded is None:
             return None
-        inputs = {k: v for k, v in kwargs.items() if k not in ("labels", "fused_lm_head", "output_router_logits")}
-        values = critic(critic._hidden_states, critic._num_states, **inputs)
+        values = critic(critic._hidden_states, critic._num_states, **trunk_inputs(kwargs))
         critic._recorded.append(values)
         critic._hidden_states = None
         return ActorCriticOutput(**output, state_values=values)
@@ -216,16 +220,21 @@ def critic_as_adapter(model: PreTrainedModel | PeftModel, path: str | None = Non
         return Critic(hidden_size_of(model), trunk=adapter_like(model, base))
     folder = Path(path) if Path(path).is_dir() else Path(snapshot_download(path, allow_patterns=ADAPTER_FILES))
     if (folder / CRITIC_NAME / ADAPTER_NAME).is_dir():
-        trunk = PeftModel.from_pretrained(base, folder / CRITIC_NAME / ADAPTER_NAME, is_trainable=True)
-        critic = Critic(hidden_size_of(model), trunk=trunk)
-        load_value_head(critic, folder / CRITIC_NAME)
-        return critic
+        return read_adapter_critic(model, base, folder / CRITIC_NAME, is_trainable=True)
     if not (folder / ADAPTER_CONFIG).is_file():
         raise ValueError(
             f"{path} holds neither a critic that is an adapter, beside a policy, nor a reward adapter. Pass another "
             "`critic_model_name_or_path`, or leave it unset to start at V = 0."
         )
     return critic_from_reward_adapter(model, base, str(folder))
+
+
+def read_adapter_critic(policy: PeftModel, base: PreTrainedModel, folder: Path, is_trainable: bool = False) -> Critic:
+    """The critic whose adapter and head lie in `folder`, on the policy's base."""
+    trunk = PeftModel.from_pretrained(base, folder / ADAPTER_NAME, is_trainable=is_trainable)
+    critic = Critic(hidden_size_of(policy), trunk=trunk)
+    load_value_head(critic, folder)
+    return critic
 
 
 @torch.no_grad()
@@ -423,9 +432,7 @@ def load_critic(model: PreTrainedModel | PeftModel, path: str) -> Critic:
                 f"The critic in {path} is an adapter on the base of the policy, which is not at hand: the policy is a "
                 "plain model. Load it as an adapter (`AutoPeftModelForCausalLM`), unmerged."
             )
-        trunk = PeftModel.from_pretrained(frozen_base(model), folder / CRITIC_NAME / ADAPTER_NAME)
-        critic = Critic(hidden_size_of(model), trunk=trunk)
-        load_value_head(critic, folder / CRITIC_NAME)
+        critic = read_adapter_critic(model, frozen_base(model), folder / CRITIC_NAME)
     elif (folder / CRITIC_NAME).is_dir():
         critic = critic_from_model(str(folder), model.dtype)
     else:

@@ -15,7 +15,7 @@ from peft import PeftModel
 from torch.utils.checkpoint import checkpoint
 from transformers import LogitsProcessor, PreTrainedModel
 
-from .critic import base_causal_lm
+from .critic import base_causal_lm, trunk_inputs
 from .masking import masked_log_probs, nucleus
 
 
@@ -39,10 +39,10 @@ def snapshot(model: PreTrainedModel | PeftModel) -> PreTrainedModel | PeftModel:
 
 
 @torch.no_grad()
-def refresh(masking_policy: torch.nn.Module, model: torch.nn.Module) -> None:
-    """Bring a [`snapshot`] up to date."""
-    for name, parameter in trained_weights(model).items():
-        masking_policy.get_parameter(name).copy_(parameter)
+def refresh(masking_policy: torch.nn.Module, weights: dict[str, torch.Tensor]) -> None:
+    """Bring a [`snapshot`] up to date with the [`trained_weights`] of its model."""
+    for name, weight in weights.items():
+        masking_policy.get_parameter(name).copy_(weight)
 
 
 def trained_weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -149,8 +149,7 @@ class MaskedScoring:
         scored = labels != -100
         hidden_states, self._hidden_states = self._hidden_states[:, :-1][scored], None
         tokens = labels[scored]
-        inputs = {k: v for k, v in kwargs.items() if k not in ("labels", "fused_lm_head", "output_router_logits")}
-        masking_states = self.mask.read(**inputs, use_cache=False).last_hidden_state[:, :-1][scored]
+        masking_states = self.mask.read(**trunk_inputs(kwargs), use_cache=False).last_hidden_state[:, :-1][scored]
         chunks = [x.split(CHUNK_SIZE) for x in (hidden_states, masking_states, tokens)]
         scores = [checkpoint(self._score, *chunk, use_reentrant=False) for chunk in zip(*chunks, strict=True)]
         log_probs, entropy, forced = (torch.cat(parts) for parts in zip(*scores, strict=True))

@@ -129,7 +129,7 @@ class NLPOTrainer(PPOTrainer):
         if self._mask is not None and self.model.training:
             if self._num_rollouts > 0 and self._num_rollouts % self.args.mask_update_steps == 0:
                 with self._without_critic():
-                    refresh(self._mask.model, self._policy)
+                    refresh(self._mask.model, trained_weights(self._policy))
             self._num_rollouts += 1
         return super()._generate_and_score_completions(inputs)
 
@@ -192,6 +192,4 @@ class NLPOTrainer(PPOTrainer):
         if os.path.isfile(file):
             state = torch.load(file, weights_only=True, map_location=self.accelerator.device)
             self._num_rollouts = state["num_rollouts"]
-            with torch.no_grad():
-                for name, weight in state["weights"].items():
-                    self._mask.model.get_parameter(name).copy_(weight)
+            refresh(self._mask.model, state["weights"])

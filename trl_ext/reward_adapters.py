@@ -12,8 +12,8 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreT
 from .compat import get_config_model_id
 from .precision import cast_input
 from .shared_base import (
-    QUANTIZATION_FLAGS,
     base_of_adapter,
+    copy_quantization_flags,
     frozen_base,
     is_adapter,
     is_quantized,
@@ -140,9 +140,7 @@ def reward_model_on_base(policy: PeftModel, path: str) -> PeftModel | None:
     with torch.no_grad():
         for weight in model.score.parameters():
             weight.fill_(torch.nan)  # until the adapter's file fills it
-    for flag in QUANTIZATION_FLAGS:
-        if getattr(base, flag, False):
-            setattr(model, flag, True)
+    copy_quantization_flags(base, model)
     return load_adapter(model, path).eval()
 
 

@@ -70,10 +70,15 @@ def frozen_base(model: PeftModel) -> PreTrainedModel:
                 f"The base's weight {name!r} is trained with the adapter, so no other model can share it. Leave it out "
                 "(`bias='none'` in the `LoraConfig`)."
             )
-    for flag in QUANTIZATION_FLAGS:
-        if getattr(base, flag, False):
-            setattr(copied, flag, True)
+    copy_quantization_flags(base, copied)
     return copied
+
+
+def copy_quantization_flags(source: nn.Module, target: nn.Module) -> None:
+    """Tell PEFT that the layers of `target`, which are those of `source`, are quantized, if they are."""
+    for flag in QUANTIZATION_FLAGS:
+        if getattr(source, flag, False):
+            setattr(target, flag, True)
 
 
 def adapter_like(source: PeftModel, base: PreTrainedModel) -> PeftModel:
