@@ -1,0 +1,64 @@
+"""How [`ActorCriticTrainer`] scores completions: TRL's rewards, checked, and those of tokens, spans and prefixes."""
+
+import functools
+import math
+
+import torch
+
+from .checks import checked_reward
+from .dense_rewards import DenseRewards, shaped_rewards
+from .score_head import prefix_scores
+
+
+class RewardsMixin:
+    """
+    Keeps the local scores of what the parent scores, `_scores` `(B,)` of whole completions, nan where no function
+    applies, and `_token_rewards` `(B, T)` if any reward is dense.
+    """
+
+    def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
+        reward_funcs = self.reward_funcs
+        dense = DenseRewards(completions, completion_ids_list, self._tokenizer)
+        names_and_weights = zip(reward_funcs, self.reward_func_names, self.reward_weights.tolist(), strict=True)
+        self.reward_funcs = []
+        for func, name, weight in names_and_weights:
+            if isinstance(func, torch.nn.Module) and self.args.prefix_rewards:
+                func = self._prefix_reward(func)
+            if not isinstance(func, torch.nn.Module):
+                func = checked_reward(func, name, functools.partial(dense.totals, name=name, weight=weight))
+            self.reward_funcs.append(func)
+        try:
+            rewards_per_func = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+        finally:
+            self.reward_funcs = reward_funcs
+        for func, name, rewards in zip(reward_funcs, self.reward_func_names, rewards_per_func.T, strict=True):
+            if isinstance(func, torch.nn.Module) and not rewards.isfinite().all():
+                raise ValueError(f"The reward model '{name}' in `reward_funcs` returned nan or an infinite reward.")
+        unscorable = rewards_per_func.isnan().all(dim=1)
+        if unscorable.all() and self.model.training:
+            raise ValueError(
+                "Every reward function returned None for every completion of the batch, so there is nothing to learn "
+                f"from. Make one of {self.reward_func_names} apply, or filter such rows out of the dataset."
+            )
+        scores = (rewards_per_func * self.reward_weights.to(rewards_per_func.device)).nansum(dim=1)
+        first = self.accelerator.process_index * len(prompts)
+        self._scores = scores.masked_fill(unscorable, math.nan)[first : first + len(prompts)]
+        self._token_rewards = None if dense.is_empty else dense.tensor(scores.device)
+        if self._token_rewards is not None:
+            if not self.args.uses_raw_rewards:
+                raise ValueError(
+                    "Rewards of tokens and spans are no scores to compare within a group. Set `scale_rewards='none'` and "
+                    "`multi_objective_aggregation='sum_then_normalize'`."
+                )
+            # The whole completion's reward is what the dense ones leave of the total that the parent logs
+            self._scores = self._scores - self._token_rewards.sum(dim=1)
+        return rewards_per_func
+
+    def _prefix_reward(self, reward_model):
+        """A reward function that pays the rise of the model's score with each token."""
+
+        def reward(prompts, completions, completion_ids, **kwargs):
+            scores = prefix_scores(reward_model, self._tokenize_prompts(prompts)[0], completion_ids)
+            return [shaped_rewards(row, self.args.gamma).tolist() for row in scores]
+
+        return reward
