@@ -1,7 +1,7 @@
 r"""
-REINFORCE, A2C, PPO or NLPO on your prompts and rewards. Every option of the algorithm's config and of `ModelConfig` is an
-argument here, and `--config FILE.yaml` sets many at once (the command line wins over the file). See the options of one
-algorithm with `--algorithm a2c --help`.
+REINFORCE, Q actor-critic, A2C, PPO or NLPO on your prompts and rewards. Every option of the algorithm's config and of
+`ModelConfig` is an argument here, and `--config FILE.yaml` sets many at once (the command line wins over the file). See
+the options of one algorithm with `--algorithm a2c --help`.
 
 PPO with a reward model, from a file, on one GPU:
 
@@ -58,6 +58,8 @@ from trl_ext import (
     NLPOTrainer,
     PPOConfig,
     PPOTrainer,
+    QActorCriticConfig,
+    QActorCriticTrainer,
     ReinforceConfig,
     ReinforceTrainer,
 )
@@ -65,6 +67,7 @@ from trl_ext import (
 
 ALGORITHMS = {
     "reinforce": (ReinforceConfig, ReinforceTrainer),
+    "q_actor_critic": (QActorCriticConfig, QActorCriticTrainer),
     "a2c": (A2CConfig, A2CTrainer),
     "ppo": (PPOConfig, PPOTrainer),
     "nlpo": (NLPOConfig, NLPOTrainer),
@@ -157,7 +160,7 @@ def load_prompts(script_args: RewardArguments, split: str) -> Dataset | Iterable
 def parse(args: list[str]) -> tuple:
     """The trainer's class, and the arguments of this script, of the training and of the model."""
     config_class, trainer_class = ALGORITHMS[choose_algorithm(args)]
-    usage = "%(prog)s [--config FILE.yaml] [--algorithm reinforce|a2c|ppo|nlpo] [OPTIONS]"
+    usage = "%(prog)s [--config FILE.yaml] [--algorithm reinforce|q_actor_critic|a2c|ppo|nlpo] [OPTIONS]"
     arguments = (ActorCriticArguments, config_class, ModelConfig)
     return trainer_class, *parse_arguments(__doc__, arguments, args, usage)
 

@@ -11,7 +11,16 @@ from conftest import build_policy, count_good, recorded, scripted_rollout, setti
 from peft import LoraConfig
 from two_process_script import CASES
 
-from trl_ext import A2CConfig, A2CTrainer, PPOConfig, PPOTrainer, ReinforceConfig, ReinforceTrainer
+from trl_ext import (
+    A2CConfig,
+    A2CTrainer,
+    PPOConfig,
+    PPOTrainer,
+    QActorCriticConfig,
+    QActorCriticTrainer,
+    ReinforceConfig,
+    ReinforceTrainer,
+)
 
 
 @pytest.fixture(scope="module")
@@ -82,6 +91,8 @@ ALGORITHMS = [
     (A2CTrainer, A2CConfig, {}),  # values from the training forward
     (ReinforceTrainer, ReinforceConfig, {}),
     (A2CTrainer, A2CConfig, {"loss_type": "grpo", "critic": "separate"}),
+    (QActorCriticTrainer, QActorCriticConfig, {"q_rank": 4}),
+    (QActorCriticTrainer, QActorCriticConfig, {"q_rank": 4, "policy_gradient": "all_actions", "num_iterations": 2}),
     (PPOTrainer, PPOConfig, {"num_iterations": 2, "critic": "adapter", "gradient_checkpointing": True}),
 ]
 

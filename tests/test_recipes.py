@@ -168,7 +168,10 @@ def test_ppo_from_a_file(folder, policy_path, reward_model_path):
     assert "rewards/count_letters/mean" in state["log_history"][0]
 
 
-@pytest.mark.parametrize("algorithm, flags", [("ppo", []), ("nlpo", ["--use_peft", "--mask_update_steps", 1])])
+@pytest.mark.parametrize(
+    "algorithm, flags",
+    [("ppo", []), ("nlpo", ["--use_peft", "--mask_update_steps", 1]), ("q_actor_critic", ["--q_rank", 4])],
+)
 def test_two_processes(folder, policy_path, algorithm, flags):
     # With `--cpu` accelerate would start one process; so it is told of GPUs, and the script to do without
     launch(
@@ -379,7 +382,9 @@ def test_no_reward(tmp_path, recipe, monkeypatch):
 
 
 def test_unknown_algorithm(tmp_path, recipe, monkeypatch):
-    with pytest.raises(ValueError, match="--algorithm dqn is unknown. Choose one of reinforce, a2c, ppo, nlpo."):
+    with pytest.raises(
+        ValueError, match="--algorithm dqn is unknown. Choose one of reinforce, q_actor_critic, a2c, ppo, nlpo."
+    ):
         run_main(recipe, monkeypatch, "--output_dir", tmp_path, "--algorithm", "dqn")
     (tmp_path / "run.yaml").write_text("algorithm: sac")
     with pytest.raises(ValueError, match="--algorithm sac is unknown"):

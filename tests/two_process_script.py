@@ -8,7 +8,16 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig
 
-from trl_ext import A2CConfig, A2CTrainer, PPOConfig, PPOTrainer, ReinforceConfig, ReinforceTrainer
+from trl_ext import (
+    A2CConfig,
+    A2CTrainer,
+    PPOConfig,
+    PPOTrainer,
+    QActorCriticConfig,
+    QActorCriticTrainer,
+    ReinforceConfig,
+    ReinforceTrainer,
+)
 
 
 CASES = {
@@ -22,6 +31,11 @@ CASES = {
         {"num_iterations": 2, "critic": "adapter", "gradient_checkpointing": True},
     ),
     "a2c-whitened": (A2CTrainer, A2CConfig, {"whiten_advantages": True, "truncation": "bootstrap"}),
+    "q-all-actions-lora": (
+        QActorCriticTrainer,
+        QActorCriticConfig,
+        {"q_rank": 4, "policy_gradient": "all_actions", "gradient_checkpointing": True},
+    ),
     "reinforce": (ReinforceTrainer, ReinforceConfig, {}),
 }
 

@@ -4,10 +4,11 @@ from .a2c import A2CConfig, A2CTrainer
 from .actor_critic_config import ActorCriticConfig
 from .actor_critic_trainer import ActorCriticTrainer
 from .best_of_n import CompletionSampler, keep_best
-from .critic import Critic, load_critic, token_values
+from .critic import Critic, load_critic, token_action_values, token_values
 from .merging import merge_adapter
 from .nlpo import NLPOConfig, NLPOTrainer
 from .ppo import PPOConfig, PPOTrainer
+from .q_actor_critic import QActorCriticConfig, QActorCriticTrainer
 from .ranking import RANKING_MODELS, judgements_nll, predict_pair, ranking_nll
 from .ranking_data import format_ranking, parse_ranking
 from .ranking_dpo import RankingDPOConfig, RankingDPOTrainer
@@ -31,6 +32,8 @@ __all__ = [
     "NLPOTrainer",
     "PPOConfig",
     "PPOTrainer",
+    "QActorCriticConfig",
+    "QActorCriticTrainer",
     "RankingDPOConfig",
     "RankingDPOTrainer",
     "RankingRewardConfig",
@@ -47,5 +50,6 @@ __all__ = [
     "predict_pair",
     "ranking_nll",
     "tie_parameters",
+    "token_action_values",
     "token_values",
 ]

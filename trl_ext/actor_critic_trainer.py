@@ -57,8 +57,8 @@ from .critic import (
     critic_from_model,
     critic_from_policy,
     detach_critic,
-    load_value_head,
     local_folder,
+    read_value_head,
     shared_critic,
 )
 from .kl_controller import KLController
@@ -69,6 +69,7 @@ from .reporting import ReportingMixin
 from .reward_adapters import RewardAdapterMixin, split_reward_adapters
 from .rewards import RewardsMixin
 from .shared_base import is_quantized
+from .value_heads import ValueHead
 
 
 class ActorCriticTrainer(
@@ -160,6 +161,7 @@ class ActorCriticTrainer(
             check_prefix_rewards(self.reward_funcs, self.reward_processing_classes, self._tokenizer)
         self.critic = self._make_critic(critic_model)
         if self.critic is not None:
+            self._set_head(self.critic)
             attach_critic(self._policy, self.critic)
             if self.critic.trunk is not None and args.gradient_checkpointing:
                 # The parent asks only the policy itself, in which PEFT hides children of its wrapper
@@ -190,7 +192,7 @@ class ActorCriticTrainer(
         if self.args.critic == "shared":
             critic = shared_critic(self._policy, detach=self.args.critic_detach)
             if path is not None:
-                load_value_head(critic, local_folder(path))
+                read_value_head(critic, local_folder(path))
             return critic
         if self.args.critic == "adapter":
             if path == "reward_model":
@@ -227,6 +229,14 @@ class ActorCriticTrainer(
         if self.args.disable_dropout:
             disable_dropout_in_model(critic)
         return critic.requires_grad_(True)
+
+    def _set_head(self, critic: Critic) -> None:
+        """Give the critic the head that this algorithm needs."""
+        if not isinstance(critic.value_head, ValueHead):
+            raise ValueError(
+                f"`critic_model_name_or_path={self.args.critic_model_name_or_path!r}` holds a critic of Q(s, a), and "
+                f"{type(self).__name__} needs one of V(s). Use `QActorCriticTrainer`, or leave it unset."
+            )
 
     @property
     def _in_critic_warmup(self) -> bool:
@@ -369,13 +379,17 @@ class ActorCriticTrainer(
 
     @torch.no_grad()
     def _add_advantages(self, batch, logps: torch.Tensor | None, values: torch.Tensor | None) -> None:
-        """Fill in `advantages`, `returns` and `values`; `values` `(B, T+1)` ends with that of the final state."""
+        """
+        Fill in `advantages`, `returns` and `values`, from what the critic said: `values` `(B, T+1, ...)` ends with that
+        of the final state.
+        """
         mode = "train" if self.model.training else "eval"
         mask = self._own_tokens(batch)
         scores, cut = batch["scores"].nan_to_num(), ~batch["terminated"]
         bootstrap = None
         if self.args.truncation == "bootstrap":
-            final = values.gather(1, batch["completion_mask"].sum(dim=1, keepdim=True)).squeeze(1)
+            lengths = batch["completion_mask"].sum(dim=1, keepdim=True)
+            final = self._state_values(values).gather(1, lengths).squeeze(1)
             bootstrap = torch.where(cut, final, 0)
             scores = torch.where(cut, 0, scores)
         elif self.args.truncation == "penalty":
@@ -391,11 +405,22 @@ class ActorCriticTrainer(
         # Detached: a view, kept in the rollout, would keep the forward's graph
         values = None if values is None else values[:, :-1].detach()
         advantages, returns = self.compute_advantages(rewards, values, mask, bootstrap)
+        values = None if values is None else self._fitted(values)
         self._log_advantages(batch, advantages, returns, values, mask, mode)
         if self.args.whiten_advantages:
             _, mean, var = self._global_moments(advantages, mask)
             advantages = token_mdp.masked_whiten(advantages, mask, mean, var)
         batch["advantages"], batch["returns"], batch["values"] = advantages, returns, values
+
+    @staticmethod
+    def _state_values(values: torch.Tensor) -> torch.Tensor:
+        """V(s_t), `(B, T+1)`, from what the critic said."""
+        return values
+
+    @staticmethod
+    def _fitted(values: torch.Tensor) -> torch.Tensor:
+        """What is fitted to the returns, `(B, T)`, from what the critic said."""
+        return values
 
     def _global_moments(self, x: torch.Tensor, mask: torch.Tensor):
         """Count, mean and variance over the own tokens of all processes."""
@@ -432,7 +457,7 @@ class ActorCriticTrainer(
         if in_warmup:
             loss = 0 * loss
         if self.critic is not None:
-            values = values[:, :-1]
+            values = self._fitted(values[:, :-1])
             per_token_loss = value_loss(values, inputs["returns"], inputs["values"], self.args.cliprange_value)
             per_token_loss = torch.where(mask, per_token_loss, 0)
             loss = loss + self.args.vf_coef * per_token_loss.sum() / self._tokens_per_window(inputs)

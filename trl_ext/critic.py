@@ -1,5 +1,5 @@
 """
-The critic V(s): a value head on a trunk, which is the policy's own (shared), an adapter of its own on the policy's
+The critic: a head ([`value_heads`]: V(s), or Q(s, a)) on a trunk, which is the policy's own (shared), an adapter of its own on the policy's
 frozen base (adapter), or another model's (separate).
 
 The critic is a child module of the policy, so that one optimizer, one `zero_grad`, one gradient clipping and one DDP,
@@ -27,6 +27,7 @@ from huggingface_hub import snapshot_download
 from peft import PeftModel, get_peft_model_state_dict, load_peft_weights, set_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification, PreTrainedModel
@@ -34,8 +35,10 @@ from transformers.modeling_layers import GenericForSequenceClassification
 
 from .child_modules import keep_out_of_saves
 from .compat import FusedCausalLMOutput
+from .lm_head import base_causal_lm
 from .reward_adapters import reward_model_on_base
 from .shared_base import adapter_like, frozen_base
+from .value_heads import ActionValueHead, Decisions, Estimate, ValueHead
 
 
 CRITIC_NAME = "critic"  # attribute of the policy, prefix of the critic's parameters, and folder of a separate critic
@@ -45,28 +48,9 @@ ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_FILES = [f"{CRITIC_NAME}/*", VALUE_HEAD_FILE, ADAPTER_CONFIG, "adapter_model.safetensors"]
 
 
-class ValueHead(nn.Module):
-    """
-    V(s) = w . h(s) + b, computed in float32 outside autocast whatever the trunk's dtype.
-
-    Starts at V = 0: a random head would be noise in the first advantages (Huang et al. 2022, The 37 implementation
-    details of PPO). Drawing no random numbers also leaves the rollouts those of a run without a critic.
-    """
-
-    def __init__(self, hidden_size: int):
-        super().__init__()
-        self.weight = nn.Parameter(torch.zeros(1, hidden_size))
-        self.bias = nn.Parameter(torch.zeros(1))
-
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """`(B, L, H)` -> `(B, L)`."""
-        with torch.autocast(hidden_states.device.type, enabled=False):
-            return nn.functional.linear(hidden_states.float(), self.weight.float(), self.bias.float()).squeeze(-1)
-
-
 class Critic(nn.Module):
     """
-    Values of a sequence's prefixes.
+    Values of a sequence's prefixes, by a `value_head` that starts as a [`ValueHead`].
 
     Args:
         hidden_size (`int`): Width of the trunk's last hidden state.
@@ -84,23 +68,38 @@ class Critic(nn.Module):
         self._num_states = 0
         self._hooks = []
 
-    def forward(self, hidden_states: torch.Tensor | None, num_states: int, **inputs) -> torch.Tensor:
+    def forward(
+        self, policy: PreTrainedModel | PeftModel, hidden_states: torch.Tensor | None, num_states: int, **inputs
+    ) -> torch.Tensor:
         """
-        V of the last `num_states` prefixes: entry i from the end belongs to the sequence less its last i tokens.
+        Values of the last `num_states` prefixes: entry i from the end belongs to the sequence less its last i tokens.
 
         Args:
-            hidden_states (`torch.Tensor` of shape `(B, L, H)`): The policy trunk's; not read by a separate critic.
+            policy (`PreTrainedModel` or `PeftModel`): The policy.
+            hidden_states (`torch.Tensor` of shape `(B, L, H)`): Its trunk's; may be `None` if not `reads_policy`.
             num_states (`int`): How many.
             inputs: What the policy's forward was given, `input_ids` and `attention_mask` at least.
 
         Returns:
-            `torch.Tensor` of shape `(B, num_states)`, float32.
+            `torch.Tensor` of shape `(B, num_states)`, or `(B, num_states, 4)` of an action-value head, float32.
         """
+        decisions = None
+        if hidden_states is not None:
+            hidden_states = hidden_states[:, -num_states:]
+            # The last state has no action
+            actions = nn.functional.pad(inputs["input_ids"][:, 1:], (0, 1))[:, -num_states:]
+            mask = inputs["attention_mask"][:, -num_states:].bool()
+            decisions = Decisions(base_causal_lm(policy), hidden_states, actions, mask)
         if self.trunk is not None:
-            hidden_states = self.trunk(**inputs, use_cache=False).last_hidden_state
+            hidden_states = self.trunk(**inputs, use_cache=False).last_hidden_state[:, -num_states:]
         elif self.detach:
             hidden_states = hidden_states.detach()
-        return self.value_head(hidden_states[:, -num_states:])
+        return self.value_head(hidden_states, decisions)
+
+    @property
+    def reads_policy(self) -> bool:
+        """Whether it needs the hidden states of the policy's trunk."""
+        return self.trunk is None or isinstance(self.value_head, ActionValueHead)
 
     @property
     def is_adapter(self) -> bool:
@@ -118,7 +117,7 @@ class Critic(nn.Module):
 
     @contextmanager
     def recording(self, num_states: int) -> Iterator[list[torch.Tensor]]:
-        """Collect the values `(B, num_states)` of every scoring forward of the policy within the context."""
+        """Collect the values `(B, num_states, ...)` of every scoring forward of the policy within the context."""
         self._recorded, self._num_states = [], num_states
         try:
             yield self._recorded
@@ -129,16 +128,11 @@ class Critic(nn.Module):
 @dataclass
 class ActorCriticOutput(FusedCausalLMOutput):
     """
-    Output of a policy's scoring forward with the critic's `state_values` `(B, num_states)`. (Not `values`: outputs are
+    Output of a policy's scoring forward with the critic's `state_values` `(B, num_states, ...)`. (Not `values`: outputs are
     dictionaries, and DDP walks theirs by `values()`.)
     """
 
     state_values: torch.Tensor | None = None
-
-
-def base_causal_lm(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
-    """The causal language model itself, out of its PEFT wrapper if it has one."""
-    return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
 def trunk_inputs(kwargs: dict) -> dict:
@@ -156,7 +150,7 @@ def attach_critic(model: PreTrainedModel | PeftModel, critic: Critic) -> None:
     def add_values(module, args, kwargs, output):
         if critic._recorded is None:
             return None
-        values = critic(critic._hidden_states, critic._num_states, **trunk_inputs(kwargs))
+        values = critic(module, critic._hidden_states, critic._num_states, **trunk_inputs(kwargs))
         critic._recorded.append(values)
         critic._hidden_states = None
         return ActorCriticOutput(**output, state_values=values)
@@ -233,7 +227,7 @@ def read_adapter_critic(policy: PeftModel, base: PreTrainedModel, folder: Path, 
     """The critic whose adapter and head lie in `folder`, on the policy's base."""
     trunk = PeftModel.from_pretrained(base, folder / ADAPTER_NAME, is_trainable=is_trainable)
     critic = Critic(hidden_size_of(policy), trunk=trunk)
-    load_value_head(critic, folder)
+    read_value_head(critic, folder)
     return critic
 
 
@@ -323,7 +317,7 @@ def critic_from_model(source: str | PreTrainedModel, dtype: torch.dtype, trust_r
         with torch.no_grad():
             critic.value_head.weight.copy_(model.score.weight)
     elif isinstance(source, str) and (Path(source) / VALUE_HEAD_FILE).is_file():
-        load_value_head(critic, source)
+        read_value_head(critic, source)
     return critic
 
 
@@ -372,15 +366,27 @@ def save_critic(critic: Critic, directory: str, state_dict: dict[str, torch.Tens
             trunk = {name.removeprefix("trunk."): w for name, w in state_dict.items() if name.startswith("trunk.")}
             critic.trunk.save_pretrained(folder, state_dict=trunk)
     folder.mkdir(parents=True, exist_ok=True)
-    head = {name: state_dict[f"value_head.{name}"].float().contiguous() for name in ("weight", "bias")}
+    head = {
+        name.removeprefix("value_head."): weight.float().contiguous()
+        for name, weight in state_dict.items()
+        if name.startswith("value_head.")
+    }
     save_file(head, folder / VALUE_HEAD_FILE, metadata={"format": "pt"})
+
+
+def read_value_head(critic: Critic, folder: str | Path) -> None:
+    """Give the critic the head that is saved in `folder`, of either kind."""
+    path = value_head_file(folder)
+    with safe_open(path, framework="pt") as file:
+        shape = file.get_slice("embedding").get_shape() if "embedding" in file.keys() else None
+    if shape is not None:
+        critic.value_head = ActionValueHead(critic.value_head, *shape)
+    load_value_head(critic, folder)
 
 
 def load_value_head(critic: Critic, folder: str | Path) -> None:
     """Fill the critic's head from the file in `folder`, or say why it does not fit."""
-    path = Path(folder) / VALUE_HEAD_FILE
-    if not path.is_file():
-        raise FileNotFoundError(f"No {VALUE_HEAD_FILE} in {folder}: no critic was saved there.")
+    path = value_head_file(folder)
     state = load_file(path)
     saved = {name: tuple(weight.shape) for name, weight in state.items()}
     expected = {name: tuple(weight.shape) for name, weight in critic.value_head.state_dict().items()}
@@ -390,6 +396,13 @@ def load_value_head(critic: Critic, folder: str | Path) -> None:
             "the critic was saved with, or start a new critic by removing the file."
         )
     critic.value_head.load_state_dict(state)
+
+
+def value_head_file(folder: str | Path) -> Path:
+    path = Path(folder) / VALUE_HEAD_FILE
+    if not path.is_file():
+        raise FileNotFoundError(f"No {VALUE_HEAD_FILE} in {folder}: no critic was saved there.")
+    return path
 
 
 def restore_critic(critic: Critic, directory: str) -> None:
@@ -419,7 +432,8 @@ def load_critic(model: PreTrainedModel | PeftModel, path: str) -> Critic:
         path (`str`): Its folder or Hub id.
 
     Returns:
-        [`Critic`]: In eval mode, on the model's device and of its dtype; give it to [`token_values`].
+        [`Critic`]: In eval mode, on the model's device and of its dtype; give it to [`token_values`] or, if it was
+        trained by [`QActorCriticTrainer`], to [`token_action_values`].
 
     Raises:
         FileNotFoundError: when no critic lies there.
@@ -437,11 +451,10 @@ def load_critic(model: PreTrainedModel | PeftModel, path: str) -> Critic:
         critic = critic_from_model(str(folder), model.dtype)
     else:
         critic = shared_critic(model)
-        load_value_head(critic, folder)
+        read_value_head(critic, folder)
     return critic.to_device(model.device).eval()
 
 
-@torch.no_grad()
 def token_values(
     model: PreTrainedModel | PeftModel, critic: Critic, input_ids: torch.Tensor, attention_mask: torch.Tensor
 ) -> torch.Tensor:
@@ -449,18 +462,50 @@ def token_values(
     V of every prefix: entry t is the value of the state in which tokens 0..t have been seen.
 
     Args:
-        model (`PreTrainedModel` or `PeftModel`): The policy; run only if its trunk is the critic's.
-        critic ([`Critic`]): From [`load_critic`], or a trainer's `critic`.
+        model (`PreTrainedModel` or `PeftModel`): The policy; run only if the critic needs it.
+        critic ([`Critic`]): From [`load_critic`], or a trainer's `critic`. One of Q gives sum_a pi(a|s) Q(s, a).
         input_ids (`torch.Tensor` of shape `(B, L)`): Prompts and completions.
         attention_mask (`torch.Tensor` of shape `(B, L)`): 1 at real tokens.
 
     Returns:
         `torch.Tensor` of shape `(B, L)`, float32.
     """
+    values = all_estimates(model, critic, input_ids, attention_mask)
+    return values if values.dim() == 2 else values[..., Estimate.V]
+
+
+def token_action_values(
+    model: PreTrainedModel | PeftModel, critic: Critic, input_ids: torch.Tensor, attention_mask: torch.Tensor
+) -> torch.Tensor:
+    """
+    Q of every token: entry t is the value of token t after tokens 0..t-1. Less [`token_values`] at t-1 it is the
+    token's advantage.
+
+    Args:
+        model, input_ids, attention_mask: As [`token_values`] takes them.
+        critic ([`Critic`]): Of Q: from [`load_critic`] for a policy of [`QActorCriticTrainer`], or its `critic`.
+
+    Returns:
+        `torch.Tensor` of shape `(B, L)`, float32; nan at the first token, which has no state before it.
+
+    Raises:
+        ValueError: when the critic is one of V.
+    """
+    if not isinstance(critic.value_head, ActionValueHead):
+        raise ValueError(
+            "This critic values states, not actions: use `token_values`, or train a `QActorCriticTrainer`."
+        )
+    q = all_estimates(model, critic, input_ids, attention_mask)[:, :-1, Estimate.Q]
+    return nn.functional.pad(q, (1, 0), value=torch.nan)
+
+
+@torch.no_grad()
+def all_estimates(model, critic, input_ids, attention_mask) -> torch.Tensor:
+    """What the critic says of every prefix, `(B, L)` or `(B, L, 4)`."""
     inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
     hidden_states = None
-    if critic.trunk is None:
+    if critic.reads_policy:
         if isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning:
             raise ValueError("`token_values` does not see the virtual tokens of a prompt-tuned policy.")
         hidden_states = base_causal_lm(model).base_model(**inputs, use_cache=False).last_hidden_state
-    return critic(hidden_states, input_ids.size(1), **inputs)
+    return critic(model, hidden_states, input_ids.size(1), **inputs)

@@ -15,12 +15,9 @@ from peft import PeftModel
 from torch.utils.checkpoint import checkpoint
 from transformers import LogitsProcessor, PreTrainedModel
 
-from .critic import base_causal_lm, trunk_inputs
+from .critic import trunk_inputs
+from .lm_head import CHUNK_SIZE, base_causal_lm, logits_of
 from .masking import masked_log_probs, nucleus
-
-
-# Tokens whose logits over the vocabulary are held at once
-CHUNK_SIZE = 256
 
 
 def snapshot(model: PreTrainedModel | PeftModel) -> PreTrainedModel | PeftModel:
@@ -167,16 +164,3 @@ class MaskedScoring:
         allowed.scatter_(1, tokens.unsqueeze(1), True)
         logits = logits_of(self.model, hidden_states) / self.temperature
         return *masked_log_probs(logits, allowed, tokens), forced
-
-
-def logits_of(model: PreTrainedModel, hidden_states: torch.Tensor) -> torch.Tensor:
-    """`(N, V)`, float32, of the trunk's last hidden states `(N, H)`."""
-    logits = model.get_output_embeddings()(hidden_states).float()
-    config = model.config.get_text_config()
-    # Names that only some families' configs have: Cohere's and Gemma's ways to shape logits
-    scale, softcap = getattr(config, "logit_scale", None), getattr(config, "final_logit_softcapping", None)
-    if scale is not None:
-        logits = logits * scale
-    if softcap is not None:
-        logits = softcap * (logits / softcap).tanh()
-    return logits

@@ -11,7 +11,7 @@ from peft.utils import AuxiliaryTrainingWrapper
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModel, GenerationConfig
 
-from .critic import ADAPTER_CONFIG, ADAPTER_NAME, CRITIC_NAME, VALUE_HEAD_FILE, Critic, load_value_head, save_critic
+from .critic import ADAPTER_CONFIG, ADAPTER_NAME, CRITIC_NAME, VALUE_HEAD_FILE, Critic, read_value_head, save_critic
 from .reward_adapters import check_reward_adapter, head_names, tokenizer_of_adapter
 from .shared_base import base_of_adapter
 from .tie_parameters import TIE_PARAMETERS_FILE, read_config, write_to_config
@@ -94,7 +94,7 @@ def merge_critic(folder: Path, base_name: str, output: Path, dtype: torch.dtype)
     base = AutoModel.from_pretrained(base_name, dtype=torch.float32)
     trunk, loss = merge(PeftModel.from_pretrained(base, source / ADAPTER_NAME), dtype)
     critic = Critic(trunk.config.get_text_config().hidden_size, trunk=trunk)
-    load_value_head(critic, source)
+    read_value_head(critic, source)
     save_critic(critic, output)
     return {"critic_precision_loss": loss}
 
