@@ -5,20 +5,15 @@ from unittest.mock import MagicMock
 
 import pytest
 import torch
-from conftest import build_policy, count_good, recorded, scripted_rollout, settings, tiny_config
-from datasets import Dataset
+from conftest import build_policy, count_good, recorded, scripted_rollout, settings
 from peft import LoraConfig, get_peft_model
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     BitsAndBytesConfig,
-    LlamaForCausalLM,
-    PreTrainedTokenizerFast,
     TrainerCallback,
 )
 from trl import GRPOConfig, GRPOTrainer
-from trl.chat_template_utils import qwen3_chat_template
 
 from trl_ext import (
     A2CConfig,
@@ -318,113 +313,6 @@ def test_continuous_batching_is_not_given_the_critic(policy_path, prompts, tmp_p
     trainer.train()
     assert seen and not any("critic" in name for name in seen)
     assert {p.dtype for p in trainer.critic.parameters()} == {torch.float32}
-
-
-# --- Tools and environments ---
-
-
-@pytest.fixture
-def tool_model():
-    """A policy over bytes with Qwen3's chat template, which TRL can parse tool calls of."""
-    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<tool_call>", "</tool_call>", "<think>", "</think>"]
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    backend = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
-    backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=backend, pad_token=special[0], eos_token=special[2], padding_side="left"
-    )
-    tokenizer.add_special_tokens({"additional_special_tokens": special[1:2]})
-    tokenizer.add_tokens(special[3:])
-    tokenizer.chat_template = qwen3_chat_template
-    return LlamaForCausalLM(tiny_config(tokenizer, max_position_embeddings=4096)), tokenizer
-
-
-def script_generation(model, tokenizer, turns):
-    """Make `model.generate` answer each call with the next of `turns` (the last one again when they run out)."""
-    calls = iter([*turns, *turns[-1:] * 100])
-
-    def generate(input_ids, **kwargs):
-        answer = torch.tensor(tokenizer(next(calls))["input_ids"]).expand(len(input_ids), -1)
-        return torch.cat([input_ids, answer], dim=1)
-
-    model.generate = generate
-
-
-CALL = '<tool_call>\n{"name": "multiply", "arguments": {"a": 3, "b": 4}}\n</tool_call><|im_end|>'
-
-
-@pytest.mark.parametrize("trainer_class, config_class", [(PPOTrainer, PPOConfig), (ReinforceTrainer, ReinforceConfig)])
-def test_tools(tool_model, tmp_path, trainer_class, config_class):
-    calls = []
-
-    def multiply(a: int, b: int) -> int:
-        """
-        Multiplies two integers.
-
-        Args:
-            a: The first integer.
-            b: The second integer.
-
-        Returns:
-            Their product.
-        """
-        calls.append((a, b))
-        return a * b
-
-    model, tokenizer = tool_model
-    script_generation(model, tokenizer, [CALL, "It is 12.<|im_end|>"])
-    dataset = Dataset.from_dict({"prompt": [[{"role": "user", "content": "What is 3 times 4?"}]] * 4})
-    args = config_class(**settings(tmp_path, max_completion_length=300, max_steps=1))
-    trainer = recorded(trainer_class)(
-        model,
-        lambda completions, **kw: [1.0, 2.0, 3.0, 4.0],
-        args,
-        dataset,
-        processing_class=tokenizer,
-        tools=[multiply],
-    )
-    trainer.train()
-    assert calls == [(3, 4)] * 4
-    batch = trainer.updates[0]
-    tool = batch["completion_mask"].bool() & ~batch["tool_mask"].bool()
-    assert "12" in tokenizer.decode(batch["completion_ids"][0][tool[0]])
-    assert (batch["advantages"][tool] == 0).all() and (batch["returns"][tool] == 0).all()
-    own = batch["completion_mask"].bool() & ~tool
-    assert batch["terminated"].all() and (batch["returns"][own] > 0).all()
-
-
-def test_environments(tool_model, tmp_path):
-    class Counter:
-        def reset(self, **kwargs):
-            self.total = 0
-            return " Count to seven."
-
-        def multiply(self, a: int, b: int) -> int:
-            """
-            Multiplies two integers and remembers the product.
-
-            Args:
-                a: The first integer.
-                b: The second integer.
-
-            Returns:
-                Their product.
-            """
-            self.total += a * b
-            return self.total
-
-        def get_reward(self) -> float:
-            return float(self.total)
-
-    model, tokenizer = tool_model
-    script_generation(model, tokenizer, [CALL, "Done.<|im_end|>"])
-    dataset = Dataset.from_dict({"prompt": [[{"role": "user", "content": "Go."}]] * 4})
-    args = PPOConfig(**settings(tmp_path, max_completion_length=300, max_steps=1, lam=1.0))
-    trainer = recorded(PPOTrainer)(model, None, args, dataset, processing_class=tokenizer, environment_factory=Counter)
-    trainer.train()
-    batch = trainer.updates[0]
-    own = batch["completion_mask"].bool() & batch["tool_mask"].bool()
-    assert (batch["returns"][own] == 12).all()
 
 
 # --- What the critic costs ---

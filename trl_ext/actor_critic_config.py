@@ -47,6 +47,9 @@ class ActorCriticConfig(GRPOConfig):
         prefix_rewards (`bool`, *optional*, defaults to `False`):
             Reward models score every prefix of a completion, and each token earns what it adds. In sum that is the
             score of the whole less that of the prompt, so the best policy is the same, but credit is dense.
+        turn_rewards (`bool`, *optional*, defaults to `False`):
+            An environment's `get_reward` is asked after every turn, not at the end alone, and each turn earns what it
+            added. In sum that is what it says at the end.
 
         > The critic
 
@@ -134,6 +137,13 @@ class ActorCriticConfig(GRPOConfig):
         metadata={
             "help": "Reward models score every prefix of a completion, and each token earns what it adds: the same "
             "best policy, with dense credit."
+        },
+    )
+    turn_rewards: bool = field(
+        default=False,
+        metadata={
+            "help": "An environment's `get_reward` is asked after every turn, not at the end alone, and each turn earns "
+            "what it added."
         },
     )
 

@@ -23,21 +23,19 @@ from contextlib import contextmanager, nullcontext
 
 import torch
 from datasets import Dataset
-from peft import PeftModel
 from transformers import PreTrainedModel
 from transformers.integrations import is_deepspeed_zero3_enabled
 from trl import GRPOTrainer, SyncRefModelCallback
 
 from . import token_mdp
 from .actor_critic_config import ActorCriticConfig
-from .adapters import AdapterMixin, can_merge, merged
+from .adapters import AdapterMixin
 from .checkpointing import CheckpointingMixin, StartOfTraining
 from .checks import (
-    check_completion_ids,
     check_dataset_size,
     check_prefix_rewards,
-    check_prompt_ids,
     check_prompts,
+    check_turn_rewards,
     checked_args,
     checked_rollout,
 )
@@ -61,10 +59,10 @@ from .critic import (
     read_value_head,
     shared_critic,
 )
+from .generation import PolicyGenerationMixin
 from .kl_controller import KLController
 from .losses import value_loss
 from .model_card import CardMixin
-from .precision import trainables_kept
 from .reporting import ReportingMixin
 from .reward_adapters import RewardAdapterMixin, split_reward_adapters
 from .rewards import RewardsMixin
@@ -73,7 +71,14 @@ from .value_heads import ValueHead
 
 
 class ActorCriticTrainer(
-    CheckpointingMixin, ReportingMixin, CardMixin, RewardsMixin, RewardAdapterMixin, AdapterMixin, GRPOTrainer
+    CheckpointingMixin,
+    ReportingMixin,
+    CardMixin,
+    PolicyGenerationMixin,
+    RewardsMixin,
+    RewardAdapterMixin,
+    AdapterMixin,
+    GRPOTrainer,
 ):
     """
     [`~trl.GRPOTrainer`] with a critic. What changes with respect to the parent:
@@ -118,6 +123,9 @@ class ActorCriticTrainer(
                 "`critic_model_name_or_path` as well."
             )
         reward_funcs, reward_adapters = split_reward_adapters(reward_funcs)
+        self._num_given_rewards = (
+            len(reward_funcs) if isinstance(reward_funcs, list) else int(reward_funcs is not None)
+        )
         quantization_config = kwargs.get("quantization_config") or (args.model_init_kwargs or {}).get(
             "quantization_config"
         )
@@ -157,6 +165,8 @@ class ActorCriticTrainer(
         self._reward_adapters = reward_adapters  # paths by their index in `reward_funcs`
         for index, path in reward_adapters.items():
             self._load_reward_adapter(index, path)
+        if args.turn_rewards:
+            check_turn_rewards(self.reward_func_names[self._num_given_rewards :], self.rollout_func)
         if args.prefix_rewards:
             check_prefix_rewards(self.reward_funcs, self.reward_processing_classes, self._tokenizer)
         self.critic = self._make_critic(critic_model)
@@ -181,8 +191,6 @@ class ActorCriticTrainer(
         self._epochs_ended = False  # by `target_kl`, until the next rollout
         self._is_first_update = False  # of a training, until it begins
         self._window_kl = torch.zeros(2, device=self.accelerator.device)  # sum and count within the optimizer step
-        self._merges = None  # whether to merge the adapter for generation, until the first one
-        self._base_weights = {}  # the base's, kept while its adapter is merged for generation
         self._last_rollout = None  # time of its start and its number of completion tokens
 
     # --- Critic ---
@@ -251,38 +259,6 @@ class ActorCriticTrainer(
 
     # --- Rollout ---
 
-    def _tokenize_prompts(self, prompts):
-        outputs = super()._tokenize_prompts(prompts)
-        check_prompt_ids(outputs[0], self.max_prompt_length)
-        return outputs
-
-    def _generate(self, prompts):
-        # The generation engine is sent the policy's weights: those of the critic would be unknown to it
-        with self._without_critic(), self._merged_adapter():
-            return super()._generate(prompts)
-
-    def _merged_adapter(self):
-        """Generation runs no adapter layers, where merging is exact to undo; vLLM merges for itself."""
-        if self._merges is None:
-            self._merges = self._should_merge() and can_merge(self._policy)
-        return merged(self._policy, self._base_weights) if self._merges else nullcontext()
-
-    def _should_merge(self) -> bool:
-        is_adapter = isinstance(self._policy, PeftModel) and not self._policy.active_peft_config.is_prompt_learning
-        is_whole = not (self.is_fsdp_enabled or self.is_deepspeed_enabled or is_quantized(self._policy))
-        is_generated_here = not self.use_vllm and self.rollout_func is None
-        is_wanted = self.args.generate_merged
-        if is_wanted is None:  # where rounding the sum loses nothing of the adapter
-            is_wanted = self._policy.dtype == torch.float32
-        return is_wanted and is_adapter and is_whole and is_generated_here
-
-    def _generate_single_turn(self, *args, **kwargs):
-        # For continuous batching the parent casts the model, and leaves it so
-        with trainables_kept(self.model) if self.use_transformers_continuous_batching else nullcontext():
-            outputs = super()._generate_single_turn(*args, **kwargs)
-        check_completion_ids(outputs[0], "The generation engine")
-        return outputs
-
     def _generate_and_score_completions(self, inputs):
         mode = "train" if self.model.training else "eval"
         if mode == "train":
@@ -342,12 +318,6 @@ class ActorCriticTrainer(
                 **{key: batch[key] for key in MULTIMODAL_KEYS if key in batch},
             )
         return self._passes[-1]
-
-    def _terminated(self, batch) -> torch.Tensor:
-        """`(B,)`: whether the completion ended by itself, by TRL's notion: its last token is an eos (or pad) id."""
-        last = (batch["completion_mask"].sum(dim=1, keepdim=True) - 1).clamp(min=0)
-        end_ids = torch.tensor([*self.eos_token_ids, self._tokenizer.pad_token_id], device=last.device)
-        return torch.isin(batch["completion_ids"].gather(1, last).squeeze(1), end_ids)
 
     @staticmethod
     def _own_tokens(batch) -> torch.Tensor:

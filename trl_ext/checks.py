@@ -107,6 +107,20 @@ def check_prefix_rewards(reward_funcs: list, reward_processing_classes: list, to
             )
 
 
+def check_turn_rewards(environment_names: list[str], rollout_func: Callable | None) -> None:
+    """Refuse `turn_rewards` where nobody could be asked."""
+    if not environment_names:
+        raise ValueError(
+            "`turn_rewards` asks the environment for its reward after every turn, and there is none with a method "
+            "`get_reward`. Pass an `environment_factory` of such, or remove it."
+        )
+    if rollout_func is not None:
+        raise ValueError(
+            "`turn_rewards` asks the environment after every turn that the trainer generates, and `rollout_func` "
+            "generates by itself. Remove one of them; a reward function may return one reward per token."
+        )
+
+
 def checked_rollout(rollout_func: Callable) -> Callable:
     """`rollout_func` that refuses to return an empty completion."""
 

@@ -40,6 +40,25 @@ def shaped_rewards(potentials: torch.Tensor, gamma: float = 1.0) -> torch.Tensor
     return gamma * potentials[1:] - potentials[:-1]
 
 
+def rewards_of_turns(totals: list[float], tool_mask: list[int]) -> list[float]:
+    """
+    What each turn adds to an environment's total, on the last token of that turn.
+
+    Args:
+        totals (`list[float]`): Before the first turn, and after each turn. What it is before counts for the first turn;
+            what comes after the policy's last turn counts for that one.
+        tool_mask (`list[int]`): 1 at the policy's own tokens. A run of them is a turn.
+
+    Returns:
+        `list[float]`: One reward per token, which sum to the last total.
+    """
+    rewards = [0.0] * len(tool_mask)
+    ends = [t for t, own in enumerate(tool_mask) if own and (t + 1 == len(tool_mask) or not tool_mask[t + 1])]
+    for turn, (before, after) in enumerate(zip([0.0, *totals[1:-1]], totals[1:], strict=True)):
+        rewards[ends[min(turn, len(ends) - 1)]] += after - before
+    return rewards
+
+
 def is_dense(reward: Any) -> bool:
     """Whether a reward is of tokens or spans, and not of the whole completion."""
     return isinstance(reward, list | tuple) or (isinstance(reward, torch.Tensor | np.ndarray) and reward.ndim == 1)

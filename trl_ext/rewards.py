@@ -6,7 +6,7 @@ import math
 import torch
 
 from .checks import checked_reward
-from .dense_rewards import DenseRewards, shaped_rewards
+from .dense_rewards import DenseRewards, rewards_of_turns, shaped_rewards
 from .score_head import prefix_scores
 
 
@@ -24,6 +24,8 @@ class RewardsMixin:
         for func, name, weight in names_and_weights:
             if isinstance(func, torch.nn.Module) and self.args.prefix_rewards:
                 func = self._prefix_reward(func)
+            elif self.args.turn_rewards and len(self.reward_funcs) >= self._num_given_rewards:
+                func = self._turn_reward(name)
             if not isinstance(func, torch.nn.Module):
                 func = checked_reward(func, name, functools.partial(dense.totals, name=name, weight=weight))
             self.reward_funcs.append(func)
@@ -53,6 +55,17 @@ class RewardsMixin:
             # The whole completion's reward is what the dense ones leave of the total that the parent logs
             self._scores = self._scores - self._token_rewards.sum(dim=1)
         return rewards_per_func
+
+    def _turn_reward(self, name):
+        """A reward function that pays what each turn adds to what environments of class `name` say."""
+
+        def reward(environments, **kwargs):
+            return [
+                rewards_of_turns(totals, mask) if type(environment).__name__ == name else None
+                for environment, totals, mask in zip(environments, self._turn_totals, self._tool_mask, strict=True)
+            ]
+
+        return reward
 
     def _prefix_reward(self, reward_model):
         """A reward function that pays the rise of the model's score with each token."""

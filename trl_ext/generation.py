@@ -1,0 +1,90 @@
+"""How [`ActorCriticTrainer`] generates: TRL's ways, with the plain policy, checked, and turn by turn."""
+
+import asyncio
+import inspect
+from contextlib import nullcontext
+
+import torch
+from peft import PeftModel
+
+from .adapters import can_merge, merged
+from .checks import check_completion_ids, check_prompt_ids
+from .precision import trainables_kept
+from .shared_base import is_quantized
+
+
+class PolicyGenerationMixin:
+    """
+    Generates with the policy alone, its adapter merged where that is exact to undo, and keeps what the rest of the
+    rollout needs to know of its turns: `_tool_mask`, `_turn_totals` (what each environment's reward was before the
+    first turn and after each) and `_awaits_answer` (which completions end in a call that was not answered).
+    """
+
+    _merges = None  # whether to merge the adapter for generation, until the first one
+
+    def _tokenize_prompts(self, prompts):
+        outputs = super()._tokenize_prompts(prompts)
+        check_prompt_ids(outputs[0], self.max_prompt_length)
+        return outputs
+
+    def _generate(self, prompts):
+        self._turn_totals = [[] for _ in prompts]
+        # The generation engine is sent the policy's weights: those of the critic would be unknown to it
+        with self._without_critic(), self._merged_adapter():
+            outputs = super()._generate(prompts)
+        _, completion_ids, tool_mask, completions, *_ = outputs
+        self._ask_environments()
+        self._tool_mask = tool_mask or [[1] * len(ids) for ids in completion_ids]
+        self._awaits_answer = [bool(self.tools) and bool(messages[-1].get("tool_calls")) for messages in completions]
+        return outputs
+
+    def _generate_single_turn(self, *args, **kwargs):
+        self._ask_environments()
+        # For continuous batching the parent casts the model, and leaves it so
+        with trainables_kept(self.model) if self.use_transformers_continuous_batching else nullcontext():
+            outputs = super()._generate_single_turn(*args, **kwargs)
+        check_completion_ids(outputs[0], "The generation engine")
+        return outputs
+
+    # --- The adapter ---
+
+    def _merged_adapter(self):
+        """Generation runs no adapter layers, where merging is exact to undo; vLLM merges for itself."""
+        if self._merges is None:
+            self._merges = self._should_merge() and can_merge(self._policy)
+            self._base_weights = {}  # kept while the adapter is merged into them
+        return merged(self._policy, self._base_weights) if self._merges else nullcontext()
+
+    def _should_merge(self) -> bool:
+        is_adapter = isinstance(self._policy, PeftModel) and not self._policy.active_peft_config.is_prompt_learning
+        is_whole = not (self.is_fsdp_enabled or self.is_deepspeed_enabled or is_quantized(self._policy))
+        is_generated_here = not self.use_vllm and self.rollout_func is None
+        is_wanted = self.args.generate_merged
+        if is_wanted is None:  # where rounding the sum loses nothing of the adapter
+            is_wanted = self._policy.dtype == torch.float32
+        return is_wanted and is_adapter and is_whole and is_generated_here
+
+    # --- Turns ---
+
+    def _ask_environments(self) -> None:
+        """Before each turn, and after the last one: what would each environment's reward be now?"""
+        if not self.args.turn_rewards:
+            return
+        with_rewards = self.reward_func_names[self._num_given_rewards :]
+        for environment, totals in zip(self.environments, self._turn_totals, strict=True):
+            if type(environment).__name__ not in with_rewards:
+                continue
+            total = environment.get_reward()
+            if inspect.isawaitable(total):
+                total = asyncio.run_coroutine_threadsafe(total, self.async_loop).result()
+            totals.append(float(total))
+
+    def _terminated(self, batch) -> torch.Tensor:
+        """
+        `(B,)`: whether the completion ended by itself: its last token is an eos (or pad) id, TRL's notion, and does not
+        end a call that was not answered.
+        """
+        last = (batch["completion_mask"].sum(dim=1, keepdim=True) - 1).clamp(min=0)
+        end_ids = torch.tensor([*self.eos_token_ids, self._tokenizer.pad_token_id], device=last.device)
+        has_ended = torch.isin(batch["completion_ids"].gather(1, last).squeeze(1), end_ids)
+        return has_ended & ~torch.tensor(self._awaits_answer, device=last.device)
