@@ -1,7 +1,7 @@
 """The judges of the quickstart, which say how positive a text is, and rankings with ties made from what they say."""
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from quickstart_corpus import GRAMMAR
@@ -45,25 +45,30 @@ EMPHASIS = dict.fromkeys("very truly really so too utterly deeply wonderfully pa
 EMPHASIS |= dict.fromkeys("rather quite slightly somewhat almost fairly".split(), 0.5)
 
 
-def score_by_lexicon(text: str) -> float:
+def praise_and_blame(text: str) -> Iterator[tuple[int, int, float]]:
     """
-    Praise less blame, over their sum plus one: from -1 to 1.
+    `(start, end, value)` of each word of praise (positive) or blame (negative), in characters.
 
     A word of praise or blame counts one; after an emphasis ("very", "truly") one and a half, after a hedge
     ("rather") one half. A negator ("not", "never", "without") turns the words after it to their opposite, up to the
     end of its clause.
     """
-    praise = blame = 0.0
-    for clause in re.split(r"[.,;:!?]| but | and | though ", text.lower()):
+    for clause in re.finditer(r"(?:(?! but | and | though )[^.,;:!?])+", text.lower()):
         sign, weight = 1, 1.0
-        for word in re.findall(r"[\w'-]+", clause):
+        for match in re.finditer(r"[\w'-]+", clause[0]):
+            word = match[0]
             if word in NEGATORS or word.endswith("n't"):
                 sign = -1
             elif word in POSITIVE or word in NEGATIVE:
                 value = sign * weight * (1 if word in POSITIVE else -1)
-                praise, blame = praise + max(value, 0), blame + max(-value, 0)
+                yield clause.start() + match.start(), clause.start() + match.end(), value
             weight = EMPHASIS.get(word, 1.0)
-    return (praise - blame) / (praise + blame + 1)
+
+
+def score_by_lexicon(text: str) -> float:
+    """Praise less blame, over their sum plus one: from -1 to 1."""
+    values = [value for _, _, value in praise_and_blame(text)]
+    return sum(values) / (sum(map(abs, values)) + 1)
 
 
 def lexicon_judge() -> Judge:
