@@ -6,7 +6,6 @@ import random
 
 OPPOSITE = {"north": "south", "south": "north", "east": "west", "west": "east", "up": "down", "down": "up"}
 VARIANTS = list(itertools.product(("north", "south", "east", "west"), ("up", "down"), ("shelf", "table", "hook")))
-COST = 0.02  # of a command
 
 
 class HouseGame:
@@ -14,8 +13,7 @@ class HouseGame:
     An environment for TRL's `environment_factory`. A variant says where the house stands, whether the gold is in the
     cellar or in the attic, and where the lamp is; the player reads it.
 
-    What `get_reward` says grows by 0.1 for the open mailbox, 0.2 for the key, 0.2 for the lamp and 0.5 for the gold,
-    and shrinks by 0.02 for each command.
+    What `get_reward` says grows by 0.1 for the open mailbox, 0.2 for the key, 0.2 for the lamp and 0.5 for the gold.
     """
 
     def reset(self, variant: int = 0, **row) -> str:
@@ -28,7 +26,7 @@ class HouseGame:
             False,
             False,
         )
-        self.score, self.num_commands = 0.0, 0
+        self.score = 0.0
         return self._look()
 
     def act(self, command: str) -> str:
@@ -41,7 +39,6 @@ class HouseGame:
         Returns:
             What happens.
         """
-        self.num_commands += 1
         if self.has_won:
             return "The game is over."
         verb, _, thing = command.strip().lower().partition(" ")
@@ -69,7 +66,7 @@ class HouseGame:
         return "Nothing happens."
 
     def get_reward(self) -> float:
-        return self.score - COST * self.num_commands
+        return self.score
 
     def _earn(self, points: float, text: str) -> str:
         self.score += points

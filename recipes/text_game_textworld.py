@@ -16,7 +16,6 @@ WANTED = textworld.EnvInfos(
     won=True,
     lost=True,
 )
-COST = 0.02  # of a command
 PROGRESS = 0.1  # for a step towards the end, taken back for one away from it
 
 
@@ -24,8 +23,8 @@ class TextWorldGame:
     """
     An environment for TRL's `environment_factory`: a compiled game, and what can be done in it told with each text.
 
-    What `get_reward` says is the score as a share of the greatest, with `PROGRESS` for each step towards it (which
-    only games made by TextWorld tell), less the `COST` of the commands.
+    What `get_reward` says is the score as a share of the greatest, with `PROGRESS` for each step towards it, which only
+    games made by TextWorld tell.
 
     Args:
         file (`str`): The game, a .z8 file.
@@ -37,7 +36,7 @@ class TextWorldGame:
 
     def reset(self, **row) -> str:
         self._state = self._game.reset()
-        self.num_commands, self.progress = 0, 0.0
+        self.progress = 0.0
         return self._observation(self._state.feedback.split("-= ", 1)[-1])
 
     def act(self, command: str) -> str:
@@ -50,7 +49,6 @@ class TextWorldGame:
         Returns:
             What happens.
         """
-        self.num_commands += 1
         if self._is_over:
             return "The game is over."
         self._state, _, _ = self._game.step(command)
@@ -58,7 +56,7 @@ class TextWorldGame:
         return self._observation(self._state.feedback)
 
     def get_reward(self) -> float:
-        return self._state.score / (self._state.max_score or 1) + PROGRESS * self.progress - COST * self.num_commands
+        return self._state.score / (self._state.max_score or 1) + PROGRESS * self.progress
 
     @property
     def has_won(self) -> bool:

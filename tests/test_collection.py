@@ -1,0 +1,237 @@
+"""Collecting rankings: nothing answered is lost, nothing is asked twice, and what comes out can be trained on."""
+
+import importlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from conftest import ranking_settings
+from test_recipes import RECIPES, launch
+
+from trl_ext import RankingRewardConfig, RankingRewardTrainer
+from trl_ext.collection import Judgements, agreement, all_judgements, collected_rankings, read_items
+
+
+@pytest.fixture
+def folder(tmp_path):
+    rows = [
+        {
+            "prompt": f"the film {i}",
+            "completions": [f" {word} {i}" for word in "good bad slow great".split()[: 2 + i % 3]],
+        }
+        for i in range(6)
+    ]
+    (tmp_path / "completions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return tmp_path
+
+
+@pytest.fixture
+def page(monkeypatch):
+    monkeypatch.syspath_prepend(RECIPES)
+    return importlib.import_module("rank_completions")
+
+
+def test_judgements_are_on_disk_when_they_are_made(folder):
+    items = read_items(folder)
+    ann = Judgements(folder, "ann")
+    ann.record(items[0], [2, 1], seconds=3.0)
+    ann.record(items[1], None, flag="empty")
+    again = Judgements(folder, "ann")
+    assert [r["status"] for r in again] == ["ranked", "skipped"] and items[0] in again and items[2] not in again
+    assert again[items[0].id]["ranks"] == [2, 1] and again[items[1].id]["flag"] == "empty"
+    assert again.seconds_per_item == 3.0
+    with pytest.raises(ValueError, match="was judged already"):
+        again.record(items[0], [1, 2])
+    assert again.undo() == items[1].id and items[1] not in Judgements(folder, "ann")
+    assert again.undo() == items[0].id and again.undo() is None
+    again.record(items[0], [1, 1])
+    assert Judgements(folder, "ann")[items[0].id]["ranks"] == [1, 1]
+    assert len((folder / "judgements-ann.jsonl").read_text().splitlines()) == 5  # nothing is rewritten
+
+
+def test_a_line_cut_by_a_loss_of_power_is_asked_again(folder):
+    items = read_items(folder)
+    Judgements(folder, "ann").record(items[0], [1, 2])
+    with open(folder / "judgements-ann.jsonl", "a") as file:
+        file.write('{"id": "' + items[1].id + '", "status": "ran')
+    ann = Judgements(folder, "ann")
+    assert items[0] in ann and items[1] not in ann
+    ann.record(items[1], [1, 1, 2])
+    assert [r["ranks"] for r in Judgements(folder, "ann")] == [[1, 2], [1, 1, 2]]
+
+
+KILLED = """
+import sys
+from trl_ext.collection import Judgements, read_items
+ann = Judgements(sys.argv[1], "ann")
+for item in read_items(sys.argv[1]):
+    if item not in ann:
+        ann.record(item, [1] * len(item.completions))
+        print(item.id, flush=True)
+"""
+
+
+def test_a_killed_process_loses_nothing_that_was_answered(tmp_path):
+    rows = [{"prompt": str(i), "completions": ["a", "b"]} for i in range(3000)]
+    (tmp_path / "completions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    answered = []
+    for _ in range(2):
+        process = subprocess.Popen([sys.executable, "-c", KILLED, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+        for _ in range(25):
+            answered.append(process.stdout.readline().strip())
+        os.kill(process.pid, signal.SIGKILL)
+        answered += process.stdout.read().split()
+        process.wait()
+    assert len(answered) == len(set(answered)) >= 50  # and nothing was asked twice
+    judged = {record["id"] for record in Judgements(tmp_path, "ann")}
+    assert set(answered) <= judged and len(judged) <= len(answered) + 2  # on disk, and killed before it said so
+
+
+def test_the_order_is_random_and_each_annotators_own(folder):
+    items = [item for item in read_items(folder) if len(item.completions) == 4]
+    orders = {tuple(item.order_for(name)) for item in items for name in map(str, range(40))}
+    assert len(orders) == 24
+    assert all(item.order_for("ann") == item.order_for("ann") for item in items)
+
+
+def test_rankings_are_kept_in_the_order_of_the_data(folder, page):
+    session = page.Session(str(folder), "ann")
+    while session.item is not None:
+        best = min(session.shown)  # by the text, whatever letter it has
+        letters = "ABCD"[: len(session.shown)]
+        first = letters[session.shown.index(best)]
+        session.submit(f"{first} > " + " = ".join(letters.replace(first, "")).lower())
+    for row in collected_rankings(folder):
+        expected = [1 if text == min(row["completions"]) else 2 for text in row["completions"]]
+        assert row["ranks"] == expected
+
+
+def test_the_page_goes_back_skips_and_says_what_is_wrong(folder, page):
+    session = page.Session(str(folder), "ann")
+    first = session.item
+    assert session.undo() == ""
+    with pytest.raises(ValueError, match="got 'Z'|got 'z'"):
+        session.submit("a > z")
+    with pytest.raises(ValueError, match="two completions at least"):
+        session.submit("a")
+    assert session.item is first and not (folder / "judgements-ann.jsonl").exists()
+    session.submit("b > a")
+    second = session.item
+    session.skip("flagged")
+    assert session.undo() == "" and session.item is second
+    assert session.undo() == "B > A" and session.item is first
+    # Judged in another window meanwhile: this one goes on
+    other = page.Session(str(folder), "ann")
+    other.submit("a = b")
+    session.submit("a > b")
+    assert session.item.id == second.id and Judgements(folder, "ann")[first.id]["ranks"] == [1, 1]
+    assert session.status.startswith("1 of 6 done")
+
+
+def test_annotators_agree_and_their_rankings_train_a_reward_model(folder, page, reward_model, tokenizer, tmp_path):
+    items = read_items(folder)
+    assert agreement(folder) is None
+    for name, last in (("ann", [1, 2]), ("bob", [2, 1])):
+        theirs = Judgements(folder, name)
+        for item in items[1:]:
+            theirs.record(item, list(range(1, len(item.completions) + 1)))
+        theirs.record(items[0], last)
+    assert [j.annotator for j in all_judgements(folder)] == ["ann", "bob"]
+    between = agreement(folder)
+    pairs = sum(len(item.completions) * (len(item.completions) - 1) // 2 for item in items)
+    assert between["num_pairs"] == pairs and between["agreement"] == pytest.approx(1 - 1 / pairs)
+    file = folder / "rankings.parquet"
+    printed = launch(RECIPES / "rank_completions.py", "--folder", folder, "--export", file, cwd=tmp_path)
+    assert "12 rankings by 2 annotators" in printed and "alpha" in printed
+    from datasets import load_dataset
+
+    dataset = load_dataset("parquet", data_files=str(file), split="train", cache_dir=str(tmp_path / "cache"))
+    args = RankingRewardConfig(**ranking_settings(tmp_path / "out", max_steps=1))
+    trainer = RankingRewardTrainer(reward_model, args, train_dataset=dataset, processing_class=tokenizer)
+    trainer.train()
+    assert trainer.state.global_step == 1
+
+
+def test_bad_input_is_named(folder, tmp_path):
+    with pytest.raises(ValueError, match="is no completions.jsonl|no completions.jsonl"):
+        read_items(tmp_path / "nothing")
+    with pytest.raises(ValueError, match="part of a file's"):
+        Judgements(folder, "../ann")
+    item = read_items(folder)[0]
+    for ranks in ([1], [1, None], [1, 2, 3], [1, -2], ["a", "b"]):
+        with pytest.raises(ValueError, match="Expected 2 ranks"):
+            Judgements(folder, "ann").record(item, ranks)
+    with pytest.raises(ValueError, match="Nothing was ranked"):
+        collected_rankings(folder)
+    with open(folder / "completions.jsonl", "a") as file:
+        file.write('{"prompt": "x", "completions": ["a"]}\n')
+    with pytest.raises(ValueError, match="line 7: expected `prompt` and two or more"):
+        read_items(folder)
+
+
+# --- The page in a browser ---
+
+
+def test_the_page_is_worked_by_keyboard_alone(folder, tmp_path):
+    pytest.importorskip("gradio", reason="Gradio is not installed: pip install -e '.[collect]'")
+    playwright = pytest.importorskip("playwright.sync_api", reason="Playwright is not installed")
+    browser_path = shutil.which("chromium") or shutil.which("google-chrome")
+    if browser_path is None:
+        pytest.skip("there is no Chromium on this machine")
+    process = subprocess.Popen(
+        [sys.executable, str(RECIPES / "rank_completions.py"), "--folder", str(folder), "--port", "7899"],
+        env={**os.environ, "GRADIO_ANALYTICS_ENABLED": "False"},
+    )
+    try:
+        with playwright.sync_playwright() as p:
+            browser = p.chromium.launch(executable_path=browser_path, args=["--no-sandbox"])
+            window = browser.new_page()
+            for _ in range(120):
+                try:
+                    window.goto("http://127.0.0.1:7899")
+                    break
+                except playwright.Error:
+                    time.sleep(1)
+            window.wait_for_selector("#name input, #name textarea")
+            keyboard = window.keyboard
+
+            def wait(text):
+                window.wait_for_function(
+                    "t => document.querySelector('#status')?.innerText.startsWith(t)", arg=text, timeout=20_000
+                )
+                window.wait_for_function(
+                    "() => document.activeElement.closest('#ranking') !== null", timeout=20_000
+                )  # fmt: skip
+
+            keyboard.type("ann")
+            keyboard.press("Enter")
+            wait("0 of 6")
+            keyboard.type("b>a")
+            keyboard.press("Enter")
+            wait("1 of 6")
+            keyboard.press("Alt+s")
+            wait("2 of 6")
+            keyboard.press("Alt+f")
+            wait("3 of 6")
+            keyboard.press("Alt+u")
+            wait("2 of 6")
+            window.screenshot(path=str(tmp_path / "page.png"))
+            window.click("#place-0 label:nth-child(3)")
+            window.click("#place-1 label:nth-child(2)")
+            window.wait_for_function(
+                "() => document.querySelector('#ranking textarea, #ranking input').value === 'B > A'", timeout=20_000
+            )
+            browser.close()
+    finally:
+        process.terminate()
+        process.wait()
+    items, ann = read_items(folder), Judgements(folder, "ann")
+    assert [r["status"] for r in ann] == ["ranked", "skipped"]
+    order = items[0].order_for("ann")
+    assert ann[items[0].id]["ranks"] == [2 - order.index(0), 2 - order.index(1)]
+    assert (tmp_path / "page.png").stat().st_size > 10_000
