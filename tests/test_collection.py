@@ -10,7 +10,7 @@ import sys
 import time
 
 import pytest
-from conftest import ranking_settings
+from conftest import PROMPTS, build_policy, ranking_settings
 from test_recipes import RECIPES, launch
 
 from trl_ext import RankingRewardConfig, RankingRewardTrainer
@@ -90,6 +90,36 @@ def test_a_killed_process_loses_nothing_that_was_answered(tmp_path):
     assert len(answered) == len(set(answered)) >= 50  # and nothing was asked twice
     judged = {record["id"] for record in Judgements(tmp_path, "ann")}
     assert set(answered) <= judged and len(judged) <= len(answered) + 2  # on disk, and killed before it said so
+
+
+def test_sampling_mixes_models_and_goes_on_where_it_was(policy_path, tokenizer, tmp_path):
+    second = tmp_path / "second"
+    build_policy(tokenizer, seed=1).save_pretrained(second)
+    tokenizer.save_pretrained(second)
+    prompts = [{"prompt": prompt} for prompt in PROMPTS]
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in prompts))
+    command = [RECIPES / "sample_completions.py", "--dataset_name", "prompts.jsonl", "--output_dir", "out"]
+    command += ["--num_completions", 3, "--max_completion_length", 6, "--batch_size", 4]
+    command += ["--model_name_or_path", policy_path, second]
+    launch(*command, cwd=tmp_path)
+    whole = (tmp_path / "out" / "completions.jsonl").read_text()
+    items = read_items(tmp_path / "out")
+    assert {item.prompt for item in items} == set(PROMPTS) and all(len(item.completions) == 3 for item in items)
+    letters = json.loads((tmp_path / "out" / "models.json").read_text())
+    assert sorted(letters) == ["A", "B"] and set(letters.values()) == {policy_path, str(second)}
+    of_first = next(letter for letter, path in letters.items() if path == policy_path)
+    assert all(item.sources.count(of_first) == 2 for item in items)  # two of three are the first model's
+    assert len({tuple(item.sources) for item in items}) > 1
+    # Stopped in the middle of the second model, after its first batch
+    file = tmp_path / "out" / "samples-1.jsonl"
+    file.write_text("".join(file.read_text().splitlines(keepends=True)[:4]))
+    (tmp_path / "out" / "completions.jsonl").unlink()
+    launch(*command, cwd=tmp_path)
+    assert (tmp_path / "out" / "completions.jsonl").read_text() == whole
+    refused = subprocess.run(
+        [sys.executable, *map(str, [*command, "--temperature", 0.5])], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert refused.returncode == 1 and "with other settings" in refused.stderr
 
 
 def test_the_order_is_random_and_each_annotators_own(folder):

@@ -62,7 +62,7 @@ def read_items(folder: str | Path) -> list[Item]:
     if not path.is_file():
         raise ValueError(f"There is no {COMPLETIONS_FILE} in {folder}. Make one with recipes/sample_completions.py.")
     items = {}
-    for number, row in enumerate(_whole_lines(path), start=1):
+    for number, row in enumerate(read_lines(path), start=1):
         completions = row.get("completions")
         if "prompt" not in row or not isinstance(completions, list) or len(completions) < 2:
             raise ValueError(
@@ -95,7 +95,7 @@ class Judgements:
     def reload(self) -> None:
         """Read the file again: the same annotator may have judged in another window."""
         self._records: dict[str, dict[str, Any]] = {}  # by item, in the order of judging
-        for record in _whole_lines(self.file) if self.file.is_file() else ():
+        for record in read_lines(self.file) if self.file.is_file() else ():
             self._records.pop(record["id"], None)
             if record["status"] != "undone":
                 self._records[record["id"]] = record
@@ -234,7 +234,8 @@ def _locked(file: Path) -> Iterator[None]:
         yield
 
 
-def _whole_lines(file: Path) -> Iterator[dict[str, Any]]:
+def read_lines(file: Path) -> Iterator[dict[str, Any]]:
+    """What [`append_line`] wrote, but for a line that was cut."""
     lines = file.read_text(encoding="utf-8").split("\n")
     for number, line in enumerate(lines[:-1], start=1):  # after the last newline is nothing, or what was cut
         if line.strip():
