@@ -1,6 +1,7 @@
 """Collecting rankings: nothing answered is lost, nothing is asked twice, and what comes out can be trained on."""
 
 import importlib
+import itertools
 import json
 import os
 import shutil
@@ -8,10 +9,12 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 from conftest import PROMPTS, build_policy, ranking_settings
 from test_recipes import RECIPES, launch
+from transformers import AutoModelForSequenceClassification
 
 from trl_ext import RankingRewardConfig, RankingRewardTrainer
 from trl_ext.collection import Judgements, agreement, all_judgements, collected_rankings, read_items
@@ -265,3 +268,49 @@ def test_the_page_is_worked_by_keyboard_alone(folder, tmp_path):
     order = items[0].order_for("ann")
     assert ann[items[0].id]["ranks"] == [2 - order.index(0), 2 - order.index(1)]
     assert (tmp_path / "page.png").stat().st_size > 10_000
+
+
+# --- Judges ---
+
+
+def test_a_function_ranks_by_its_scores(folder, tmp_path):
+    (folder / "my_rewards.py").write_text(
+        "def length(completions, **columns):\n    return [float(len(text) // 2) for text in completions]\n"
+    )
+    command = [RECIPES / "judge_completions.py", "--folder", folder, "--reward_func", "my_rewards.length"]
+    launch(*command, cwd=folder)
+    for row in collected_rankings(folder):
+        scores = [len(text) // 2 for text in row["completions"]]
+        assert row["ranks"] == [1 + len({s for s in scores if s > mine}) for mine in scores]
+        assert row["annotator"] == "judge-my_rewards.length"
+    assert "6 items judged" in launch(*command, cwd=folder)  # again: nothing is judged twice
+    assert len((folder / "judgements-judge-my_rewards.length.jsonl").read_text().splitlines()) == 6
+
+
+def test_a_reward_model_ranks_by_its_scores(folder, reward_model_path, tokenizer):
+    launch(RECIPES / "judge_completions.py", "--folder", folder, "--reward_model", reward_model_path, cwd=folder)
+    model = AutoModelForSequenceClassification.from_pretrained(reward_model_path)
+    for row in collected_rankings(folder):
+        scores = [model(**tokenizer(row["prompt"] + c, return_tensors="pt")).logits.item() for c in row["completions"]]
+        order = sorted(range(len(scores)), key=lambda i: -scores[i])
+        gaps = [scores[i] - scores[j] for i, j in itertools.pairwise(order)]
+        if min(gaps) > 1e-4:
+            assert row["ranks"] == [1 + order.index(i) for i in range(len(scores))]
+
+
+def test_grades_are_read_from_what_a_language_model_says(folder, page, monkeypatch):
+    """By a judge whose replies are scripted; ties where grades are equal, skipped where there is none."""
+    judge = importlib.import_module("judge_completions")
+    replies = {"good": "10", "bad": "I say 3.", "slow": "3/10", "great": "none"}
+    asked = []
+
+    def sample(model, tokenizer, questions, count, args):
+        asked.extend(questions)
+        return [[next(reply for word, reply in replies.items() if f" {word} " in question)] for question in questions]
+
+    monkeypatch.setattr(judge, "load_model", lambda *args: (None, SimpleNamespace(chat_template=None)))
+    monkeypatch.setattr(judge, "sample", sample)
+    score = judge.grades("judge", "Is it kind?")
+    item = next(item for item in read_items(folder) if len(item.completions) == 4)
+    assert score(item) == [10.0, 3.0, 3.0, None]
+    assert "Is it kind?" in asked[0] and item.prompt in asked[0] and item.completions[0] in asked[0]

@@ -1,0 +1,153 @@
+r"""
+Have a judge rank completions, in place of people or beside them: a reward model, a python function, or a language model
+with a rubric. What it says goes where the judgements of people go, under the annotator's name `judge-...`.
+
+    python recipes/judge_completions.py --folder outputs/completions --reward_model my-reward-model --tie_threshold 0.1
+
+A function `def reward(completions, **columns) -> list[float]` in my_rewards.py of this folder:
+
+    python recipes/judge_completions.py --folder outputs/completions --reward_func my_rewards.reward
+
+A language model, which is asked for a grade from 1 to 10 of each completion; equal grades are ties:
+
+    python recipes/judge_completions.py --folder outputs/completions --judge_model Qwen/Qwen2.5-7B-Instruct \
+        --rubric "Is the answer right, and does it say no more than was asked?"
+
+Then `rank_completions.py --export`, which also says how far judge and people agree.
+"""
+
+import argparse
+import re
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from actor_critic import import_reward
+from rank_completions import as_text
+from sample_completions import load_model, sample
+from tqdm import tqdm
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, set_seed
+
+from trl_ext.collection import Item, Judgements, agreement, read_items
+from trl_ext.ranking_rows import ranks_of_scores
+
+
+QUESTION = """{rubric}
+
+Question:
+{prompt}
+
+Answer:
+{completion}
+
+Grade the answer from 1 (worst) to 10 (best). Reply with the number alone."""
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", required=True, help="where completions.jsonl is, and judgements go")
+    judge = parser.add_mutually_exclusive_group(required=True)
+    judge.add_argument("--reward_model", help="a sequence classification model with one label: a folder or Hub id")
+    judge.add_argument("--reward_func", help="'module.function', importable from the working directory")
+    judge.add_argument("--judge_model", help="a language model to ask: a folder or Hub id")
+    parser.add_argument("--rubric", default="How good is this answer?", help="what --judge_model is told")
+    parser.add_argument("--name", help="of the judge; by default that of what judges")
+    parser.add_argument("--tie_threshold", type=float, default=0.0, help="scores this near to each other are tied")
+    args = parser.parse_args()
+    if args.tie_threshold < 0:
+        parser.error("--tie_threshold must not be negative.")
+    return args
+
+
+Scores = list[float | None]
+
+
+def reward_model_scores(path: str) -> Callable[[Item], Scores]:
+    """The reward model's score of prompt and completion."""
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    model = AutoModelForSequenceClassification.from_pretrained(path, num_labels=1).eval()
+    model.to("cuda" if torch.cuda.is_available() else "cpu")
+
+    @torch.no_grad()
+    def score(item):
+        if isinstance(item.prompt, str):
+            texts = [item.prompt + completion for completion in item.completions]
+        else:
+            chats = [item.prompt + completion for completion in item.completions]
+            texts = [tokenizer.apply_chat_template(chat, tokenize=False) for chat in chats]
+        inputs = tokenizer(
+            texts,
+            return_tensors="pt",
+            padding=True,
+            padding_side="right",
+            add_special_tokens=isinstance(item.prompt, str),
+        ).to(model.device)
+        inputs.pop("token_type_ids", None)
+        return model(**inputs).logits[:, 0].tolist()
+
+    return score
+
+
+def function_scores(path: str) -> Callable[[Item], Scores]:
+    reward = import_reward(path)
+
+    def score(item):
+        scores = reward(prompts=[item.prompt] * len(item.completions), completions=item.completions)
+        if len(scores) != len(item.completions):
+            raise ValueError(f"{path} returned {len(scores)} scores for {len(item.completions)} completions.")
+        return [None if s is None else float(s) for s in scores]
+
+    return score
+
+
+def grades(path: str, rubric: str) -> Callable[[Item], Scores]:
+    """The grade that a language model gives, greedily; None where it gives none."""
+    model, tokenizer = load_model(path, "auto")
+    greedy = argparse.Namespace(temperature=1e-6, top_p=1.0, max_completion_length=8)
+
+    def score(item):
+        questions = [
+            QUESTION.format(rubric=rubric, prompt=as_text(item.prompt), completion=as_text(completion))
+            for completion in item.completions
+        ]
+        if tokenizer.chat_template is not None:
+            questions = [[{"role": "user", "content": question}] for question in questions]
+        set_seed(0)
+        replies = [as_text(reply) for (reply,) in sample(model, tokenizer, questions, 1, greedy)]
+        numbers = [re.search(r"\b(10|[1-9])\b", reply) for reply in replies]
+        return [float(number[0]) if number else None for number in numbers]
+
+    return score
+
+
+def main() -> None:
+    args = parse_args()
+    source = args.reward_model or args.reward_func or args.judge_model
+    try:
+        items = read_items(args.folder)
+        judgements = Judgements(args.folder, "judge-" + (args.name or re.sub(r"[^\w.-]", "-", Path(source).name)))
+        if args.reward_model:
+            score = reward_model_scores(source)
+        else:
+            score = function_scores(source) if args.reward_func else grades(source, args.rubric)
+    except ValueError as error:
+        sys.exit(f"error: {error}")
+    unjudged = 0
+    for item in tqdm([item for item in items if item not in judgements], desc="Judging"):
+        started = time.monotonic()
+        ranks = ranks_of_scores(score(item), args.tie_threshold)
+        if len(ranks) - ranks.count(None) < 2:
+            ranks, unjudged = None, unjudged + 1
+        judgements.record(item, ranks, time.monotonic() - started, "" if ranks else "no scores")
+    print(f"{len(judgements)} items judged by {judgements.annotator}, {unjudged} of them skipped for want of scores")
+    between = agreement(args.folder)
+    if between is not None:
+        print(
+            f"Annotators agree on {between['agreement']:.1%} of {between['num_pairs']} pairs (alpha {between['alpha']:.3f})"
+        )
+
+
+if __name__ == "__main__":
+    main()
