@@ -1,0 +1,223 @@
+"""
+Publishing datasets on the Hub: Parquet with its features declared, a card that says what is in it, and an upload that
+can be finished from disk if it fails.
+"""
+
+import itertools
+import json
+import time
+from collections import Counter, defaultdict
+from pathlib import Path
+from typing import Any
+
+from accelerate.logging import get_logger
+from datasets import Dataset, DatasetDict
+from huggingface_hub import DatasetCard, DatasetCardData, HfApi
+from huggingface_hub.errors import HfHubHTTPError
+
+from .annotation import ranking_agreement
+from .model_card import TEMPLATES
+from .ranking_data import prepare_rankings
+
+
+logger = get_logger(__name__)
+
+ATTEMPTS = 5
+FIRST_WAIT = 2.0  # seconds, doubled after each attempt
+PERMANENT = (400, 401, 403, 404, 409, 422)
+
+RANKING_COLUMNS = {
+    "prompt": "what was answered",
+    "completions": "the answers",
+    "ranks": "one for each completion: lower is better, equal is tied, null was not ranked",
+    "pairs": "judgements `[i, j, v]` of two completions: v = 1 if i is better, 2 if j is, 0 for neither",
+    "ranking": "the same as text",
+    "id": "of the prompt with its completions; rows of several annotators share it",
+    "annotator": "who ranked",
+    "sources": "who wrote each completion",
+    "seconds": "how long it took",
+    "flag": "what the annotator thought wrong with the item",
+}
+
+
+class PublishError(RuntimeError):
+    """An upload that did not succeed. Nothing is lost: the message has the command that finishes it from disk."""
+
+
+def upload(folder: str | Path, repo_id: str, repo_type: str, private: bool = False, token: str | None = None) -> str:
+    """
+    Upload a folder, trying again with growing pauses where the Hub or the network fails for a while.
+
+    Args:
+        folder (`str` or `Path`): What to upload.
+        repo_id (`str`): Where to; it is created if it is not there.
+        repo_type (`str`): `"model"` or `"dataset"`.
+        private (`bool`, *optional*, defaults to `False`): If it is created.
+        token (`str`, *optional*): By default the one that `hf auth login` stored.
+
+    Returns:
+        `str`: The commit's address.
+
+    Raises:
+        [`PublishError`]: with what went wrong and the command that finishes the upload.
+    """
+    api = HfApi(token=token)
+    for attempt in range(1, ATTEMPTS + 1):
+        try:
+            api.create_repo(repo_id, repo_type=repo_type, private=private, exist_ok=True)
+            return api.upload_folder(repo_id=repo_id, repo_type=repo_type, folder_path=folder).commit_url
+        except ValueError:  # a name that no repository can have
+            raise
+        except Exception as error:  # the client's own errors have no class in common
+            status = _status_of(error)
+            if status in PERMANENT or attempt == ATTEMPTS:
+                raise PublishError(_what_to_do(folder, repo_id, repo_type, error, status)) from error
+            wait = FIRST_WAIT * 2 ** (attempt - 1)
+            logger.warning(f"Upload to {repo_id} failed ({status or type(error).__name__}); again in {wait:g} s.")
+            time.sleep(wait)
+
+
+def _status_of(error: BaseException | None) -> int | None:
+    """The Hub's answer, which the client wraps where a large file failed; None if there was none."""
+    while error is not None and not isinstance(error, HfHubHTTPError):
+        error = error.__cause__
+    return None if error is None else error.response.status_code
+
+
+def _what_to_do(folder, repo_id: str, repo_type: str, error: Exception, status: int | None) -> str:
+    causes = {
+        401: "The Hub does not know the token. Log in with `hf auth login`, or set HF_TOKEN.",
+        403: f"The token may not write to {repo_id}. Use one with write access to that namespace.",
+    }
+    other = f"The Hub answered {status}." if status else f"The connection failed ({type(error).__name__})."
+    cause = causes.get(status, other)
+    command = f"hf upload {repo_id} {folder} --repo-type {repo_type}"
+    return f"{cause} What was to be published lies in {folder}. Finish with: {command}"
+
+
+def publish_rankings(
+    rankings: Dataset | DatasetDict,
+    repo_id: str,
+    licence: str,
+    collected: str,
+    folder: str | Path,
+    *,
+    title: str | None = None,
+    language: list[str] | None = None,
+    tags: list[str] | None = None,
+    private: bool = False,
+    token: str | None = None,
+) -> str:
+    """
+    Publish a dataset of the `ranking` type, which `load_dataset(repo_id)` then gives back.
+
+    Args:
+        rankings ([`~datasets.Dataset`] or [`~datasets.DatasetDict`]): With the columns of [`ranking_data`], and perhaps
+            those of [`collection.collected_rankings`]. A dataset alone becomes the split `train`.
+        repo_id (`str`): Where to.
+        licence (`str`): Under which it may be used, e.g. `"cc-by-4.0"`. Yours to choose: there is no default.
+        collected (`str`): How: who ranked, what they were told, where prompts and completions are from.
+        folder (`str` or `Path`): Where the files are written first, and stay.
+        title (`str`, *optional*): By default the repository's name.
+        language, tags (`list[str]`, *optional*): For the card's metadata.
+        private (`bool`, *optional*, defaults to `False`): Only for those with access.
+        token (`str`, *optional*): By default the one that `hf auth login` stored.
+
+    Returns:
+        `str`: The commit's address.
+
+    Raises:
+        ValueError: for rankings that could not be trained on, or without `licence` or `collected`.
+        [`PublishError`]: where the upload fails.
+    """
+    for name, value in (("licence", licence), ("collected", collected)):
+        if not value or not value.strip():
+            raise ValueError(f"`{name}` is empty. Whoever finds the dataset needs it.")
+    splits = rankings if isinstance(rankings, DatasetDict) else DatasetDict({"train": rankings})
+    for name, split in splits.items():
+        prepare_rankings(split, dataset_name=name)  # raises where it is malformed
+    folder = Path(folder)
+    for name, split in splits.items():
+        file = folder / "data" / f"{name}-00000-of-00001.parquet"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        split.to_parquet(file)
+    metadata = DatasetCardData(
+        license=licence,
+        language=language,
+        pretty_name=title or repo_id.split("/")[-1],
+        tags=sorted({"trl_ext", "preference", "ranking", "rlhf", *(tags or [])}),
+        configs=[{"config_name": "default", "data_files": [{"split": s, "path": f"data/{s}-*"} for s in splits]}],
+    )
+    content = describe_rankings(splits)
+    card = DatasetCard.from_template(
+        metadata,
+        template_path=str(TEMPLATES / "rankings_dataset.md"),
+        title=title or repo_id.split("/")[-1],
+        repo_id=repo_id,
+        collected=collected.strip(),
+        **content,
+    )
+    card.save(folder / "README.md")
+    return upload(folder, repo_id, "dataset", private, token)
+
+
+def describe_rankings(splits: DatasetDict) -> dict[str, Any]:
+    """What the card says of the data: counts, ties, shapes, agreement, columns, the first row."""
+    first = next(iter(splits.values()))
+    prepared = [row for name, split in splits.items() for row in prepare_rankings(split, dataset_name=name)]
+    sizes, shapes, ties, pairs = Counter(), Counter(), 0, 0
+    for row in prepared:
+        sizes[len(row["completions"])] += 1
+        ranks = [rank for rank in row["ranks"] or [] if rank is not None and rank >= 0]
+        outcomes = (
+            [a == b for a, b in itertools.combinations(ranks, 2)]
+            if ranks
+            else [value == 0 for _, _, value in row["pairs"]]
+        )
+        ties, pairs = ties + sum(outcomes), pairs + len(outcomes)
+        if ranks:
+            levels = sorted(set(ranks))
+            shapes["".join(str(1 + levels.index(rank)) for rank in sorted(ranks))] += 1
+    by_item = defaultdict(list)
+    if {"id", "annotator", "ranks"} <= set(first.column_names):
+        for split in splits.values():
+            for row in split:
+                if row["ranks"] is not None:
+                    by_item[row["id"]].append(row["ranks"])
+    annotators = (
+        len({a for split in splits.values() for a in split["annotator"]}) if "annotator" in first.features else None
+    )
+    return {
+        "num_rows": len(prepared),
+        "num_prompts": len({json.dumps(row["prompt"]) for row in prepared}),
+        "num_completions": sum(len(row["completions"]) for row in prepared),
+        "num_pairs": pairs,
+        "tie_rate": f"{ties / pairs:.1%}",
+        "annotators": annotators,
+        "agreement": _agreement(list(by_item.values())),
+        "splits": [(name, len(split)) for name, split in splits.items()],
+        "columns": [
+            (name, _type_of(feature), RANKING_COLUMNS.get(name, "")) for name, feature in first.features.items()
+        ],
+        "sizes": sorted(sizes.items()),
+        "shapes": shapes.most_common(5),
+        "first_row": json.dumps(first[0], ensure_ascii=False, indent=2),
+    }
+
+
+def _agreement(rankings: list[list[list[int | None]]]) -> dict[str, str] | None:
+    """None where no two annotators ranked the same."""
+    try:
+        measured = ranking_agreement(rankings)
+    except ValueError:
+        return None
+    shown = {name: f"{measured[name]:.1%}" for name in ("agreement", "strict_agreement")}
+    return shown | {"alpha": f"{measured['alpha']:.2f}"}
+
+
+def _type_of(feature: Any) -> str:
+    """`List(Value('string'))` as `list of string`."""
+    text = str(feature).replace("Value('", "").replace("')", "")
+    while "List(" in text:
+        text = text.replace("List(", "list of ", 1)
+    return text.replace(")", "").replace("|", "\\|")
