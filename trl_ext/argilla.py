@@ -1,0 +1,114 @@
+"""
+Rankings to and from Argilla's ranking question, as the records that its `to_json` writes and `from_json` reads.
+
+A record has the fields `prompt` and `completion-1` to `completion-K`, and for each annotator a response to the question
+`ranking`, whose value is a list of `{"value": "completion-2", "rank": 1}`, with equal ranks for ties.
+
+Argilla's Python client (2.8) sends ranks to its server but leaves them out of what it reads back, where a list of names
+is all that remains: the order, without the ties. Such records are read with every completion in a place of its own; the
+server's own export has the ranks.
+"""
+
+import re
+from typing import Any
+
+from datasets import Dataset
+
+from .ranking_data import prepare_rankings
+from .ranking_rows import in_row, require
+
+
+QUESTION = "ranking"
+FIELD = "completion-"
+
+
+def to_argilla(rankings: Dataset) -> list[dict[str, Any]]:
+    """
+    Records of a dataset of texts of the `ranking` type.
+
+    Args:
+        rankings ([`~datasets.Dataset`]): With `ranks`. Rows of one `id` (or, without, of the same texts) are one record
+            with a response of each.
+
+    Returns:
+        `list[dict]`: For `rg.Record.from_dict`, or as JSON for `records.from_json`. `annotator` is the user's id.
+
+    Raises:
+        ValueError: for conversations, or judgements of pairs that amount to no order.
+    """
+    records = {}
+    for index, row in enumerate(prepare_rankings(rankings)):
+        in_row(index, _check_texts, row)
+        key = row.get("id") or repr((row["prompt"], row["completions"]))
+        fields = {"prompt": row["prompt"]} | {
+            f"{FIELD}{i}": text for i, text in enumerate(row["completions"], start=1)
+        }
+        record = records.setdefault(key, {"id": row.get("id"), "fields": fields, "responses": {QUESTION: []}})
+        value = [
+            {"value": f"{FIELD}{i}", "rank": rank}
+            for i, rank in enumerate(row["ranks"], start=1)
+            if rank is not None and rank >= 0
+        ]
+        response = {"value": value, "user_id": row.get("annotator"), "status": "submitted"}
+        record["responses"][QUESTION].append(response)
+    return list(records.values())
+
+
+def _check_texts(row: dict[str, Any]) -> None:
+    is_text = isinstance(row["prompt"], str) and all(isinstance(text, str) for text in row["completions"])
+    require(is_text, "column `prompt`: Argilla's text fields take texts, got a conversation. Render it first.")
+    require(
+        row["ranks"] is not None, "column `pairs`: Argilla's question takes an order, and the pairs amount to none."
+    )
+
+
+def from_argilla(records: list[dict[str, Any]], question: str = QUESTION) -> Dataset:
+    """
+    Rankings that annotators gave in Argilla.
+
+    Args:
+        records (`list[dict]`): As `to_json` writes them, or [`to_argilla`]. All fields but `prompt` that the ranking
+            names are completions.
+        question (`str`, *optional*, defaults to `"ranking"`): The ranking question's name.
+
+    Returns:
+        [`~datasets.Dataset`]: A row for each submitted response: `prompt`, `completions`, `ranks`, `id`, `annotator`.
+
+    Raises:
+        ValueError: for a record without prompt, or a response that ranks what is no field; it names the record.
+    """
+    rows = []
+    for index, record in enumerate(records):
+        rows += in_row(index, _rows_of, record, question)
+    require(rows, f"no record has a submitted response to the question {question!r}.")
+    return Dataset.from_list(rows)
+
+
+def _rows_of(record: dict[str, Any], question: str) -> list[dict[str, Any]]:
+    fields = record.get("fields") or {}
+    require("prompt" in fields, f"field `prompt`: is missing, got {list(fields)}. Rename yours.")
+    names = sorted((name for name in fields if name != "prompt"), key=_natural)
+    rows = []
+    for response in (record.get("responses") or {}).get(question) or []:
+        if response.get("status") not in (None, "submitted"):
+            continue
+        ranks = {}
+        for place, item in enumerate(response["value"], start=1):
+            name, rank = (item["value"], item.get("rank", place)) if isinstance(item, dict) else (item, place)
+            require(name in names, f"question `{question}`: ranks {name!r}, which is none of the fields {names}.")
+            ranks[name] = rank
+        rows.append(
+            {
+                "prompt": fields["prompt"],
+                "completions": [fields[name] for name in names],
+                "ranks": [ranks.get(name) for name in names],
+                "id": record.get("id"),
+                "annotator": None if response.get("user_id") is None else str(response["user_id"]),
+            }
+        )
+    return rows
+
+
+def _natural(name: str) -> list:
+    """`completion-10` comes after `completion-2`."""
+    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]
