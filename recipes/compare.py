@@ -79,14 +79,17 @@ class Setting:
         learning_rate (`float`): It.
         is_on_policy (`bool`): One update on each 32 completions, or 4 epochs of 2 updates on each 128.
         num_samples (`int`, *optional*, defaults to `4`): n of best-of-n.
+        lam (`float`, *optional*): Lambda of generalized advantage estimation, if not the method's default.
     """
 
     learning_rate: float
     is_on_policy: bool
     num_samples: int = 4
+    lam: float | None = None
 
     def __str__(self):
-        return f"{self.learning_rate:g}-{'on' if self.is_on_policy else 'epochs'}-{self.num_samples}"
+        lam = "" if self.lam is None else f"-{self.lam:g}"
+        return f"{self.learning_rate:g}-{'on' if self.is_on_policy else 'epochs'}-{self.num_samples}{lam}"
 
     @property
     def updates_per_rollout(self) -> int:
@@ -94,12 +97,15 @@ class Setting:
 
     def arguments(self) -> dict:
         if self.is_on_policy:
-            return {"per_device_train_batch_size": 32, "steps_per_generation": 1, "num_iterations": 1}
-        return {"per_device_train_batch_size": 64, "steps_per_generation": 2, "num_iterations": 4}
+            arguments = {"per_device_train_batch_size": 32, "steps_per_generation": 1, "num_iterations": 1}
+        else:
+            arguments = {"per_device_train_batch_size": 64, "steps_per_generation": 2, "num_iterations": 4}
+        return arguments | ({} if self.lam is None else {"lam": self.lam})
 
 
 ON_POLICY = [Setting(rate, True) for rate in (1e-4, 3e-4, 1e-3)]
 EITHER = [Setting(3e-4, True), Setting(1e-3, True), Setting(3e-4, False)]
+LAMBDAS = [Setting(3e-4, True), Setting(1e-3, True), Setting(1e-3, True, lam=1.0)]
 FILTERING = [Setting(3e-4, True, 4), Setting(1e-3, True, 4), Setting(1e-3, True, 8)]
 
 
@@ -114,7 +120,8 @@ class Method:
     is_dense: bool = True  # on the task of words
 
 
-WITH_CRITIC = {"critic_learning_rate": 1e-2, "vf_coef": 0.5, "kl_in_reward": KL_PRICE}
+# Detached: through a trunk this small the value's gradients, of returns around 10, drown the policy's
+WITH_CRITIC = {"critic_detach": True, "critic_learning_rate": 1e-2, "vf_coef": 0.5, "kl_in_reward": KL_PRICE}
 METHODS = {
     "reinforce-bandit": Method(
         ReinforceTrainer,
@@ -135,8 +142,8 @@ METHODS = {
         {**WITH_CRITIC, "vf_coef": 1.0, "policy_gradient": "all_actions"},
     ),
     "a2c": Method(A2CTrainer, A2CConfig, ON_POLICY, WITH_CRITIC),
-    "ppo": Method(PPOTrainer, PPOConfig, EITHER, WITH_CRITIC),
-    "nlpo": Method(NLPOTrainer, NLPOConfig, EITHER, {**WITH_CRITIC, "mask_update_steps": 5}),
+    "ppo": Method(PPOTrainer, PPOConfig, LAMBDAS, WITH_CRITIC),
+    "nlpo": Method(NLPOTrainer, NLPOConfig, LAMBDAS, {**WITH_CRITIC, "mask_update_steps": 5}),
     "best-of-n": Method(CompletionSampler, ReinforceConfig, FILTERING, {}),
     "grpo": Method(GRPOTrainer, GRPOConfig, EITHER, {"num_generations": GROUP_SIZE, "beta": KL_PRICE}),
     "rloo": Method(RLOOTrainer, RLOOConfig, EITHER, {"num_generations": GROUP_SIZE, "beta": KL_PRICE}),
@@ -435,6 +442,7 @@ def table(jobs_of: dict[str, list[Job]]) -> str:
         )
         cells = [interval([final(job.result(), key) for job in jobs]) for key in keys]
         cells.insert(1, interval([on_the_way(job.result()) for job in jobs]))
+        schedule += "" if setting.lam is None else f", lambda {setting.lam:g}"
         lines.append(f"| {name} | {setting.learning_rate:g}, {schedule} | {' | '.join(cells)} |")
     return "\n".join(lines)
 

@@ -63,7 +63,9 @@ class ActorCriticConfig(GRPOConfig):
             default 0. A separate one: a path or Hub id of a model, a reward model or a trained policy with
             a separate critic, or `"reward_model"` for the first model in `reward_funcs`; by default a copy of the
             policy.
-        critic_detach (`bool`, *optional*, defaults to `False`): Keep value gradients off the shared trunk.
+        critic_detach (`bool`, *optional*, defaults to `False`):
+            Keep value gradients off the shared trunk. Where returns are many times 1, or the model is small, they drown
+            the policy's; a smaller `vf_coef` helps, too.
         critic_learning_rate (`float`, *optional*, defaults to `1e-5`): Learning rate of the critic's own parameters.
         critic_warmup_steps (`int`, *optional*, defaults to `0`):
             Optimizer steps in which only the critic's own parameters learn and the policy stays as it is.
@@ -165,7 +167,13 @@ class ActorCriticConfig(GRPOConfig):
             "policy)."
         },
     )
-    critic_detach: bool = field(default=False, metadata={"help": "Keep value gradients off the shared trunk."})
+    critic_detach: bool = field(
+        default=False,
+        metadata={
+            "help": "Keep value gradients off the shared trunk. Where returns are many times 1, or the model is small, "
+            "they drown the policy's; a smaller `vf_coef` helps, too."
+        },
+    )
     critic_learning_rate: float = field(
         default=1e-5, metadata={"help": "Learning rate of the critic's own parameters."}
     )
