@@ -133,7 +133,6 @@ METHODS = {
     "reinforce-mean": Method(
         ReinforceTrainer, ReinforceConfig, ON_POLICY, {"baseline": "batch_mean", "kl_in_reward": KL_PRICE}
     ),
-    "reinforce-value": Method(ReinforceTrainer, ReinforceConfig, ON_POLICY, {"baseline": "value", **WITH_CRITIC}),
     "q-actor-critic": Method(QActorCriticTrainer, QActorCriticConfig, EITHER, {**WITH_CRITIC, "vf_coef": 1.0}),
     "q-all-actions": Method(
         QActorCriticTrainer,
@@ -141,6 +140,7 @@ METHODS = {
         EITHER,
         {**WITH_CRITIC, "vf_coef": 1.0, "policy_gradient": "all_actions"},
     ),
+    # With lambda 1, its default, this is REINFORCE with a value as baseline
     "a2c": Method(A2CTrainer, A2CConfig, ON_POLICY, WITH_CRITIC),
     "ppo": Method(PPOTrainer, PPOConfig, LAMBDAS, WITH_CRITIC),
     "nlpo": Method(NLPOTrainer, NLPOConfig, LAMBDAS, {**WITH_CRITIC, "mask_update_steps": 5}),
