@@ -120,7 +120,7 @@ class Method:
     is_dense: bool = True  # on the task of words
 
 
-# Detached: through a trunk this small the value's gradients, of returns around 10, drown the policy's
+# Detached: through a trunk this small the value's gradients drown the policy's
 WITH_CRITIC = {"critic_detach": True, "critic_learning_rate": 1e-2, "vf_coef": 0.5, "kl_in_reward": KL_PRICE}
 METHODS = {
     "reinforce-bandit": Method(
