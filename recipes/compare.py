@@ -128,6 +128,7 @@ METHODS = {
         ReinforceConfig,
         ON_POLICY,
         {"one_step_mdp": True, "baseline": "none", "kl_in_reward": KL_PRICE},
+        is_dense=False,
     ),
     "reinforce": Method(ReinforceTrainer, ReinforceConfig, ON_POLICY, {"baseline": "none", "kl_in_reward": KL_PRICE}),
     "reinforce-mean": Method(
@@ -144,9 +145,9 @@ METHODS = {
     "a2c": Method(A2CTrainer, A2CConfig, ON_POLICY, WITH_CRITIC),
     "ppo": Method(PPOTrainer, PPOConfig, LAMBDAS, WITH_CRITIC),
     "nlpo": Method(NLPOTrainer, NLPOConfig, LAMBDAS, {**WITH_CRITIC, "mask_update_steps": 5}),
-    "best-of-n": Method(CompletionSampler, ReinforceConfig, FILTERING, {}),
-    "grpo": Method(GRPOTrainer, GRPOConfig, EITHER, {"num_generations": GROUP_SIZE, "beta": KL_PRICE}),
-    "rloo": Method(RLOOTrainer, RLOOConfig, EITHER, {"num_generations": GROUP_SIZE, "beta": KL_PRICE}),
+    "best-of-n": Method(CompletionSampler, ReinforceConfig, FILTERING, {}, is_dense=False),
+    "grpo": Method(GRPOTrainer, GRPOConfig, EITHER, {"num_generations": GROUP_SIZE, "beta": KL_PRICE}, is_dense=False),
+    "rloo": Method(RLOOTrainer, RLOOConfig, EITHER, {"num_generations": GROUP_SIZE, "beta": KL_PRICE}, is_dense=False),
 }
 # On the task of words: those that can tell where in a text a word was, without being told
 DELAYED = ["reinforce-mean", "ppo"]
@@ -155,7 +156,6 @@ METHODS |= {
     for name, m in METHODS.items()
     if name in DELAYED
 }
-TAKES_NO_DENSE = ["reinforce-bandit", "best-of-n", "grpo", "rloo"]
 METHODS_OF_TASK = {
     "reviews": [name for name in METHODS if not name.endswith("-delayed")],
     "words": ["reinforce-bandit", "reinforce-mean", "q-actor-critic", "a2c", "ppo", "grpo", "rloo"]
@@ -292,7 +292,7 @@ def run(
     reward_model = load(AutoModelForSequenceClassification, stage.paths["reward_model"])
     counter = Counter()
     score = stage.paths["reward_model"] if task_name == "reviews" else praise
-    if task_name == "words" and method.is_dense and name not in TAKES_NO_DENSE:
+    if task_name == "words" and method.is_dense:
         score = dense_praise
     rewards = [score, ends(tokenizer.eos_token_id), counter]
 

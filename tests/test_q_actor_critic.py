@@ -8,6 +8,7 @@ from conftest import count_good, recorded, scripted_rollout, settings
 from enumerable_mdp import PREFIXES, VOCAB, TokenMDP
 from peft import AutoPeftModelForCausalLM, LoraConfig
 from reload_script import quantization_config
+from test_trainers import rows_of
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM, TrainerCallback
@@ -168,12 +169,6 @@ def plain_estimates(policy, head, prompt, completion, temperature):
     pi = (policy.lm_head(hidden) / temperature).softmax(-1)
     table = (hidden @ head.weight.T + head.bias) + hidden @ head.projection.T @ head.embedding.T
     return table, pi
-
-
-def rows_of(batch):
-    for i in range(len(batch["prompt_ids"])):
-        prompt = batch["prompt_ids"][i][batch["prompt_mask"][i].bool()].tolist()
-        yield prompt, batch["completion_ids"][i][batch["completion_mask"][i].bool()].tolist()
 
 
 @modes
