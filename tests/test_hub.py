@@ -9,15 +9,16 @@ from datasets import Dataset, DatasetDict, load_dataset
 from hub_server import READ_TOKEN, UNKNOWN_TOKEN, WRITE_TOKEN, HubServer, connect, environment, run_against
 from huggingface_hub import DatasetCard
 
-from trl_ext import RankingRewardConfig, RankingRewardTrainer, hub
-from trl_ext.hub import PublishError, describe_rankings, publish_rankings
+from trl_ext import RankingRewardConfig, RankingRewardTrainer, uploading
+from trl_ext.hub import describe_rankings, publish_rankings
+from trl_ext.uploading import PublishError
 
 
 @pytest.fixture
 def server(monkeypatch, tmp_path):
     with HubServer() as server:
         connect(server, monkeypatch, tmp_path)
-        monkeypatch.setattr(hub, "FIRST_WAIT", 0.01)
+        monkeypatch.setattr(uploading, "FIRST_WAIT", 0.01)
         yield server
 
 
