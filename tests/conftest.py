@@ -3,6 +3,9 @@
 import gc
 import os
 import random
+import subprocess
+import sys
+from pathlib import Path
 
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -248,6 +251,21 @@ class Rollouts:
 def recorded(trainer_class):
     """`trainer_class` with [`Rollouts`] mixed in."""
     return type(f"Recorded{trainer_class.__name__}", (Rollouts, trainer_class), {})
+
+
+def launch(num_processes, script, *arguments, **environment):
+    """Runs a script of this folder on the CPU as `accelerate launch` does."""
+    # `--cpu --num_processes 2` starts one process (accelerate 1.15 without mpirun); the scripts set `use_cpu`
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", str(num_processes)]
+    command += ["--multi_gpu"] if num_processes > 1 else ["--cpu"]
+    command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+    run = subprocess.run(
+        [*command, str(Path(__file__).with_name(script)), *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **environment},
+    )
+    assert run.returncode == 0, run.stderr[-4000:]
 
 
 def scripted_rollout(prompts, trainer):

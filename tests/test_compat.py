@@ -173,6 +173,25 @@ def test_transformers_hook_signature(name, expected):
     assert parameters(getattr(Trainer, name)) == expected, f"transformers.Trainer.{name} has moved"
 
 
+@pytest.mark.parametrize(
+    "name, expected",
+    [
+        ("init_hf_repo", ["self", "token", "private"]),
+        ("push_to_hub", ["self", "commit_message", "blocking", "token", "revision", "private", "kwargs"]),
+    ],
+)
+def test_hook_signature_of_pushing(name, expected):
+    assert parameters(getattr(Trainer, name)) == expected, f"transformers.Trainer.{name} has moved"
+
+
+def test_pushes_are_futures_with_what_is_tried_again():
+    source = inspect.getsource(Trainer._push_from_checkpoint)
+    assert "push_jobs = [model_push_job]" in source and "push_jobs.append(checkpoint_push)" in source
+    assert "self.push_in_progress.jobs.extend(push_jobs)" in source
+    assert 'ignore_patterns=["_*", f"{PREFIX_CHECKPOINT_DIR}-*"]' in source
+    assert 'ignore_patterns=["_*", f"{PREFIX_CHECKPOINT_DIR}-*"]' in inspect.getsource(Trainer.push_to_hub)
+
+
 def test_rng_state_is_saved_with_every_resumable_checkpoint():
     assert "self._save_rng_state(output_dir)" in inspect.getsource(Trainer._save_checkpoint)
 

@@ -1,13 +1,8 @@
 """Results depend neither on how the batch is cut up (processes, accumulation) nor on padding."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
-from conftest import build_policy, count_good, recorded, scripted_rollout, settings
+from conftest import build_policy, count_good, launch, recorded, scripted_rollout, settings
 from peft import LoraConfig
 from two_process_script import CASES
 
@@ -29,27 +24,7 @@ def by_processes(policy_path, tmp_path_factory):
     results = []
     for num_processes, batch_size in ((1, 4), (2, 2)):
         output = tmp_path_factory.mktemp(f"processes{num_processes}")
-        # `--cpu --num_processes 2` starts one process (accelerate 1.15 without mpirun); the script sets `use_cpu`
-        launch = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", str(num_processes)]
-        launch += ["--multi_gpu"] if num_processes > 1 else ["--cpu"]
-        launch += [
-            "--num_machines",
-            "1",
-            "--mixed_precision",
-            "no",
-            "--dynamo_backend",
-            "no",
-            "--main_process_port",
-            "0",
-        ]
-        script = str(Path(__file__).with_name("two_process_script.py"))
-        run = subprocess.run(
-            [*launch, script, policy_path, str(output), *CASES, str(batch_size)],
-            capture_output=True,
-            text=True,
-            env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
-        )
-        assert run.returncode == 0, run.stderr[-4000:]
+        launch(num_processes, "two_process_script.py", policy_path, output, *CASES, batch_size)
         results.append({case: torch.load(output / f"{case}.pt") for case in CASES})
     return results
 

@@ -63,6 +63,7 @@ from .generation import PolicyGenerationMixin
 from .kl_controller import KLController
 from .losses import value_loss
 from .model_card import CardMixin
+from .pushing import PushMixin
 from .reporting import ReportingMixin
 from .reward_adapters import RewardAdapterMixin, split_reward_adapters
 from .rewards import RewardsMixin
@@ -72,6 +73,7 @@ from .value_heads import ValueHead
 
 class ActorCriticTrainer(
     CheckpointingMixin,
+    PushMixin,
     ReportingMixin,
     CardMixin,
     PolicyGenerationMixin,

@@ -2,10 +2,8 @@
 
 import math
 import os
-import shutil
 from contextlib import nullcontext
 from dataclasses import asdict
-from pathlib import Path
 
 import torch
 from transformers import TrainerCallback
@@ -47,6 +45,7 @@ class CheckpointingMixin:
     """
 
     _train_sampler = None  # streams have none
+    _saved_with_model = (VALUE_HEAD_FILE, CRITIC_NAME)
 
     def _get_train_sampler(self, dataset=None):
         self._train_sampler = super()._get_train_sampler(dataset)
@@ -82,17 +81,6 @@ class CheckpointingMixin:
             super()._load_best_model()
         if self.critic is not None:
             restore_critic(self.critic, self.state.best_model_checkpoint)
-
-    def _push_from_checkpoint(self, checkpoint_folder):
-        # The parent copies a fixed list of files to `output_dir` and pushes that folder
-        if self.critic is not None and self.is_world_process_zero():
-            for name in (VALUE_HEAD_FILE, CRITIC_NAME):
-                source, target = Path(checkpoint_folder) / name, Path(self.args.output_dir) / name
-                if source.is_dir():
-                    shutil.copytree(source, target, dirs_exist_ok=True)
-                elif source.is_file():
-                    shutil.copy(source, target)
-        super()._push_from_checkpoint(checkpoint_folder)
 
     @property
     def _rollout_layout(self) -> list[int]:

@@ -28,7 +28,8 @@ of `RewardTrainer` and `DPOTrainer`:
 | `beta`, `ref_model`, `aux_loss_enabled`, `router_aux_loss_coef` of `DPOTrainer` | what its loss is made of |
 
 and of `transformers.Trainer`: `_save`, `_load_from_checkpoint`, `_load_best_model`, `_save_rng_state`,
-`_load_rng_state`, `_push_from_checkpoint`.
+`_load_rng_state`, and of its pushing `init_hf_repo`, `push_to_hub`, `_push_from_checkpoint`, `hub_model_id` (None until
+there is a repository, and in processes that do not push) and `push_in_progress.jobs` (of the model, then the checkpoint).
 """
 
 from trl.data_utils import _tokenize as tokenize

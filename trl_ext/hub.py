@@ -95,7 +95,7 @@ def publish_rankings(
         **content,
     )
     card.save(folder / "README.md")
-    return upload(folder, repo_id, "dataset", private, token)
+    return upload(folder, repo_id, "dataset", private, token).commit_url
 
 
 def describe_rankings(splits: DatasetDict) -> dict[str, Any]:

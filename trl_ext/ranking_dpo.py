@@ -11,6 +11,7 @@ from trl.data_utils import get_dataset_column_names
 from .adapters import AdapterMixin
 from .checks import checked_args
 from .compat import disable_gradient_checkpointing, use_adapter
+from .pushing import PushMixin
 from .ranking import judged_items
 from .ranking_card import RankingCardMixin
 from .ranking_config import RankingArguments
@@ -50,7 +51,7 @@ PAIR_ARGUMENTS = {
 }
 
 
-class RankingDPOTrainer(RankingMixin, RankingCardMixin, AdapterMixin, DPOTrainer):
+class RankingDPOTrainer(RankingMixin, PushMixin, RankingCardMixin, AdapterMixin, DPOTrainer):
     """
     [`~trl.DPOTrainer`] for rankings with ties. What changes with respect to the parent:
 

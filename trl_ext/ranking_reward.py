@@ -10,6 +10,7 @@ from trl.data_utils import get_dataset_column_names
 
 from .adapters import AdapterMixin
 from .checks import checked_args
+from .pushing import PushMixin
 from .ranking import judged_items
 from .ranking_card import RankingCardMixin
 from .ranking_config import RankingArguments
@@ -38,7 +39,7 @@ class RankingRewardConfig(RankingArguments, RewardConfig):
     )
 
 
-class RankingRewardTrainer(RankingMixin, RankingCardMixin, AdapterMixin, RewardTrainer):
+class RankingRewardTrainer(RankingMixin, PushMixin, RankingCardMixin, AdapterMixin, RewardTrainer):
     """
     [`~trl.RewardTrainer`] for rankings with ties. What changes with respect to the parent:
 

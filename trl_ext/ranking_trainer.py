@@ -1,11 +1,9 @@
 """What [`RankingRewardTrainer`] and [`RankingDPOTrainer`] share: data, likelihood, shared prefix, metrics, saving."""
 
-import shutil
 from abc import abstractmethod
 from collections import defaultdict
 from collections.abc import Callable
 from contextlib import nullcontext
-from pathlib import Path
 
 import torch
 from accelerate.logging import get_logger
@@ -66,6 +64,7 @@ class RankingMixin:
     _tokenize_ranking: Callable[[dict, object], dict]  # a row and the tokenizer to these
     _max_tie_order = None  # of Davidson-Luce, once the data has been seen
     _has_rankings = None  # likewise
+    _saved_with_model = (TIE_PARAMETERS_FILE,)
 
     def _set_up_rankings(self, data_collator) -> None:
         """To be called when the parent's `__init__` has prepared model and data."""
@@ -331,12 +330,6 @@ class RankingMixin:
     @property
     def _is_adapter_on_rankings(self) -> bool:
         return isinstance(self._model, PeftModel) and "ranking_model" in self._model.config.to_dict()
-
-    def _push_from_checkpoint(self, checkpoint_folder):
-        # The parent copies a fixed list of files to `output_dir` and pushes that folder
-        if self._is_adapter_on_rankings and self.is_world_process_zero():
-            shutil.copy(Path(checkpoint_folder) / TIE_PARAMETERS_FILE, self.args.output_dir)
-        super()._push_from_checkpoint(checkpoint_folder)
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         if self.is_fsdp_enabled:  # one sharded state for all

@@ -3,9 +3,10 @@
 from trl import SFTTrainer as ParentSFTTrainer
 
 from .adapters import AdapterMixin
+from .pushing import PushMixin
 
 
-class SFTTrainer(AdapterMixin, ParentSFTTrainer):
+class SFTTrainer(PushMixin, AdapterMixin, ParentSFTTrainer):
     """
     [`~trl.SFTTrainer`] that keeps what trains on a quantized base in float32, where the parent casts it to bfloat16.
     """

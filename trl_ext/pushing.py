@@ -1,0 +1,192 @@
+"""
+Trainers on the Hub: a push that fails is tried again, loses nothing and stops no training; a checkpoint there is
+resumed from by its repository's name.
+"""
+
+import os
+import re
+import shutil
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+from accelerate.logging import get_logger
+from huggingface_hub import CommitInfo, HfApi, snapshot_download
+from transformers import TrainingArguments
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from .uploading import PublishError, cause_of, is_lasting, upload
+
+
+logger = get_logger(__name__)
+
+# What the parent leaves out when it uploads `output_dir`
+IGNORED = ("_*", f"{PREFIX_CHECKPOINT_DIR}-*")
+LAST_CHECKPOINT = "last-checkpoint"  # the parent's name for it with `hub_strategy="checkpoint"`
+REPO_ID = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+class PushMixin:
+    """
+    Comes before the TRL trainer in a trainer's bases. What it changes:
+
+    - a push that fails is tried again, with growing pauses; one in the middle of training that fails for good leaves a
+      warning with the command that finishes it, and training goes on;
+    - `push_to_hub()` that fails for good raises [`~uploading.PublishError`], with that command, once all is on disk;
+    - `train(resume_from_checkpoint="user/name")` resumes from the last checkpoint of a repository of the Hub;
+    - tokens are kept out of `training_args.bin`, which is published.
+    """
+
+    _saved_with_model: tuple[str, ...] = ()  # files and folders of a checkpoint that the parent does not know of
+    _uploads = None  # the thread in which pushes are seen through, once there are any
+
+    def init_hf_repo(self, token=None, private=None):
+        try:
+            super().init_hf_repo(token, private)
+        except ValueError:  # a name that no repository can have
+            raise
+        except Exception as error:  # the client's own errors have no class in common
+            repo_id = self.args.hub_model_id or Path(self.args.output_dir).absolute().name
+            cause = cause_of(error, repo_id)
+            if is_lasting(error) and self.args.push_to_hub:  # in `__init__`: there is nothing to be lost yet
+                raise PublishError(
+                    f"{cause} Or set `push_to_hub=False`, and push when the training is over."
+                ) from error
+            logger.warning(f"{cause} {repo_id} will be created when something is pushed.")
+            # The parent's, of a repository that is there
+            self.hub_model_id = repo_id
+            self.push_in_progress = None
+
+    def push_to_hub(
+        self,
+        commit_message: str | None = "End of training",
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+        **kwargs,
+    ) -> CommitInfo | Future[CommitInfo] | None:
+        begun = super().push_to_hub(commit_message, False, token, revision, private, **kwargs)
+        if begun is None:  # not the process that pushes
+            return None
+        pushed = self._see_through(
+            begun,
+            self.args.output_dir,
+            private=self.args.hub_private_repo if private is None else private,
+            token=token or self.args.hub_token,
+            ignore_patterns=IGNORED,
+            revision=revision or self.args.hub_revision,
+            commit_message=commit_message,
+        )
+        return pushed.result() if blocking else pushed
+
+    def _push_from_checkpoint(self, checkpoint_folder):
+        earlier = [] if self._last_push is None else list(self._last_push.jobs)
+        if self.args.hub_always_push or self._last_push is None or self._last_push.is_done():
+            self._copy_from_checkpoint(checkpoint_folder)
+        super()._push_from_checkpoint(checkpoint_folder)
+        jobs = [] if self._last_push is None else self._last_push.jobs
+        begun = [job for job in jobs if job not in earlier]
+        if not begun:  # not this process, not now, or not this strategy
+            return
+        settings = {
+            "private": self.args.hub_private_repo,
+            "token": self.args.hub_token,
+            "revision": self.args.hub_revision,
+            "commit_message": f"Training in progress, step {self.state.global_step}",
+        }
+        name = LAST_CHECKPOINT if self.args.hub_strategy == "checkpoint" else Path(checkpoint_folder).name
+        sources = [  # the second only with the strategies that push whole checkpoints
+            (self.args.output_dir, {"ignore_patterns": IGNORED}),
+            (checkpoint_folder, {"path_in_repo": name}),
+        ]
+        for job, (folder, own) in zip(begun, sources, strict=False):
+            pushed = self._see_through(job, folder, **own, **settings)
+            pushed.add_done_callback(_warn_if_failed)
+            jobs[jobs.index(job)] = pushed
+
+    @property
+    def _last_push(self):
+        """The parent's `PushInProgress`; None before the first, and in processes that do not push."""
+        return None if self.hub_model_id is None else self.push_in_progress
+
+    def _copy_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """The parent copies a fixed list of files to `output_dir`, which is what it pushes."""
+        for name in self._saved_with_model if self.hub_model_id is not None else ():
+            source, target = Path(checkpoint_folder) / name, Path(self.args.output_dir) / name
+            if source.is_dir():
+                shutil.copytree(source, target, dirs_exist_ok=True)
+            elif source.is_file():
+                shutil.copy(source, target)
+
+    def _see_through(self, begun: Future, folder: str, **settings) -> Future[CommitInfo]:
+        """A push that has begun, tried again if it fails."""
+        if self._uploads is None:
+            self._uploads = ThreadPoolExecutor(max_workers=1, thread_name_prefix="push")
+        return self._uploads.submit(upload, folder, self.hub_model_id, "model", begun=begun, **settings)
+
+    def train(self, resume_from_checkpoint=None, *args, **kwargs):
+        is_path = isinstance(resume_from_checkpoint, str | os.PathLike)
+        if is_path and not os.path.isdir(resume_from_checkpoint) and REPO_ID.fullmatch(str(resume_from_checkpoint)):
+            resume_from_checkpoint = checkpoint_from_hub(str(resume_from_checkpoint), self.args.hub_token)
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def _save(self, output_dir=None, state_dict=None):
+        hide_tokens(self.args)
+        super()._save(output_dir, state_dict)
+
+
+def _warn_if_failed(pushed: Future) -> None:
+    if not pushed.cancelled() and pushed.exception() is not None:
+        logger.warning(f"Training goes on, but a push failed. {pushed.exception()}")
+
+
+def checkpoint_from_hub(repo_id: str, token: str | None = None) -> str:
+    """
+    Download the last checkpoint of a repository.
+
+    Args:
+        repo_id (`str`): To which a trainer pushed with `hub_strategy="checkpoint"` or `"all_checkpoints"`.
+        token (`str`, *optional*): By default the one that `hf auth login` stored.
+
+    Returns:
+        `str`: The folder to resume from.
+
+    Raises:
+        ValueError: if it holds no checkpoint.
+    """
+    files = HfApi(token=token).list_repo_files(repo_id)
+    folders = {file.split("/")[0] for file in files if "/" in file}
+    numbered = [name for name in folders if re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-\d+", name)]
+    if LAST_CHECKPOINT not in folders and not numbered:
+        raise ValueError(
+            f"`resume_from_checkpoint={repo_id!r}` is no folder here, and a repository without checkpoints on the Hub. "
+            "They are pushed with `hub_strategy='checkpoint'` or 'all_checkpoints'."
+        )
+    newest = max(numbered, key=lambda name: int(name.split("-")[1]), default=None)
+    name = LAST_CHECKPOINT if LAST_CHECKPOINT in folders else newest
+    return os.path.join(snapshot_download(repo_id, allow_patterns=f"{name}/*", token=token), name)
+
+
+class HiddenToken(str):
+    """A token that no pickle and no `repr` shows."""
+
+    def __repr__(self):
+        return "'<hidden>'"
+
+    def __reduce__(self):
+        return type(None), ()
+
+    def __copy__(self):
+        return self
+
+    def __deepcopy__(self, memo):
+        return self
+
+
+def hide_tokens(args: TrainingArguments) -> None:
+    """Keep the tokens in the arguments usable, but out of what is saved of them."""
+    if args.hub_token is not None:
+        args.hub_token = HiddenToken(args.hub_token)
+    init_kwargs = getattr(args, "model_init_kwargs", None)  # a plain TrainingArguments has none
+    if isinstance(init_kwargs, dict) and isinstance(init_kwargs.get("token"), str):
+        init_kwargs["token"] = HiddenToken(init_kwargs["token"])
