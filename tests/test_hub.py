@@ -140,6 +140,24 @@ def test_what_fails_for_a_while_is_tried_again(server, collected, tmp_path, meth
     assert {"README.md", "data/train-00000-of-00001.parquet"} <= set(files)
 
 
+def test_publishing_needs_no_accelerator(server, collected, tmp_path):
+    """Also when something is to be logged, in a process that trains nothing."""
+    collected.to_parquet(tmp_path / "rankings.parquet")
+    code = f"""
+        from datasets import Dataset
+        from trl_ext import uploading
+        from trl_ext.hub import publish_rankings
+
+        uploading.FIRST_WAIT = 0.01
+        rankings = Dataset.from_parquet({str(tmp_path / "rankings.parquet")!r})
+        publish_rankings(rankings, "user/films", "cc0-1.0", "By hand.", {str(tmp_path / "out")!r})
+    """
+    server.fail("POST", "/commit/", 500, times=1)
+    run = run_against(server, code, tmp_path / "home")
+    assert run.returncode == 0, run.stderr[-2000:]
+    assert "again in" in run.stderr and "README.md" in server.repos["dataset", "user/films"].at("main").files
+
+
 def test_a_connection_cut_in_the_middle_of_a_file_is_taken_up(server, collected, tmp_path):
     server.cut("PUT", ".*", times=1)
     publish(collected, tmp_path / "out")

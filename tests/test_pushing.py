@@ -312,7 +312,7 @@ def test_a_push_at_the_end_that_fails_raises_when_all_is_on_disk(server, policy_
     assert isinstance(later.exception(timeout=60), PublishError)
 
 
-@pytest.mark.parametrize("token, message", [(UNKNOWN_TOKEN, "knows no such token"), (READ_TOKEN, "may not write")])
+@pytest.mark.parametrize("token, message", [(UNKNOWN_TOKEN, "does not know the token"), (READ_TOKEN, "may not write")])
 def test_a_wrong_token_is_told_before_training_begins(server, policy_path, tmp_path, monkeypatch, token, message):
     monkeypatch.setenv("HF_TOKEN", token)
     with pytest.raises(PublishError, match=message) as raised:
@@ -325,7 +325,7 @@ def test_a_token_that_is_wrong_afterwards_loses_nothing(server, policy_path, tmp
     trainer = make_trainer("ppo", tmp_path / "out", policy_path, None, push_to_hub=False, save_strategy="no")
     trainer.train()
     monkeypatch.setenv("HF_TOKEN", UNKNOWN_TOKEN)
-    with pytest.raises(PublishError, match="knows no such token"):
+    with pytest.raises(PublishError, match="does not know the token"):
         trainer.push_to_hub()
     assert (tmp_path / "out" / "model.safetensors").exists()
     monkeypatch.setenv("HF_TOKEN", WRITE_TOKEN)

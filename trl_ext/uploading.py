@@ -1,17 +1,17 @@
 """Uploading to the Hub: trying again where it fails for a while, and saying how to finish where it fails for good."""
 
+import logging
 import shlex
 import time
 from collections.abc import Sequence
 from concurrent.futures import Future
 from pathlib import Path
 
-from accelerate.logging import get_logger
 from huggingface_hub import CommitInfo, HfApi
 from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
 
-logger = get_logger(__name__)
+logger = logging.getLogger(__name__)  # datasets are published without accelerate's state as well
 
 ATTEMPTS = 5
 FIRST_WAIT = 2.0  # seconds, doubled after each attempt
@@ -110,7 +110,7 @@ def cause_of(error: BaseException, repo_id: str) -> str:
         return f"{error.filename} is no longer there."
     status = status_of(error)
     causes = {
-        401: "The Hub knows no such token. Log in with `hf auth login`, or set HF_TOKEN.",
+        401: "The Hub does not know the token. Log in with `hf auth login`, or set HF_TOKEN.",
         403: f"The token may not write to {repo_id}. Use one with write access to that namespace.",
     }
     other = f"The Hub answered {status}." if status else f"The connection failed ({type(error).__name__})."
