@@ -6,6 +6,7 @@ resumed from by its repository's name.
 import os
 import re
 import shutil
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
@@ -69,6 +70,7 @@ class PushMixin:
         if begun is None:  # not the process that pushes
             return None
         pushed = self._see_through(
+            upload,
             begun,
             self.args.output_dir,
             private=self.args.hub_private_repo if private is None else private,
@@ -100,9 +102,7 @@ class PushMixin:
             (checkpoint_folder, {"path_in_repo": name}),
         ]
         for job, (folder, own) in zip(begun, sources, strict=False):
-            pushed = self._see_through(job, folder, **own, **settings)
-            pushed.add_done_callback(_warn_if_failed)
-            jobs[jobs.index(job)] = pushed
+            jobs[jobs.index(job)] = self._see_through(upload_or_warn, job, folder, **own, **settings)
 
     @property
     def _last_push(self):
@@ -118,11 +118,11 @@ class PushMixin:
             elif source.is_file():
                 shutil.copy(source, target)
 
-    def _see_through(self, begun: Future, folder: str, **settings) -> Future[CommitInfo]:
+    def _see_through(self, how: Callable, begun: Future, folder: str, **settings) -> Future:
         """A push that has begun, tried again if it fails."""
         if self._uploads is None:
             self._uploads = ThreadPoolExecutor(max_workers=1, thread_name_prefix="push")
-        return self._uploads.submit(upload, folder, self.hub_model_id, "model", begun=begun, **settings)
+        return self._uploads.submit(how, folder, self.hub_model_id, "model", begun=begun, **settings)
 
     def train(self, resume_from_checkpoint=None, *args, **kwargs):
         is_path = isinstance(resume_from_checkpoint, str | os.PathLike)
@@ -135,9 +135,12 @@ class PushMixin:
         super()._save(output_dir, state_dict)
 
 
-def _warn_if_failed(pushed: Future) -> None:
-    if not pushed.cancelled() and pushed.exception() is not None:
-        logger.warning(f"Training goes on, but a push failed. {pushed.exception()}")
+def upload_or_warn(*args, **kwargs) -> CommitInfo | None:
+    """[`~uploading.upload`] in the middle of training, which goes on whatever happens to it."""
+    try:
+        return upload(*args, **kwargs)
+    except Exception as error:
+        logger.warning(f"Training goes on, but a push failed. {error}")
 
 
 def checkpoint_from_hub(repo_id: str, token: str | None = None) -> str:
