@@ -80,6 +80,12 @@ class ActorCriticConfig(GRPOConfig):
             half precision what is sampled from would be the sum rounded, in which a young adapter is mostly lost.
             Never done on a quantized base, or where the adapted weights are another module's too.
 
+        > Speed, without changing what is computed
+
+        compact_generation (`bool`, *optional*, defaults to `True`):
+            Without vLLM or continuous batching: read a prompt once for all its completions, and drop completions from
+            the batch as they end. Generation options that this does not know of are left to `generate`.
+
         > The KL penalty
 
         kl_in_reward (`float`, *optional*, defaults to `0.0`):
@@ -192,6 +198,15 @@ class ActorCriticConfig(GRPOConfig):
             "help": "Generate with the adapter merged into its base, which is restored to the bit. Keeps a copy of the "
             "base's weights on CPU. By default where the base is in float32: in half precision the sum is rounded, and "
             "a young adapter is mostly lost. Never on a quantized base."
+        },
+    )
+
+    compact_generation: bool = field(
+        default=True,
+        metadata={
+            "help": "Without vLLM or continuous batching: read a prompt once for all its completions, and drop "
+            "completions from the batch as they end. Generation options that this does not know of are left to "
+            "`generate`."
         },
     )
 
