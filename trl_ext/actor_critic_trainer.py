@@ -66,6 +66,7 @@ from .model_card import CardMixin
 from .reporting import ReportingMixin
 from .reward_adapters import RewardAdapterMixin, split_reward_adapters
 from .rewards import RewardsMixin
+from .rollouts import RecordingMixin
 from .shared_base import is_quantized
 from .value_heads import ValueHead
 
@@ -75,6 +76,7 @@ class ActorCriticTrainer(
     ReportingMixin,
     CardMixin,
     PolicyGenerationMixin,
+    RecordingMixin,
     RewardsMixin,
     RewardAdapterMixin,
     AdapterMixin,
@@ -377,6 +379,8 @@ class ActorCriticTrainer(
         advantages, returns = self.compute_advantages(rewards, values, mask, bootstrap)
         values = None if values is None else self._fitted(values)
         self._log_advantages(batch, advantages, returns, values, mask, mode)
+        credit = {"rewards": rewards, "advantages": advantages, "returns": returns, "values": values}
+        self._record_credit(batch, mask, logps, **credit)
         if self.args.whiten_advantages:
             _, mean, var = self._global_moments(advantages, mask)
             advantages = token_mdp.masked_whiten(advantages, mask, mean, var)
