@@ -82,7 +82,7 @@ def test_each_completion_is_recorded_once_with_what_it_was(case, policy_path, to
         assert all(len(row[name]) == len(ids) for name in NUMBERS_OF_TOKENS if row[name] is not None)
         if "q" not in case and "all" not in case:
             assert row["returns"][-1] == pytest.approx(len(ids), abs=1e-5)
-    assert set(rows[0]) == {*ROLLOUT_COLUMNS, "reward/by_length"}
+    assert [name for name in rows[0] if name != "reward/by_length"] == list(ROLLOUT_COLUMNS)
 
 
 @pytest.mark.parametrize("case", ["ppo", "a2c", "reinforce"])
@@ -250,14 +250,23 @@ def test_evaluations_have_splits_of_their_own(policy_path, prompts, tmp_path):
     assert len({str(split.features) for split in rollouts.values()}) == 1
 
 
-def test_training_anew_puts_the_old_rollouts_aside(policy_path, prompts, tmp_path):
-    trainer = train(A2CTrainer, A2CConfig, policy_path, prompts, tmp_path, max_steps=3)
-    first = load_rollouts(tmp_path)["train"].to_list()
+def test_what_is_done_again_is_put_aside(policy_path, prompts, tmp_path):
+    """From a checkpoint, what came after it; from the start, everything."""
+    saved = {"save_strategy": "steps", "save_steps": 1}
+    trainer = train(A2CTrainer, A2CConfig, policy_path, prompts, tmp_path, max_steps=3, **saved)
+    first = rows_of(tmp_path)
+    trainer.args.max_steps = 2
+    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    second = rows_of(tmp_path)
+    assert second == first[:8] and aside(tmp_path, 1) == first[4:]
     trainer.args.max_steps = 1
     trainer.train()
-    assert set(load_rollouts(tmp_path)["train"]["step"]) == {0}
-    kept = sorted((tmp_path / "rollouts" / "superseded-1" / "train").iterdir())
-    assert Dataset.from_parquet([str(file) for file in kept]).to_list() == first
+    assert [row["step"] for row in rows_of(tmp_path)] == [0] * 4 and aside(tmp_path, 2) == second
+
+
+def aside(tmp_path, number):
+    folder = tmp_path / "rollouts" / f"superseded-{number}" / "train"
+    return Dataset.from_parquet([str(file) for file in sorted(folder.iterdir())]).to_list()
 
 
 def test_a_run_killed_while_it_writes_leaves_only_whole_files(policy_path, prompts, tmp_path, monkeypatch):

@@ -3,7 +3,8 @@ Recording rollouts: every completion with what became of it token by token, as P
 
 A file holds what one process sampled at once. Its name is the optimizer step before which that was, the number of such
 batches at this step, and the process, so a step that is done again after a resume overwrites its own. It appears whole:
-a killed run leaves none that cannot be read.
+a killed run leaves none that cannot be read. What a training in the same folder is about to do again is moved to
+`superseded-1` (2, ...) before it begins, so that no two trainings are mixed.
 """
 
 import itertools
@@ -35,7 +36,7 @@ ROLLOUT_COLUMNS = {
     "terminated": "whether it ended by itself; if not, it was cut",
     "rewards": "what the estimator saw: dense rewards, the KL penalty of `kl_in_reward`, and the rest of the score (as "
     "`scale_rewards` and `truncation` leave it) on the last own token",
-    "advantages": "of the policy's choice, before whitening",
+    "advantages": "how much better than expected the token was, before whitening",
     "returns": "what the critic is fitted to",
     "values": "what the critic said before the update: V(s_t), or Q(s_t, a_t) of Q actor-critic; null without a critic",
     "kl": "k1 to the reference, log pi - log pi_ref, in nats; null without a reference",
@@ -86,7 +87,8 @@ class Recording:
 
     def write(self) -> None:
         features = rollout_features(self.rows[0])
-        table = Dataset.from_list([_encoded(row) for row in self.rows], features=features).data.table
+        rows = [_encoded({name: row[name] for name in features}) for row in self.rows]
+        table = Dataset.from_list(rows, features=features).data.table
         self.file.parent.mkdir(parents=True, exist_ok=True)
         unfinished = self.file.with_suffix(".tmp")
         pq.write_table(table, unfinished)
