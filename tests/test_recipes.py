@@ -128,6 +128,8 @@ def test_reinforce_with_a_python_reward(folder, policy_path):
     rollouts = load_rollouts(folder / "out")["train"]
     assert rollouts["step"] == [0] * 4 + [1] * 4 and sorted(rollouts["prompt"]) == sorted(PROMPTS)
     assert rollouts["reward/count_letters"] == [len(text) for text in rollouts["completion"]]
+    card = (folder / "out" / "README.md").read_text()
+    assert "| lam |" in card and "save_rollouts" not in card  # which is no setting of the training
     assert not (folder / "out" / "value_head.safetensors").exists()  # a mean return is the baseline
 
 
