@@ -85,6 +85,16 @@ class ActorCriticConfig(GRPOConfig):
         compact_generation (`bool`, *optional*, defaults to `True`):
             Without vLLM or continuous batching: read a prompt once for all its completions, and drop completions from
             the batch as they end. Generation options that this does not know of are left to `generate`.
+        length_batches (`bool`, *optional*, defaults to `True`):
+            Sort the completions of an optimizer step into micro-batches of similar length, and cut each to its own
+            longest. Not done where the loss depends on who shares a micro-batch (`loss_type="bnpo"`, entropy bonuses
+            and quantiles), nor with images or `pad_to_multiple_of`.
+        compact_scoring (`bool`, *optional*, defaults to `True`):
+            Run the LM head only where a token is scored. Not done with images or prompt tuning.
+        shared_prefix (`str`, *optional*, defaults to `"auto"`):
+            With `compact_scoring`, run a prompt once for all its completions in a micro-batch where that is less work.
+            `"auto"`: where the model gives the same log-probabilities so, which is checked on the first batch.
+            `"always"`: an error where it does not. `"never"`.
 
         > The KL penalty
 
@@ -217,6 +227,27 @@ class ActorCriticConfig(GRPOConfig):
         },
     )
 
+    length_batches: bool = field(
+        default=True,
+        metadata={
+            "help": "Sort the completions of an optimizer step into micro-batches of similar length, and cut each to its "
+            "own longest, where that leaves the step as it is."
+        },
+    )
+    compact_scoring: bool = field(
+        default=True,
+        metadata={"help": "Run the LM head only where a token is scored. Not done with images or prompt tuning."},
+    )
+    shared_prefix: str = field(
+        default="auto",
+        metadata={
+            "help": "With `compact_scoring`, run a prompt once for all its completions in a micro-batch where that is "
+            "less work. 'auto': where the model gives the same log-probabilities so, which is checked on the first "
+            "batch; 'always': an error where it does not; 'never'.",
+            "choices": ["auto", "always", "never"],
+        },
+    )
+
     kl_in_reward: float = field(
         default=0.0,
         metadata={
@@ -263,6 +294,8 @@ class ActorCriticConfig(GRPOConfig):
                 f"`missing_eos_penalty={self.missing_eos_penalty}` has no effect with truncation={self.truncation!r}. "
                 "Set `truncation='penalty'`, or remove the penalty."
             )
+        if self.shared_prefix not in ("auto", "always", "never"):
+            raise ValueError(f"`shared_prefix` must be 'auto', 'always' or 'never', got {self.shared_prefix!r}.")
         if self.critic not in ("shared", "adapter", "separate"):
             raise ValueError(f"`critic` must be 'shared', 'adapter' or 'separate', got {self.critic!r}.")
         if self.critic != "shared" and self.critic_detach:

@@ -40,6 +40,7 @@ from .checks import (
     checked_rollout,
 )
 from .child_modules import SyncReferenceCallback, give_learning_rate
+from .compact_batches import CompactBatchesMixin
 from .compat import (
     MULTIMODAL_KEYS,
     disable_dropout_in_model,
@@ -78,6 +79,7 @@ class ActorCriticTrainer(
     ReportingMixin,
     CardMixin,
     PolicyGenerationMixin,
+    CompactBatchesMixin,
     RecordingMixin,
     RewardsMixin,
     RewardAdapterMixin,
@@ -195,6 +197,7 @@ class ActorCriticTrainer(
         self._epochs_ended = False  # by `target_kl`, until the next rollout
         self._is_first_update = False  # of a training, until it begins
         self._window_kl = torch.zeros(2, device=self.accelerator.device)  # sum and count within the optimizer step
+        self._set_up_compact_batches()
         self._last_rollout = None  # time of its start and its number of completion tokens
 
     # --- Critic ---
@@ -405,16 +408,23 @@ class ActorCriticTrainer(
 
     # --- Update ---
 
-    def _get_per_token_logps_and_entropies(self, model, input_ids, attention_mask, logits_to_keep, *args, **kwargs):
+    def _get_per_token_logps_and_entropies(
+        self, model, input_ids, attention_mask, logits_to_keep, batch_size=None, *args, **kwargs
+    ):
         # Of the passes over a rollout the policy's is the first, if there is one; the reference's needs no values
         is_recorded = self.critic is not None and not self._passes
+        order = self._scoring_order(input_ids, attention_mask, logits_to_keep, batch_size, kwargs)
+        input_ids, attention_mask = input_ids[order], attention_mask[order]
+        scoring = self._compact_scoring(model, input_ids, attention_mask, logits_to_keep, batch_size, kwargs)
         # Before each of the T tokens, and after the last one
         recording = self.critic.recording(num_states=logits_to_keep + 1) if is_recorded else nullcontext([])
         with recording as values:
-            outputs = super()._get_per_token_logps_and_entropies(
-                model, input_ids, attention_mask, logits_to_keep, *args, **kwargs
+            logps, entropies, aux_loss = super()._get_per_token_logps_and_entropies(
+                scoring, input_ids, attention_mask, logits_to_keep, batch_size, *args, **kwargs
             )
-        self._passes.append((outputs[0], torch.cat(values) if values else None))
+        back = order.argsort()
+        outputs = logps[back], None if entropies is None else entropies[back], aux_loss
+        self._passes.append((outputs[0], torch.cat(values)[back] if values else None))
         if self._awaiting is not None:
             batch, self._awaiting = self._awaiting, None
             self._add_advantages(batch, *self._passes[-1])
