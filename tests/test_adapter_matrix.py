@@ -112,7 +112,7 @@ def test_the_card_says_what_is_adapted(saved, what, method):
     quantization = {"4bit": "4bit (nf4)", "8bit": "8bit (int8)"}.get(method)
     assert ("base model: quantization" in card) == (quantization is not None)
     assert quantization is None or f"| base model: quantization | {quantization} |" in card
-    assert ("- peft " in card) == (method != "full")
+    assert ("- PEFT " in card) == (method != "full")
 
 
 @pytest.mark.parametrize("what, method", CASES)

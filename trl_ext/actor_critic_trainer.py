@@ -62,7 +62,7 @@ from .critic import (
 from .generation import PolicyGenerationMixin
 from .kl_controller import KLController
 from .losses import value_loss
-from .model_card import CardMixin
+from .policy_card import PolicyCardMixin
 from .reporting import ReportingMixin
 from .reward_adapters import RewardAdapterMixin, split_reward_adapters
 from .rewards import RewardsMixin
@@ -73,7 +73,7 @@ from .value_heads import ValueHead
 class ActorCriticTrainer(
     CheckpointingMixin,
     ReportingMixin,
-    CardMixin,
+    PolicyCardMixin,
     PolicyGenerationMixin,
     RewardsMixin,
     RewardAdapterMixin,
@@ -110,6 +110,7 @@ class ActorCriticTrainer(
                 eprint    = {arXiv:1506.02438},
             }"""),
     }
+    _method = ""  # of `compute_advantages` nothing more is known
     config_class = ActorCriticConfig
     _task_type = "CAUSAL_LM"
 
