@@ -3,6 +3,7 @@
 import gc
 import os
 import random
+from pathlib import Path
 
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -229,6 +230,16 @@ def settings(tmp_path, **overrides):
         "disable_tqdm": True,
         "lr_scheduler_type": "constant",
     } | overrides
+
+
+def run_snippets(folder):
+    """Executes the python blocks of a card as they are, each for itself; the names they leave, and what they `printed`."""
+    scope = {"printed": []}
+    for snippet in (Path(folder) / "README.md").read_text().split("```python\n")[1:]:
+        own = {"print": scope["printed"].append}
+        exec(snippet.split("```")[0], own)
+        scope |= {name: value for name, value in own.items() if name != "print"}
+    return scope
 
 
 class Rollouts:

@@ -27,6 +27,8 @@ of `RewardTrainer` and `DPOTrainer`:
 | `_metrics`, `_total_train_tokens`, `_tp_size` | metrics per mode; the count of tokens |
 | `beta`, `ref_model`, `aux_loss_enabled`, `router_aux_loss_coef` of `DPOTrainer` | what its loss is made of |
 
+of all of them, for their model cards: `create_model_card`, `_template_file`, `_name`, `_paper`, `_tag_names`;
+
 and of `transformers.Trainer`: `_save`, `_load_from_checkpoint`, `_load_best_model`, `_save_rng_state`,
 `_load_rng_state`, `_push_from_checkpoint`.
 """

@@ -121,16 +121,13 @@ class ModelCardMixin:
         folder = Path(self.args.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
         content = self._card_content()
-        model, is_adapter = content.model, isinstance(content.model, PeftModel)
-        base_model, dataset_id = hub_id(get_config_model_id(model.config)), hub_id(dataset_name)
+        model, dataset_id = content.model, hub_id(dataset_name)
         measured = evaluations(self.state.log_history, self._eval_names, self._best_step)
         card_data = ModelCardData(
-            base_model=base_model,
-            base_model_relation=None if base_model is None else "adapter" if is_adapter else "finetune",
+            **derivation_of(model),
             datasets=dataset_id,
             eval_results=self._eval_results(measured, content.results, dataset_id) or None,
             language=language,
-            library_name="peft" if is_adapter else "transformers",
             license=license,
             model_name=model_name or Path(self.hub_model_id or folder.absolute()).name,
             pipeline_tag=self._pipeline_tag,
@@ -251,6 +248,17 @@ def hub_id(name: str | None) -> str | None:
     return name
 
 
+def derivation_of(model) -> dict[str, str | None]:
+    """What it was made of, and what loads it. An adapter on a quantized base is still one on that base."""
+    is_adapter, base_model = isinstance(model, PeftModel), hub_id(get_config_model_id(model.config))
+    relation = "adapter" if is_adapter else "finetune"
+    return {
+        "base_model": base_model,
+        "base_model_relation": relation if base_model is not None else None,
+        "library_name": "peft" if is_adapter else "transformers",
+    }
+
+
 def are_of_one_source(train_dataset, eval_dataset) -> bool:
     """Whether two datasets were loaded from the same, as far as they know."""
     if train_dataset is None or eval_dataset is None:
@@ -329,12 +337,14 @@ def adapter_settings(model) -> dict[str, str]:
 
 def bitsandbytes_config(model) -> str | None:
     """The code of a base's `BitsAndBytesConfig`, to load it the same way; None where there is none."""
-    config = getattr(model.config, "quantization_config", None)  # absent from other models
-    if quantization_of(model) is None or not quantization_of(model).startswith(("4bit", "8bit")):
+    if not (quantization_of(model) or "").startswith(("4bit", "8bit")):
         return None
+    config = model.config.quantization_config
     settings = config if isinstance(config, dict) else config.to_diff_dict()
-    arguments = [f"{name}={value!r}" for name, value in settings.items() if name.startswith(("load_in", "bnb", "llm"))]
-    return f"BitsAndBytesConfig({', '.join(sorted(arguments, reverse=True))})"
+    settings = {name: settings[name] for name in sorted(settings, reverse=True)}  # `load_in` before what belongs to it
+    shown = {name: f'"{value}"' if isinstance(value, str) else repr(value) for name, value in settings.items()}
+    arguments = [f"{name}={value}" for name, value in shown.items() if name.startswith(("load_in", "bnb", "llm"))]
+    return f"BitsAndBytesConfig({', '.join(arguments)})"
 
 
 def versions_of(model) -> dict[str, str]:
