@@ -63,7 +63,7 @@ from .critic import (
 from .generation import PolicyGenerationMixin
 from .kl_controller import KLController
 from .losses import value_loss
-from .model_card import CardMixin
+from .policy_card import PolicyCardMixin
 from .pushing import PushMixin
 from .reporting import ReportingMixin
 from .reward_adapters import RewardAdapterMixin, split_reward_adapters
@@ -77,7 +77,7 @@ class ActorCriticTrainer(
     CheckpointingMixin,
     PushMixin,
     ReportingMixin,
-    CardMixin,
+    PolicyCardMixin,
     PolicyGenerationMixin,
     CompactBatchesMixin,
     RecordingMixin,
@@ -116,6 +116,7 @@ class ActorCriticTrainer(
                 eprint    = {arXiv:1506.02438},
             }"""),
     }
+    _method = ""  # of `compute_advantages` nothing more is known
     config_class = ActorCriticConfig
     _task_type = "CAUSAL_LM"
 

@@ -11,7 +11,7 @@ from peft import PeftModel
 from transformers import TrainerCallback
 from transformers.modeling_outputs import ModelOutput
 from trl import SyncRefModelCallback
-from trl.data_utils import get_dataset_column_names
+from trl.data_utils import get_dataset_column_names, is_conversational
 
 from .child_modules import SyncReferenceCallback, give_learning_rate, split_state_dict, without_child
 from .compat import disable_gradient_checkpointing
@@ -59,6 +59,7 @@ class RankingMixin:
     _max_tie_order = None  # of Davidson-Luce, once the data has been seen
     _has_rankings = None  # likewise
     _saved_with_model = (TIE_PARAMETERS_FILE,)
+    _is_chat = False  # whether what it was trained on are conversations
 
     def _set_up_rankings(self, data_collator) -> None:
         """To be called when the parent's `__init__` has prepared model and data."""
@@ -113,6 +114,8 @@ class RankingMixin:
 
     def _prepare_dataset(self, dataset, processing_class, args, dataset_name):
         columns = get_dataset_column_names(dataset)
+        if dataset_name == "train":
+            self._is_chat = is_conversational(next(iter(dataset), {}))
         is_tokenized = set(self._tokenized_columns) <= set(columns)
         if not ("completions" in columns or has_tied_pairs(columns) or is_tokenized):
             return super()._prepare_dataset(dataset, processing_class, args, dataset_name)
