@@ -1,10 +1,11 @@
 """What is left out of a batch (padding, repeated prompts, unscored positions) changes nothing that is computed."""
 
+import itertools
 from unittest.mock import patch
 
 import pytest
 import torch
-from conftest import PROMPTS, count_good, scripted_rollout, settings, tiny_settings
+from conftest import PROMPTS, build_reward_model, count_good, scripted_rollout, settings, tiny_settings
 from datasets import Dataset
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
@@ -35,7 +36,8 @@ from trl_ext import (
     ReinforceTrainer,
 )
 from trl_ext.layouts import packed_layout, rows_layout
-from trl_ext.micro_batches import by_length, join, select, sort_windows, trim
+from trl_ext.micro_batches import by_length, join, select, sizes_by_tokens, sort_windows, trim
+from trl_ext.rewards import ScoringByLength
 
 
 OFF = {"length_batches": False, "compact_scoring": False, "compact_generation": False}
@@ -346,6 +348,61 @@ def test_equal_prompts_stay_together_and_the_longest_come_first(rows):
     assert len(runs) == len(set(runs))
     heads = [max(len(p) + len(c) for p, c in rows if tuple(p) == prompt) for prompt in runs]
     assert heads == sorted(heads, reverse=True)
+
+
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=7), st.integers(1, 7))
+@hypothesis_settings(max_examples=200, deadline=None)
+def test_the_largest_part_is_as_small_as_it_can_be(lengths, num_parts):
+    """Against all ways to cut."""
+    num_parts = min(num_parts, len(lengths))
+
+    def largest(sizes):
+        starts = [sum(sizes[:i]) for i in range(len(sizes))]
+        return max(size * max(lengths[start : start + size]) for start, size in zip(starts, sizes, strict=True))
+
+    sizes = sizes_by_tokens(lengths, num_parts)
+    assert sum(sizes) == len(lengths) and len(sizes) == num_parts and min(sizes) > 0
+    cuts = itertools.combinations(range(1, len(lengths)), num_parts - 1)
+    ways = [[b - a for a, b in itertools.pairwise((0, *cut, len(lengths)))] for cut in cuts]
+    assert largest(sizes) == min(map(largest, ways))
+
+
+def test_a_micro_batch_may_take_tokens_in_place_of_completions(policy_path, prompts, tmp_path):
+    common = {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 4, "max_steps": 2}
+    trainers = []
+    for balance in (False, True):
+        args = PPOConfig(**settings(tmp_path, **common), num_iterations=2, balance_tokens=balance)
+        trainers.append(PPOTrainer(policy_path, length, args, prompts, rollout_func=by_row))
+        trainers[-1].train()
+    rows, tokens = trainers
+    assert {len(batch["scores"]) for batch in rows._buffered_inputs} == {4}
+    assert len({len(batch["scores"]) for batch in tokens._buffered_inputs}) > 1
+    for name, weight in rows.model.named_parameters():
+        torch.testing.assert_close(tokens.model.get_parameter(name), weight, atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("wrong", [{"loss_type": "grpo"}, {"length_batches": False}])
+def test_tokens_are_balanced_only_where_that_leaves_the_loss_as_it_is(tmp_path, wrong):
+    with pytest.raises(ValueError, match="`balance_tokens=True` needs"):
+        PPOConfig(**settings(tmp_path, balance_tokens=True, **wrong))
+
+
+# --- Reward models ---
+
+
+def test_reward_models_score_by_length_what_they_score(tokenizer):
+    model = build_reward_model(tokenizer).eval()
+    texts = ["the film was good", "it", "a dull and slow plot but", "bad", "the actor is great great"]
+    inputs = tokenizer(texts, return_tensors="pt", padding=True, padding_side="right", return_token_type_ids=False)
+    seen = []
+    model.model.register_forward_hook(
+        lambda module, args, kwargs, output: seen.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
+    )
+    with torch.inference_mode():
+        expected = model(**inputs).logits
+        actual = ScoringByLength(model, 2)(**inputs).logits
+    torch.testing.assert_close(actual, expected, atol=1e-6, rtol=1e-5)
+    assert seen[1:] == [(2, 6), (2, 4), (1, 1)]
 
 
 def test_nothing_is_left_to_cut():

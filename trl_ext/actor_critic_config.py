@@ -89,6 +89,10 @@ class ActorCriticConfig(GRPOConfig):
             Sort the completions of an optimizer step into micro-batches of similar length, and cut each to its own
             longest. Not done where the loss depends on who shares a micro-batch (`loss_type="bnpo"`, entropy bonuses
             and quantiles), nor with images or `pad_to_multiple_of`.
+        balance_tokens (`bool`, *optional*, defaults to `False`):
+            With `length_batches`, put about as many tokens into each micro-batch of an optimizer step in place of as
+            many completions, so that its peak of memory is lower. Only for a `loss_type` that is normalized over the
+            whole step: `"dapo"` or `"cispo"`.
         compact_scoring (`bool`, *optional*, defaults to `True`):
             Run the LM head only where a token is scored. Not done with images or prompt tuning.
         shared_prefix (`str`, *optional*, defaults to `"auto"`):
@@ -234,6 +238,13 @@ class ActorCriticConfig(GRPOConfig):
             "own longest, where that leaves the step as it is."
         },
     )
+    balance_tokens: bool = field(
+        default=False,
+        metadata={
+            "help": "With `length_batches`, put about as many tokens into each micro-batch of an optimizer step in place "
+            "of as many completions. Only for `loss_type` 'dapo' or 'cispo', which are normalized over the whole step."
+        },
+    )
     compact_scoring: bool = field(
         default=True,
         metadata={"help": "Run the LM head only where a token is scored. Not done with images or prompt tuning."},
@@ -296,6 +307,12 @@ class ActorCriticConfig(GRPOConfig):
             )
         if self.shared_prefix not in ("auto", "always", "never"):
             raise ValueError(f"`shared_prefix` must be 'auto', 'always' or 'never', got {self.shared_prefix!r}.")
+        if self.balance_tokens and (self.loss_type not in ("dapo", "cispo") or not self.length_batches):
+            raise ValueError(
+                "`balance_tokens=True` needs `length_batches=True` and a loss that is normalized over the optimizer "
+                f"step, and `loss_type={self.loss_type!r}`, `length_batches={self.length_batches}`. Use "
+                "`loss_type='dapo'` or 'cispo', or leave it out."
+            )
         if self.critic not in ("shared", "adapter", "separate"):
             raise ValueError(f"`critic` must be 'shared', 'adapter' or 'separate', got {self.critic!r}.")
         if self.critic != "shared" and self.critic_detach:

@@ -34,7 +34,7 @@ class CompactBatchesMixin:
         window, num_batches = self.args.gradient_accumulation_steps, len(batches)
         is_aligned = window % num_batches == 0 or num_batches % window == 0
         if is_aligned and not self._loss_depends_on_micro_batches:
-            return sort_windows(batches, window)
+            return sort_windows(batches, window, self.args.balance_tokens)
         return [trim(batch) for batch in batches]
 
     @property

@@ -16,7 +16,7 @@ Batch = dict[str, Any]  # of tensors whose first dimension is the completions', 
 PROMPT_TENSORS = ("prompt_ids", "prompt_mask")
 
 
-def sort_windows(batches: list[Batch], window: int) -> list[Batch]:
+def sort_windows(batches: list[Batch], window: int, balance_tokens: bool = False) -> list[Batch]:
     """
     Sort completions by length within every `window` micro-batches, the longest first, and [`trim`] each micro-batch.
 
@@ -24,14 +24,47 @@ def sort_windows(batches: list[Batch], window: int) -> list[Batch]:
         batches (`list`): The micro-batches of a rollout, in the order that they are trained on, equally many
             completions in each.
         window (`int`): How many of them make an optimizer step; it divides their number, or is a multiple of it.
+        balance_tokens (`bool`, *optional*, defaults to `False`): Put about as many tokens into each micro-batch in
+            place of as many completions.
     """
     window = min(window, len(batches))
     result = []
     for start in range(0, len(batches), window):
         joined = join(batches[start : start + window])
         order = by_length(joined["prompt_ids"], joined["prompt_mask"], joined["completion_mask"])
-        result += [trim(select(joined, rows)) for rows in order.chunk(window)]
+        if balance_tokens:
+            lengths = joined["prompt_mask"].sum(dim=1) + joined["completion_mask"].sum(dim=1)
+            parts = order.split(sizes_by_tokens(lengths[order].tolist(), window))
+        else:
+            parts = order.chunk(window)
+        result += [trim(select(joined, rows)) for rows in parts]
     return result
+
+
+def sizes_by_tokens(lengths: list[int], num_parts: int) -> list[int]:
+    """
+    How many of the sequences of these lengths, in this order, each of `num_parts` parts takes, so that the largest part
+    is as small as it can be. A part's size is that of the sequences padded to its longest; none is empty.
+    """
+
+    def filled(budget: int) -> list[int]:
+        sizes, longest = [0], 0
+        for length in lengths:
+            longest = max(longest, length)
+            if sizes[-1] > 0 and (sizes[-1] + 1) * longest > budget:
+                sizes, longest = [*sizes, 0], length
+            sizes[-1] += 1
+        return sizes
+
+    low, high = max(lengths), max(lengths) * len(lengths)
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (low, middle) if len(filled(middle)) <= num_parts else (middle + 1, high)
+    sizes = filled(low)
+    while len(sizes) < num_parts:  # what is left over costs nothing to split
+        i = sizes.index(max(sizes))
+        sizes[i : i + 1] = [sizes[i] - sizes[i] // 2, sizes[i] // 2]
+    return sizes
 
 
 def by_length(prompt_ids: torch.Tensor, prompt_mask: torch.Tensor, completion_mask: torch.Tensor) -> torch.Tensor:

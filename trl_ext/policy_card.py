@@ -35,7 +35,14 @@ TRAINING_ARGUMENTS = [
     "seed",
 ]
 # On what is learned
-WITHOUT_EFFECT = ["save_rollouts", "compact_generation", "compact_scoring", "length_batches", "shared_prefix"]
+WITHOUT_EFFECT = [
+    "save_rollouts",
+    "compact_generation",
+    "compact_scoring",
+    "length_batches",
+    "balance_tokens",
+    "shared_prefix",
+]
 METRICS = [
     "returns/mean",
     "values/mean",
