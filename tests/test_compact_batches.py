@@ -395,8 +395,8 @@ def test_reward_models_score_by_length_what_they_score(tokenizer):
     texts = ["the film was good", "it", "a dull and slow plot but", "bad", "the actor is great great"]
     inputs = tokenizer(texts, return_tensors="pt", padding=True, padding_side="right", return_token_type_ids=False)
     seen = []
-    model.model.register_forward_hook(
-        lambda module, args, kwargs, output: seen.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
+    model.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
     )
     with torch.inference_mode():
         expected = model(**inputs).logits

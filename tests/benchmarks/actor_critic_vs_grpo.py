@@ -347,8 +347,8 @@ def measure(args: argparse.Namespace) -> dict:
 # --- All runs, and the report ---
 
 
-def run(name: str, threads: int) -> dict:
-    """[`measure`] the contender `name` in a new process, with this process's arguments."""
+def run(name: str, threads: int, arguments: list[str]) -> dict:
+    """[`measure`] the contender `name` in a new process, with these arguments of this script."""
     environment = os.environ | {
         "OMP_NUM_THREADS": str(threads),
         # Threads that spin while they wait would count as work
@@ -357,7 +357,7 @@ def run(name: str, threads: int) -> dict:
         "HF_HUB_OFFLINE": "1",
         "TOKENIZERS_PARALLELISM": "false",
     }
-    command = [sys.executable, __file__, *sys.argv[1:], "--run", name]
+    command = [sys.executable, __file__, *arguments, "--threads", str(threads), "--run", name]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     if done.returncode != 0:
         raise RuntimeError(f"{name} failed:\n{done.stderr[-4000:]}")
@@ -370,7 +370,7 @@ def run_rounds(args: argparse.Namespace) -> dict[str, list[dict]]:
     for number in range(args.rounds):
         order = args.contenders if number % 2 == 0 else args.contenders[::-1]
         for name in order:
-            result = run(name, args.threads)
+            result = run(name, args.threads, sys.argv[1:])
             runs[name].append(result)
             print(f"round {number + 1}: {name}: {result['seconds']:.1f} s", file=sys.stderr)
     return runs
