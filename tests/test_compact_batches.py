@@ -116,6 +116,26 @@ def test_the_loss_of_grpo_is_that_of_trl(policy_path, prompts, tmp_path):
     assert ours.state.global_step == theirs.state.global_step == 3
 
 
+@pytest.mark.parametrize("case", ["ppo", "ppo, kl in the loss", "ppo, lora", "nlpo", "ppo, bootstrap"])
+def test_the_first_epoch_scores_what_a_pass_would(policy_path, prompts, tmp_path, case, monkeypatch):
+    own = {"gradient_accumulation_steps": 1, "num_iterations": 3, "max_steps": 6}
+    without = train(case, policy_path, tmp_path, prompts, **own)
+    assert without._first_epoch_scores
+    trainer_class = CASES[case][0]
+    monkeypatch.setattr(trainer_class, "_first_epoch_scores", False)
+    with_pass = train(case, policy_path, tmp_path, prompts, **own)
+    for name, weight in with_pass.model.named_parameters():
+        torch.testing.assert_close(without.model.get_parameter(name), weight, atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "own", [{"steps_per_generation": 2}, {"steps_per_generation": 2, "gradient_accumulation_steps": 2}, {}]
+)
+def test_minibatches_and_whitening_over_micro_batches_need_their_pass(policy_path, prompts, tmp_path, own):
+    args = PPOConfig(**settings(tmp_path, num_iterations=2, whiten_advantages=True, **own))
+    assert PPOTrainer(policy_path, length, args, prompts)._first_epoch_scores == (own == {})
+
+
 # --- What is run ---
 
 

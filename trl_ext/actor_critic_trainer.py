@@ -9,9 +9,10 @@ error to the lambda-return. With r_t from [`~trl_ext.token_mdp`] and A, G from g
 The path of a batch:
 
 1. TRL generates and scores; `_calculate_rewards` keeps the local scores.
-2. If TRL scores the rollout with the policy anyway (several epochs or minibatches), that forward also gives the
-   values. If one on-policy update follows, the training forward gives them, and no pass is added. Only when the
-   advantages' statistics span several micro-batches of one on-policy update is a pass of our own needed.
+2. Where one update follows on the whole rollout, or several of which the first is of the whole, the training forward
+   gives the old log-probabilities and the values, and no pass is made for them. Where several minibatches follow, the
+   pass in which TRL scores the rollout gives both. Only when the advantages' statistics span several micro-batches of
+   one on-policy update is a pass of our own needed.
 3. `_add_advantages` turns scores, values and log-probabilities into `advantages`, `returns` and `values`, `(B, T)`.
 4. `_compute_loss` adds the value loss to TRL's.
 """
@@ -193,6 +194,7 @@ class ActorCriticTrainer(
         self.add_callback(StartOfTraining(self))
         self._scores = None  # (B,), of the completions being scored; nan where no reward function applies
         self._token_rewards = None  # (B, T), of the same; None if no reward is dense
+        self._skips_pass = False  # the next one, which the first epoch makes anyway
         self._passes = []  # (log-probabilities, values) of each scoring forward of the present batch
         self._awaiting = None  # batch whose advantages the forward under way will give
         self._epochs_ended = False  # by `target_kl`, until the next rollout
@@ -273,6 +275,7 @@ class ActorCriticTrainer(
             self._epochs_ended = False
             self.kl_controller.update()
         self._passes = []
+        self._skips_pass = mode == "train" and self._first_epoch_scores
         batch = super()._generate_and_score_completions(inputs)
         batch["scores"] = self._scores
         if not self.args.uses_raw_rewards:
@@ -302,6 +305,19 @@ class ActorCriticTrainer(
             logps, values = self._score_rollout(batch)
         self._add_advantages(batch, logps, values)
         return batch
+
+    @property
+    def _first_epoch_scores(self) -> bool:
+        """
+        Whether the first of several epochs trains on the whole rollout with the weights that sampled it: its forward
+        then gives the old log-probabilities and the values, and the pass that the parent makes for them is left out.
+        """
+        args = self.args
+        is_one_update = args.gradient_accumulation_steps % args.steps_per_generation == 0
+        is_sampled_here = not (self.use_vllm and self.vllm_importance_sampling_correction)
+        spans_micro_batches = args.steps_per_generation > 1 and self._has_batch_statistics and self._needs_pass
+        parent_makes_pass = args.gradient_accumulation_steps % (args.steps_per_generation * self.num_iterations) != 0
+        return parent_makes_pass and is_one_update and is_sampled_here and not spans_micro_batches
 
     @property
     def _needs_pass(self) -> bool:
@@ -412,6 +428,9 @@ class ActorCriticTrainer(
     def _get_per_token_logps_and_entropies(
         self, model, input_ids, attention_mask, logits_to_keep, batch_size=None, *args, **kwargs
     ):
+        if self._skips_pass:
+            self._skips_pass = False
+            return None, None, None
         # Of the passes over a rollout the policy's is the first, if there is one; the reference's needs no values
         is_recorded = self.critic is not None and not self._passes
         order = self._scoring_order(input_ids, attention_mask, logits_to_keep, batch_size, kwargs)
@@ -440,6 +459,8 @@ class ActorCriticTrainer(
         with self._kl_only_in_reward():
             loss = super()._compute_loss(model, inputs)
         logps, values = self._passes[-1]
+        if self.num_iterations > 1 and self.model.training:  # for the epochs to come, if the first one scores
+            inputs.setdefault("old_per_token_logps", logps.detach())
         mask = self._own_tokens(inputs)
         if in_warmup:
             loss = 0 * loss

@@ -55,7 +55,7 @@ class CompactBatchesMixin:
 
     def _scores_compactly(self, kwargs) -> bool:
         is_prompt_tuned = isinstance(self._policy, PeftModel) and self._policy.active_peft_config.is_prompt_learning
-        return self.args.compact_scoring and not is_prompt_tuned and not has_images(kwargs)
+        return self.args.compact_scoring and not is_prompt_tuned and not self._is_vlm and not has_images(kwargs)
 
     def _compact_scoring(self, model, input_ids, attention_mask, completion_length, batch_size, kwargs):
         """What is scored with in place of `model`."""

@@ -57,6 +57,7 @@ class PolicyGenerationMixin:
         if (
             not self.args.compact_generation
             or "generate" in vars(self._policy)
+            or self._is_vlm
             or self.is_fsdp_enabled
             or self.is_deepspeed_enabled
         ):
