@@ -2,7 +2,7 @@ r"""
 Teach a language model to play a text game by PPO, with credit for each command: the environment says after each of them
 what it was worth, and that reward falls to the last token of the command.
 
-A tiny model, from random weights, on a game of this project, offline on two CPU cores in some minutes:
+A tiny model, from random weights, on a game of this project, offline on a CPU in about half an hour:
 
     accelerate launch recipes/text_game.py
 
