@@ -15,7 +15,7 @@ All completions to which a python function gives 1 or more, on a 4-bit base:
         --model_name_or_path Qwen/Qwen2.5-7B-Instruct --use_peft --load_in_4bit --output_dir qwen-7b-filtered
 
 What was sampled and what was kept, with scores, lies in `round-1/samples.parquet`, `round-1/kept.parquet`, and so on,
-beside the model.
+beside the model. `--publish_samples_to USER/NAME --samples_licence cc-by-4.0` publishes it as a dataset, too.
 """
 
 import sys
@@ -23,10 +23,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from actor_critic import RewardArguments, get_rewards, load_prompts
+from datasets import Dataset, DatasetDict, concatenate_datasets
+from huggingface_hub.utils import validate_repo_id
 from sft import parse_arguments, prepare_model_args, save
 from trl import ModelConfig, SFTConfig, get_peft_config, get_quantization_config
 
 from trl_ext import CompletionSampler, ReinforceConfig, SFTTrainer, keep_best
+from trl_ext.hub import publish_samples
+from trl_ext.uploading import PublishError
 
 
 @dataclass
@@ -40,6 +44,10 @@ class BestOfNArguments(RewardArguments):
     max_completion_length: int = field(default=256, metadata={"help": "Tokens of a completion."})
     temperature: float = field(default=1.0, metadata={"help": "Of sampling."})
     sample_batch_size: int = field(default=32, metadata={"help": "Completions sampled at once, on each device."})
+    publish_samples_to: str | None = field(
+        default=None, metadata={"help": "Name on the Hub of a dataset that takes all rounds' samples, and those kept."}
+    )
+    samples_licence: str | None = field(default=None, metadata={"help": "Of that dataset, e.g. cc-by-4.0."})
 
     def __post_init__(self):
         super().__post_init__()
@@ -50,6 +58,10 @@ class BestOfNArguments(RewardArguments):
                 f"--sample_batch_size ({self.sample_batch_size}) must be a multiple of --num_generations "
                 f"({self.num_generations})."
             )
+        if (self.publish_samples_to is None) != (self.samples_licence is None):
+            raise ValueError("--publish_samples_to and --samples_licence need each other: pass both, or none.")
+        if self.publish_samples_to is not None:
+            validate_repo_id(self.publish_samples_to)
 
 
 def sampling_config(script_args: BestOfNArguments, training_args: SFTConfig) -> ReinforceConfig:
@@ -67,6 +79,28 @@ def sampling_config(script_args: BestOfNArguments, training_args: SFTConfig) -> 
     )
 
 
+def publish(rounds: list[dict[str, Dataset]], script_args: BestOfNArguments, model_name: str, folder: Path) -> None:
+    """Whatever the Hub answers, training has come to its end: what could not be uploaded stays in `folder`."""
+    splits = DatasetDict()
+    for name in ("samples", "kept"):
+        parts = [part[name].add_column("round", [n] * len(part[name])) for n, part in enumerate(rounds, start=1)]
+        splits[name] = concatenate_datasets(parts)
+    rewards = [*(script_args.reward_model or []), *(script_args.reward_funcs or [])]
+    collected = (
+        f"{script_args.num_generations} completions of each prompt by {Path(model_name).name} at temperature "
+        f"{script_args.temperature:g}, scored by {', '.join(Path(name).name for name in rewards)}. Kept were the "
+        f"{script_args.keep} best of each prompt"
+        + (f" with a score of at least {script_args.threshold:g}" if script_args.threshold is not None else "")
+        + (f", in {len(rounds)} rounds, after each of which the model learned from them" if len(rounds) > 1 else "")
+        + "."
+    )
+    try:
+        url = publish_samples(splits, script_args.publish_samples_to, script_args.samples_licence, collected, folder)
+    except PublishError as error:
+        url = error
+    print(f"Samples: {url}")
+
+
 def parse(args: list[str]) -> tuple:
     """The arguments of this script, of the training and of the model."""
     return parse_arguments(__doc__, (BestOfNArguments, SFTConfig, ModelConfig), args)
@@ -81,6 +115,7 @@ def main() -> None:
         "quantization_config": get_quantization_config(model_args),
         "peft_config": get_peft_config(model_args),
     }
+    rounds = []
     for number in range(1, script_args.num_rounds + 1):
         folder = Path(training_args.output_dir) / f"round-{number}"
         sampler = CompletionSampler(
@@ -88,6 +123,7 @@ def main() -> None:
         )
         samples = sampler.sample(prompts)
         kept = keep_best(samples, script_args.keep, script_args.threshold)
+        rounds.append({"samples": samples, "kept": kept})
         if sampler.accelerator.is_main_process:
             folder.mkdir(parents=True, exist_ok=True)
             samples.to_parquet(folder / "samples.parquet")
@@ -105,6 +141,8 @@ def main() -> None:
         )
         trainer.train()
         model, new = trainer.model, {}
+    if script_args.publish_samples_to is not None and trainer.accelerator.is_main_process:
+        publish(rounds, script_args, model_args.model_name_or_path, Path(training_args.output_dir) / "dataset")
     save(trainer, script_args)
 
 

@@ -42,6 +42,7 @@ if __name__ == "__main__":
             target_kl=0.5,
             per_device_train_batch_size=2,
             lr_scheduler_type="linear",
+            save_rollouts=True,
         )
     )
     callbacks = [DieAt(int(flags[flags.index("--die-at") + 1]))] if "--die-at" in flags else []

@@ -1,16 +1,29 @@
 """Sampling, filtering, and what the best of n is."""
 
+import importlib
 import json
 import math
 import random
 import re
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from conftest import PROMPTS, settings
 from datasets import Dataset, load_dataset
+from hub_server import HubServer, environment
 
 from trl_ext import CompletionSampler, ReinforceConfig, keep_best
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    """For the programs that a test starts."""
+    with HubServer() as server:
+        for name, value in environment(server, tmp_path / "home").items():
+            monkeypatch.setenv(name, value)
+        yield server
 
 
 def sampler_of(policy_path, prompts, tmp_path, reward_funcs, num_generations=4, **kwargs):
@@ -84,7 +97,7 @@ def test_the_best_of_n_is_as_far_from_the_policy_as_theory_says():
 @pytest.mark.parametrize(
     "flags", [["--learning_rate", "0.02"], ["--learning_rate", "0.1", "--use_peft"]], ids=["full", "lora"]
 )
-def test_rounds_of_filtering_raise_the_score(policy_path, tmp_path, flags):
+def test_rounds_of_filtering_raise_the_score(policy_path, tmp_path, flags, hub):
     """As a user runs it: each round starts from what the last one learned."""
     from test_recipes import FAST, RECIPES, launch, write_rows
 
@@ -96,6 +109,7 @@ def test_rounds_of_filtering_raise_the_score(policy_path, tmp_path, flags):
         *(RECIPES / "best_of_n.py", *FAST, "--model_name_or_path", policy_path, "--dataset_name", "prompts.jsonl"),
         *("--reward_funcs", "my_rewards.good", "--num_generations", 8, "--num_rounds", 3, "--max_steps", 20),
         *("--max_completion_length", 6, "--output_dir", "out", *flags),
+        *("--publish_samples_to", "user/best", "--samples_licence", "cc0-1.0"),
         cwd=tmp_path,
     )
     rounds = re.findall(
@@ -111,3 +125,29 @@ def test_rounds_of_filtering_raise_the_score(policy_path, tmp_path, flags):
     assert set(data["kept"].column_names) == {"prompt_index", "prompt", "completion", "score", "reward/good"}
     weights = "adapter_model.safetensors" if "--use_peft" in flags else "model.safetensors"
     assert (tmp_path / "out" / weights).is_file()
+    repo = hub.repos["dataset", "user/best"]
+    assert f"Samples: {hub.endpoint}/{repo.page}/commit/" in printed
+    for name, rows in data.items():
+        file = repo.at().files[f"data/{name}-00000-of-00001.parquet"]
+        published = Dataset(pq.read_table(pa.BufferReader(file.content)))
+        assert set(published["round"]) == {1, 2, 3}
+        assert published.filter(lambda row: row["round"] == 3).remove_columns("round").to_list() == rows.to_list()
+    card = repo.at().files["README.md"].content.decode()
+    assert "8 completions of each prompt by policy0 at temperature 1, scored by my_rewards.good" in card
+    (mean,) = re.findall(r"\| samples \| 768 \| 8 \| (\S+) \|", card)
+    assert float(mean) == pytest.approx(sum(means) / 3, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--publish_samples_to", "user/best"], "--publish_samples_to and --samples_licence need each other"),
+        (["--publish_samples_to", "a/b/c", "--samples_licence", "mit"], "Repo id must be"),
+    ],
+)
+def test_what_cannot_be_published_is_told_before_training(monkeypatch, flags, message):
+    from test_recipes import RECIPES
+
+    monkeypatch.syspath_prepend(RECIPES)
+    with pytest.raises(ValueError, match=message):
+        importlib.import_module("best_of_n").parse(["--output_dir", "out", *flags])

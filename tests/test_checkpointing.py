@@ -25,6 +25,7 @@ from trl_ext import (
     ReinforceConfig,
     ReinforceTrainer,
     load_critic,
+    load_rollouts,
     token_values,
 )
 
@@ -80,6 +81,12 @@ def test_a_killed_run_resumes_bit_for_bit(policy_path, whole_run, tmp_path, step
     first, second = (torch.load(folder / last / "rng_state.pth", weights_only=False) for folder in (whole, broken))
     assert torch.equal(first["cpu"], second["cpu"]) and first["python"] == second["python"]
     assert torch.load(whole / last / "kl_controller.pt")["coef"] != 0.1
+    first, second = (load_rollouts(folder) for folder in (whole, broken))
+    assert (
+        first["train"].to_list() == second["train"].to_list() and first["eval"].to_list() == second["eval"].to_list()
+    )
+    assert first["train"]["step"] == [step for step in (0, 4, 8, 12, 16) for _ in range(4)]
+    assert first["eval"]["step"] == [step for step in (3, 6, 9, 12, 15, 18) for _ in range(8)]
 
 
 @pytest.mark.parametrize("critic", ["shared", "separate"])

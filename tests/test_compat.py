@@ -76,6 +76,14 @@ def test_rewards_are_gathered_with_nan_for_none():
     assert "reward if reward is not None else torch.nan" in source
 
 
+def test_images_leave_messages_that_are_written():
+    text = {"role": "assistant", "content": "b"}
+    seen = {"role": "user", "content": [{"type": "image", "image": object()}, {"type": "text", "text": "a"}]}
+    stripped = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "a"}]}
+    assert compat.strip_images_from_messages([seen, text]) == [stripped, text]
+    assert compat.strip_images_from_messages("a") == "a"
+
+
 def test_the_rollout_batch():
     """Old log-probabilities are those the hook returned, by identity; the token count is that of all processes."""
     source = inspect.getsource(GRPOTrainer._generate_and_score_completions)

@@ -15,17 +15,21 @@ from trl_ext import (
     QActorCriticTrainer,
     ReinforceConfig,
     ReinforceTrainer,
+    load_rollouts,
 )
 
 
 @pytest.fixture(scope="module")
 def by_processes(policy_path, tmp_path_factory):
-    """(one process with batch 4, two processes with batch 2) for every case: weights, logs, KL coefficient."""
+    """
+    (one process with batch 4, two processes with batch 2) for every case: weights, logs, KL coefficient, number of
+    processes, rollouts.
+    """
     results = []
     for num_processes, batch_size in ((1, 4), (2, 2)):
         output = tmp_path_factory.mktemp(f"processes{num_processes}")
         launch(num_processes, "two_process_script.py", policy_path, output, *CASES, batch_size)
-        results.append({case: torch.load(output / f"{case}.pt") for case in CASES})
+        results.append({case: (*torch.load(output / f"{case}.pt"), load_rollouts(output / case)) for case in CASES})
     return results
 
 
@@ -42,6 +46,16 @@ def test_two_processes_train_like_one(by_processes, case):
         assert first.keys() == second.keys()
         for name in [name for name in exact if first.get(name) is not None]:
             assert first[name] == pytest.approx(second[name], rel=1e-3, abs=1e-5), name
+
+
+@pytest.mark.parametrize("case", ["ppo", "a2c-lora-checkpointing", "reinforce"])
+def test_two_processes_record_what_one_does(by_processes, case):
+    one, two = (result[case][4]["train"].to_list() for result in by_processes)
+    assert len(one) == len(two) > 4
+    for first, second in zip(one, two, strict=True):
+        for name, expected in first.items():
+            is_float = isinstance(expected, list) and isinstance(expected[0], float)
+            assert second[name] == (pytest.approx(expected, abs=1e-4) if is_float else expected), name
 
 
 def trained(trainer_class, args, tokenizer, prompts, rollout_func=None):

@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 from trl import ModelConfig, SFTConfig, get_peft_config, get_quantization_config
 
-from trl_ext import RankingRewardConfig, load_critic, tie_parameters, token_values
+from trl_ext import RankingRewardConfig, load_critic, load_rollouts, tie_parameters, token_values
 
 
 RECIPES = Path(__file__).parent.parent / "recipes"
@@ -119,12 +119,15 @@ def test_reinforce_with_a_python_reward(folder, policy_path):
     launch(
         *(RECIPES / "actor_critic.py", "--algorithm", "reinforce", *FAST),
         *("--model_name_or_path", policy_path, "--dataset_name", "prompts.jsonl", "--output_dir", "out"),
-        *("--reward_funcs", "my_rewards.count_letters", "--max_completion_length", 4),
+        *("--reward_funcs", "my_rewards.count_letters", "--max_completion_length", 4, "--save_rollouts"),
         cwd=folder,
     )
     assert changed(
         AutoModelForCausalLM.from_pretrained(folder / "out"), AutoModelForCausalLM.from_pretrained(policy_path)
     )
+    rollouts = load_rollouts(folder / "out")["train"]
+    assert rollouts["step"] == [0] * 4 + [1] * 4 and sorted(rollouts["prompt"]) == sorted(PROMPTS)
+    assert rollouts["reward/count_letters"] == [len(text) for text in rollouts["completion"]]
     assert not (folder / "out" / "value_head.safetensors").exists()  # a mean return is the baseline
 
 

@@ -48,9 +48,8 @@ if __name__ == "__main__":
     model, output_dir, *cases, batch_size = sys.argv[1:]
     for case in cases:
         trainer_class, config_class, overrides = CASES[case]
-        args = config_class(
-            **conftest.settings(output_dir, per_device_train_batch_size=int(batch_size), max_steps=4, **overrides)
-        )
+        sizes = {"per_device_train_batch_size": int(batch_size), "max_steps": 4}
+        args = config_class(**conftest.settings(f"{output_dir}/{case}", save_rollouts=True, **sizes, **overrides))
         peft_config = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False) if "lora" in case else None
         trainer = trainer_class(
             model,

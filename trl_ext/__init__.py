@@ -14,6 +14,7 @@ from .ranking_data import format_ranking, parse_ranking
 from .ranking_dpo import RankingDPOConfig, RankingDPOTrainer
 from .ranking_reward import RankingRewardConfig, RankingRewardTrainer
 from .reinforce import ReinforceConfig, ReinforceTrainer
+from .rollouts import load_rollouts
 from .sft import SFTTrainer
 from .tie_parameters import tie_parameters
 
@@ -45,6 +46,7 @@ __all__ = [
     "judgements_nll",
     "keep_best",
     "load_critic",
+    "load_rollouts",
     "merge_adapter",
     "parse_ranking",
     "predict_pair",

@@ -91,6 +91,13 @@ class ActorCriticConfig(GRPOConfig):
         target_kl (`float`, *optional*):
             Ends the epochs on a rollout once the KL per token between the policy and the one that sampled exceeds
             1.5 times this.
+
+        > Recording
+
+        save_rollouts (`bool`, *optional*, defaults to `False`):
+            Write every completion of training and evaluation, with its tokens, rewards, advantages, returns, values,
+            KL and log-probabilities, to `output_dir/rollouts`, for [`~trl_ext.load_rollouts`] to read. As all of
+            `output_dir`, they are pushed with the model.
     """
 
     num_generations: int = field(default=1, metadata={"help": "Completions per prompt. With a critic, one is enough."})
@@ -211,6 +218,15 @@ class ActorCriticConfig(GRPOConfig):
     target_kl: float | None = field(
         default=None,
         metadata={"help": "Ends the epochs on a rollout when the KL per token to its sampler exceeds 1.5 times this."},
+    )
+
+    save_rollouts: bool = field(
+        default=False,
+        metadata={
+            "help": "Write every completion of training and evaluation, with its tokens, rewards, advantages, returns, "
+            "values, KL and log-probabilities, to `output_dir/rollouts`, for `trl_ext.load_rollouts` to read. As all of "
+            "`output_dir`, they are pushed with the model."
+        },
     )
 
     def __post_init__(self):

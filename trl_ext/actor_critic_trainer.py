@@ -67,6 +67,7 @@ from .pushing import PushMixin
 from .reporting import ReportingMixin
 from .reward_adapters import RewardAdapterMixin, split_reward_adapters
 from .rewards import RewardsMixin
+from .rollouts import RecordingMixin
 from .shared_base import is_quantized
 from .value_heads import ValueHead
 
@@ -77,6 +78,7 @@ class ActorCriticTrainer(
     ReportingMixin,
     CardMixin,
     PolicyGenerationMixin,
+    RecordingMixin,
     RewardsMixin,
     RewardAdapterMixin,
     AdapterMixin,
@@ -379,6 +381,8 @@ class ActorCriticTrainer(
         advantages, returns = self.compute_advantages(rewards, values, mask, bootstrap)
         values = None if values is None else self._fitted(values)
         self._log_advantages(batch, advantages, returns, values, mask, mode)
+        credit = {"rewards": rewards, "advantages": advantages, "returns": returns, "values": values}
+        self._record_credit(batch, mask, logps, **credit)
         if self.args.whiten_advantages:
             _, mean, var = self._global_moments(advantages, mask)
             advantages = token_mdp.masked_whiten(advantages, mask, mean, var)

@@ -49,21 +49,9 @@ class CompletionSampler(ReinforceTrainer):
         rewards_per_func = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
         if self._samples is None:  # an evaluation of the user's own
             return rewards_per_func
-        first = self.accelerator.process_index * len(prompts)
-        scores = self._scores if self._token_rewards is None else self._scores + self._token_rewards.sum(dim=1)
-        own_rewards = rewards_per_func[first : first + len(prompts)]
-        rows = zip(inputs, completions, scores.tolist(), own_rewards.tolist(), strict=True)
-        for example, completion, score, rewards in rows:
-            own = {f"reward/{name}": _or_none(r) for name, r in zip(self.reward_func_names, rewards, strict=True)}
-            self._samples.append(
-                {ROW: example[ROW], "prompt": example["prompt"], "completion": completion, "score": _or_none(score)}
-                | own
-            )
+        for example, completion, rewards in zip(inputs, completions, self._own_rewards(rewards_per_func), strict=True):
+            self._samples.append({ROW: example[ROW], "prompt": example["prompt"], "completion": completion, **rewards})
         return rewards_per_func
-
-
-def _or_none(value: float) -> float | None:
-    return None if value != value else value
 
 
 def keep_best(samples: Dataset, num_kept: int | None = 1, threshold: float | None = None) -> Dataset:

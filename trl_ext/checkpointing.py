@@ -30,6 +30,7 @@ class StartOfTraining(TrainerCallback):
         self.trainer._epochs_ended = False
         self.trainer._is_first_update = state.global_step == 0
         self.trainer._window_kl.zero_()
+        self.trainer._begin_recording(state.global_step)
 
     def on_epoch_begin(self, args, state, control, **kwargs):
         if self.trainer._train_sampler is not None:

@@ -41,6 +41,7 @@ from trl.trainer.utils import (
     global_then_local_main_first,
     is_async_callable,
     pad,
+    strip_images_from_messages,
     use_adapter,
 )
 
@@ -61,6 +62,7 @@ __all__ = [
     "has_transformers_adapter",
     "is_async_callable",
     "pad",
+    "strip_images_from_messages",
     "tokenize",
     "use_adapter",
 ]

@@ -3,33 +3,25 @@ Publishing datasets on the Hub: Parquet with its features declared, a card that 
 can be finished from disk if it fails.
 """
 
-import itertools
-import json
-from collections import Counter, defaultdict
+import math
+import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from datasets import Dataset, DatasetDict
 from huggingface_hub import DatasetCard, DatasetCardData
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
 
-from .annotation import ranking_agreement
+from .dataset_cards import describe_rankings, describe_rollouts, describe_samples
 from .model_card import TEMPLATES
 from .ranking_data import prepare_rankings
+from .rollouts import ROLLOUT_COLUMNS
 from .uploading import upload
 
 
-RANKING_COLUMNS = {
-    "prompt": "what was answered",
-    "completions": "the answers",
-    "ranks": "one for each completion: lower is better, equal is tied, null was not ranked",
-    "pairs": "judgements `[i, j, v]` of two completions: v = 1 if i is better, 2 if j is, 0 for neither",
-    "ranking": "the same as text",
-    "id": "of the prompt with its completions; rows of several annotators share it",
-    "annotator": "who ranked",
-    "sources": "who wrote each completion",
-    "seconds": "how long it took",
-    "flag": "what the annotator thought wrong with the item",
-}
+SHARD_SIZE = 500 * 2**20  # bytes in memory
 
 
 def publish_rankings(
@@ -39,6 +31,7 @@ def publish_rankings(
     collected: str,
     folder: str | Path,
     *,
+    models: list[str] | None = None,
     title: str | None = None,
     language: list[str] | None = None,
     tags: list[str] | None = None,
@@ -55,6 +48,7 @@ def publish_rankings(
         licence (`str`): Under which it may be used, e.g. `"cc-by-4.0"`. Yours to choose: there is no default.
         collected (`str`): How: who ranked, what they were told, where prompts and completions are from.
         folder (`str` or `Path`): Where the files are written first, and stay.
+        models (`list[str]`, *optional*): Hub ids of models that were trained on it.
         title (`str`, *optional*): By default the repository's name.
         language, tags (`list[str]`, *optional*): For the card's metadata.
         private (`bool`, *optional*, defaults to `False`): Only for those with access.
@@ -67,94 +61,177 @@ def publish_rankings(
         ValueError: for rankings that could not be trained on, or without `licence` or `collected`.
         [`~trl_ext.uploading.PublishError`]: where the upload fails.
     """
+    _check_texts(licence, collected)
+    _check_ids(models=models or [])
+    splits = _splits_of(rankings, columns=[])  # of which `prepare_rankings` knows more
+    for name, split in splits.items():
+        prepare_rankings(split, dataset_name=name)  # raises where it is malformed
+    metadata = {"license": licence, "language": language, "tags": {"preference", "ranking", "rlhf", *(tags or [])}}
+    content = describe_rankings(splits) | {"collected": collected, "models": models, "title": title}
+    return _publish(splits, "rankings_dataset.md", metadata, content, repo_id, folder, private, token)
+
+
+def publish_rollouts(
+    rollouts: Dataset | DatasetDict,
+    repo_id: str,
+    licence: str,
+    collected: str,
+    folder: str | Path,
+    *,
+    model: str | None = None,
+    reward: str | None = None,
+    title: str | None = None,
+    language: list[str] | None = None,
+    tags: list[str] | None = None,
+    private: bool = False,
+    token: str | None = None,
+) -> str:
+    """
+    Publish what a training with `save_rollouts` recorded, which `load_dataset(repo_id)` then gives back.
+
+    Args:
+        rollouts ([`~datasets.Dataset`] or [`~datasets.DatasetDict`]): From [`~trl_ext.load_rollouts`]; all of it, or
+            those splits and rows that should be seen.
+        collected (`str`): How: which policy was trained on which prompts, with what reward and algorithm.
+        model (`str`, *optional*): Hub id of the policy that came out of the training.
+        reward (`str`, *optional*): Hub id of the reward model.
+        All others as in [`publish_rankings`], and so are the results.
+
+    Raises:
+        ValueError: for other data than recorded rollouts, or without `licence` or `collected`.
+        [`~trl_ext.uploading.PublishError`]: where the upload fails.
+    """
+    _check_texts(licence, collected)
+    _check_ids(model=[model], reward=[reward])
+    splits = _splits_of(rollouts, ROLLOUT_COLUMNS)
+    metadata = {
+        "license": licence,
+        "language": language,
+        "task_categories": ["reinforcement-learning", "text-generation"],
+        "tags": {"rlhf", "rollouts", "token-level", *(tags or [])},
+    }
+    content = describe_rollouts(splits) | {"collected": collected, "model": model, "reward": reward, "title": title}
+    return _publish(splits, "rollouts_dataset.md", metadata, content, repo_id, folder, private, token)
+
+
+def publish_samples(
+    samples: Dataset | DatasetDict,
+    repo_id: str,
+    licence: str,
+    collected: str,
+    folder: str | Path,
+    *,
+    model: str | None = None,
+    reward: str | None = None,
+    title: str | None = None,
+    language: list[str] | None = None,
+    tags: list[str] | None = None,
+    private: bool = False,
+    token: str | None = None,
+) -> str:
+    """
+    Publish completions that were sampled and scored, and those of them that were kept, which `load_dataset(repo_id)`
+    then gives back.
+
+    Args:
+        samples ([`~datasets.Dataset`] or [`~datasets.DatasetDict`]): From [`~trl_ext.CompletionSampler.sample`] and
+            [`~trl_ext.keep_best`], e.g. `DatasetDict(samples=samples, kept=keep_best(samples))`. The card shows how to
+            fine-tune on `kept`, or on the first split if there is none. A dataset alone becomes the split `train`.
+        collected (`str`): How: which prompts, how many completions of each, what was kept.
+        model (`str`, *optional*): Hub id of the policy they were sampled from.
+        reward (`str`, *optional*): Hub id of the reward model.
+        All others as in [`publish_rankings`], and so are the results.
+
+    Raises:
+        ValueError: for data without prompts, completions and scores, or without `licence` or `collected`.
+        [`~trl_ext.uploading.PublishError`]: where the upload fails.
+    """
+    _check_texts(licence, collected)
+    _check_ids(model=[model], reward=[reward])
+    splits = _splits_of(samples, ["prompt", "completion", "score"])
+    metadata = {
+        "license": licence,
+        "language": language,
+        "task_categories": ["text-generation"],
+        "tags": {"best-of-n", "rejection-sampling", "sft", *(tags or [])},
+    }
+    content = describe_samples(splits) | {"collected": collected, "model": model, "reward": reward, "title": title}
+    content["imitated"] = "kept" if "kept" in splits else next(iter(splits))
+    return _publish(splits, "samples_dataset.md", metadata, content, repo_id, folder, private, token)
+
+
+def _check_texts(licence: str, collected: str) -> None:
     for name, value in (("licence", licence), ("collected", collected)):
         if not value or not value.strip():
             raise ValueError(f"`{name}` is empty. Whoever finds the dataset needs it.")
-    splits = rankings if isinstance(rankings, DatasetDict) else DatasetDict({"train": rankings})
+
+
+def _check_ids(**ids: list[str | None]) -> None:
+    for argument, names in ids.items():
+        for name in filter(None, names):
+            try:
+                validate_repo_id(name)
+            except HFValidationError as error:
+                raise ValueError(
+                    f"`{argument}` takes Hub ids, e.g. 'user/name', and {name!r} is none: {error}"
+                ) from None
+
+
+def _splits_of(data: Dataset | DatasetDict, columns: Iterable[str]) -> DatasetDict:
+    """By name, if `load_dataset` could give them back and each has these columns."""
+    splits = data if isinstance(data, DatasetDict) else DatasetDict({"train": data})
+    if not splits:
+        raise ValueError("There is no split to publish.")
+    first_name, first = next(iter(splits.items()))
     for name, split in splits.items():
-        prepare_rankings(split, dataset_name=name)  # raises where it is malformed
-    folder = Path(folder)
-    for name, split in splits.items():
-        file = folder / "data" / f"{name}-00000-of-00001.parquet"
-        file.parent.mkdir(parents=True, exist_ok=True)
-        split.to_parquet(file)
-    metadata = DatasetCardData(
-        license=licence,
-        language=language,
-        pretty_name=title or repo_id.split("/")[-1],
-        tags=sorted({"trl_ext", "preference", "ranking", "rlhf", *(tags or [])}),
-        configs=[{"config_name": "default", "data_files": [{"split": s, "path": f"data/{s}-*"} for s in splits]}],
+        if not re.fullmatch(r"\w+(\.\w+)*", name):
+            raise ValueError(f"{name!r} cannot be the name of a split. Use letters, digits, `_` and `.`.")
+        missing = [column for column in columns if column not in split.column_names]
+        if missing:
+            raise ValueError(f"The split {name!r} lacks {', '.join(missing)}; it has {', '.join(split.column_names)}.")
+        if len(split) == 0:
+            raise ValueError(f"The split {name!r} has no rows. Leave it out.")
+        if split.features != first.features:
+            raise ValueError(
+                f"The splits {first_name!r} and {name!r} differ in their features, and could not be loaded together: "
+                f"{first.features} and {split.features}. Cast one to the other's."
+            )
+    return splits
+
+
+def _publish(
+    splits: DatasetDict,
+    template: str,
+    metadata: dict[str, Any],
+    content: dict[str, Any],
+    repo_id: str,
+    folder: str | Path,
+    private: bool,
+    token: str | None,
+) -> str:
+    """Write Parquet and card to `folder`, and upload both."""
+    folder, title = Path(folder), content["title"] or repo_id.split("/")[-1]
+    files = [{"split": name, "path": _write(split, name, folder)} for name, split in splits.items()]
+    card_data = DatasetCardData(
+        **metadata | {"tags": sorted({"trl_ext", *metadata["tags"]})},
+        pretty_name=title,
+        configs=[{"config_name": "default", "data_files": files}],
     )
-    content = describe_rankings(splits)
-    card = DatasetCard.from_template(
-        metadata,
-        template_path=str(TEMPLATES / "rankings_dataset.md"),
-        title=title or repo_id.split("/")[-1],
-        repo_id=repo_id,
-        collected=collected.strip(),
-        **content,
-    )
+    content = content | {"title": title, "collected": content["collected"].strip(), "repo_id": repo_id}
+    card = DatasetCard.from_template(card_data, template_path=str(TEMPLATES / template), **content)
     card.save(folder / "README.md")
     return upload(folder, repo_id, "dataset", private, token).commit_url
 
 
-def describe_rankings(splits: DatasetDict) -> dict[str, Any]:
-    """What the card says of the data: counts, ties, shapes, agreement, columns, the first row."""
-    first = next(iter(splits.values()))
-    prepared = [row for name, split in splits.items() for row in prepare_rankings(split, dataset_name=name)]
-    sizes, shapes, ties, pairs = Counter(), Counter(), 0, 0
-    for row in prepared:
-        sizes[len(row["completions"])] += 1
-        ranks = [rank for rank in row["ranks"] or [] if rank is not None and rank >= 0]
-        outcomes = (
-            [a == b for a, b in itertools.combinations(ranks, 2)]
-            if ranks
-            else [value == 0 for _, _, value in row["pairs"]]
-        )
-        ties, pairs = ties + sum(outcomes), pairs + len(outcomes)
-        if ranks:
-            levels = sorted(set(ranks))
-            shapes["".join(str(1 + levels.index(rank)) for rank in sorted(ranks))] += 1
-    by_item = defaultdict(list)
-    if {"id", "annotator", "ranks"} <= set(first.column_names):
-        for split in splits.values():
-            for row in split:
-                if row["ranks"] is not None:
-                    by_item[row["id"]].append(row["ranks"])
-    annotators = (
-        len({a for split in splits.values() for a in split["annotator"]}) if "annotator" in first.features else None
-    )
-    return {
-        "num_rows": len(prepared),
-        "num_prompts": len({json.dumps(row["prompt"]) for row in prepared}),
-        "num_completions": sum(len(row["completions"]) for row in prepared),
-        "num_pairs": pairs,
-        "tie_rate": f"{ties / pairs:.1%}",
-        "annotators": annotators,
-        "agreement": _agreement(list(by_item.values())),
-        "splits": [(name, len(split)) for name, split in splits.items()],
-        "columns": [
-            (name, _type_of(feature), RANKING_COLUMNS.get(name, "")) for name, feature in first.features.items()
-        ],
-        "sizes": sorted(sizes.items()),
-        "shapes": shapes.most_common(5),
-        "first_row": json.dumps(first[0], ensure_ascii=False, indent=2),
-    }
-
-
-def _agreement(rankings: list[list[list[int | None]]]) -> dict[str, str] | None:
-    """None where no two annotators ranked the same."""
-    try:
-        measured = ranking_agreement(rankings)
-    except ValueError:
-        return None
-    shown = {name: f"{measured[name]:.1%}" for name in ("agreement", "strict_agreement")}
-    return shown | {"alpha": f"{measured['alpha']:.2f}"}
-
-
-def _type_of(feature: Any) -> str:
-    """`List(Value('string'))` as `list of string`."""
-    text = str(feature).replace("Value('", "").replace("')", "")
-    while "List(" in text:
-        text = text.replace("List(", "list of ", 1)
-    return text.replace(")", "").replace("|", "\\|")
+def _write(split: Dataset, name: str, folder: Path) -> str:
+    """
+    In files of at most about [`SHARD_SIZE`]. Returns the pattern of their names, which no other number of files has:
+    what an earlier publication left in the repository is none of them.
+    """
+    size = split.data.nbytes * len(split) / split.data.num_rows  # of rows that may be chosen from more
+    num_shards = min(len(split), max(1, math.ceil(size / SHARD_SIZE)))
+    (folder / "data").mkdir(parents=True, exist_ok=True)
+    for index in range(num_shards):
+        shard = split.shard(num_shards, index, contiguous=True)
+        shard.to_parquet(folder / "data" / f"{name}-{index:05d}-of-{num_shards:05d}.parquet")
+    return f"data/{name}-*-of-{num_shards:05d}.parquet"

@@ -170,8 +170,8 @@ class CardMixin:
 
     def _hyper_parameters(self) -> dict[str, str]:
         """What this package's configuration adds to TRL's, and the training arguments people ask for first."""
-        added = [name for name in self.args.__dataclass_fields__ if name not in GRPOConfig.__dataclass_fields__]
-        added = ["num_generations", *added]
+        known = {*GRPOConfig.__dataclass_fields__, "save_rollouts"}
+        added = ["num_generations", *(name for name in self.args.__dataclass_fields__ if name not in known)]
         if self.critic is None:
             added = [name for name in added if "critic" not in name and name not in ("vf_coef", "cliprange_value")]
         return shown(self.args, [*TRAINING_ARGUMENTS, *added])

@@ -56,6 +56,20 @@ class RewardsMixin:
             self._scores = self._scores - self._token_rewards.sum(dim=1)
         return rewards_per_func
 
+    def _own_rewards(self, rewards_per_func: torch.Tensor) -> list[dict[str, float | None]]:
+        """
+        For each completion of this process its `score`, the weighted sum of all its rewards, and `reward/<name>` of each
+        function, from what the functions gave those of all processes; None where none applies.
+        """
+        scores = self._scores if self._token_rewards is None else self._scores + self._token_rewards.sum(dim=1)
+        first = self.accelerator.process_index * len(scores)
+        rewards = torch.cat([scores.unsqueeze(1), rewards_per_func[first : first + len(scores)]], dim=1)
+        names = ["score", *(f"reward/{name}" for name in self.reward_func_names)]
+        return [
+            {name: None if math.isnan(value) else value for name, value in zip(names, row, strict=True)}
+            for row in rewards.tolist()
+        ]
+
     def _turn_reward(self, name):
         """A reward function that pays what each turn adds to what environments of class `name` say."""
 
