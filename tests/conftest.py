@@ -234,6 +234,16 @@ def settings(tmp_path, **overrides):
     } | overrides
 
 
+def run_snippets(folder):
+    """Executes the python blocks of a card as they are, each for itself; the names they leave, and what they `printed`."""
+    scope = {"printed": []}
+    for snippet in (Path(folder) / "README.md").read_text().split("```python\n")[1:]:
+        own = {"print": scope["printed"].append}
+        exec(snippet.split("```")[0], own)
+        scope |= {name: value for name, value in own.items() if name != "print"}
+    return scope
+
+
 class Rollouts:
     """Mixin that keeps the batches of a trainer for a test to look at: as rolled out, and as trained on."""
 

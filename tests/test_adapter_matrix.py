@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from conftest import build_policy, ranking_settings, settings
+from conftest import build_policy, ranking_settings, run_snippets, settings
 from packaging.version import Version
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from reload_script import IDS, outputs_of, quantization_config
@@ -112,7 +112,17 @@ def test_the_card_says_what_is_adapted(saved, what, method):
     quantization = {"4bit": "4bit (nf4)", "8bit": "8bit (int8)"}.get(method)
     assert ("base model: quantization" in card) == (quantization is not None)
     assert quantization is None or f"| base model: quantization | {quantization} |" in card
-    assert ("- peft " in card) == (method != "full")
+    assert ("- PEFT " in card) == (method != "full")
+
+
+@pytest.mark.parametrize("what, method", CASES)
+def test_the_cards_snippets_load_what_was_trained(saved, what, method):
+    scope = run_snippets(saved[what, method]["folder"])
+    assert len(scope["printed"]) == 1
+    model = scope["model"] if "model" in scope else scope["score" if what == "reward" else "generator"].model
+    outputs = outputs_of(model, scope.get("critic"))
+    for name, tensor in saved[what, method]["outputs"].items():
+        assert torch.equal(tensor, outputs[name]), name
 
 
 @pytest.mark.parametrize("what, method", CASES)

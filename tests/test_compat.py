@@ -140,6 +140,16 @@ def test_reused_rollouts_survive_shuffling_and_splitting():
         assert part["advantages"] is None and part["num_items_in_batch"] == 5
 
 
+def test_what_model_cards_are_made_of():
+    source = inspect.getsource(GRPOTrainer.create_model_card)
+    for part in ("get_trackio_space_url()", "get_comet_experiment_url()", "wandb.run.url", "get_config_model_id("):
+        assert part in source, part
+    for trainer in (GRPOTrainer, RewardTrainer, DPOTrainer):
+        assert "self.create_model_card(model_name=model_name)" in inspect.getsource(trainer._save_checkpoint)
+        assert set(trainer._paper) <= {"title", "id", "citation"}
+    assert "_template_file" in vars(RewardTrainer) and "self._tag_names" in source and "self._name" in source
+
+
 def test_reference_needs_beta_at_construction():
     source = inspect.getsource(GRPOTrainer.__init__)
     assert set(re.findall(r"args\.beta\b[^\n]*", source)) == {"args.beta != 0.0:", "args.beta"}

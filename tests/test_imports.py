@@ -13,7 +13,7 @@ SOURCES = {path.stem: path.read_text() for path in (Path(__file__).parents[1] / 
 PURE = {"token_mdp", "losses", "kl_controller", "masking", "ranking", "ranking_metrics"}
 BASES = {"actor_critic_config", "actor_critic_trainer"}
 ALGORITHMS = {"reinforce", "a2c", "ppo", "nlpo", "q_actor_critic", "ranking_reward", "ranking_dpo"}
-BELOW_CRITIC = {"compat", "child_modules", "lm_head", "value_heads", "shared_base", "reward_adapters"}
+BELOW_CRITIC = {"compat", "child_modules", "layouts", "lm_head", "value_heads", "shared_base", "reward_adapters"}
 PARENTS = {"nlpo": {"ppo"}, "best_of_n": {"reinforce"}}
 PUBLIC_TRL = re.compile(r"trl\.[A-Z]\w*|trl\.data_utils\.[a-z]\w*")
 

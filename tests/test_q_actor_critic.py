@@ -337,7 +337,7 @@ def test_the_policy_learns(policy, tokenizer, prompts, tmp_path, policy_gradient
     )
     trainer.train()
     rewards = [logs["reward"] for logs in trainer.state.log_history[:-1]]
-    assert rewards[0] < 0.45 and rewards[-1] > 0.75, rewards
+    assert rewards[0] < 0.45 and sum(rewards[-3:]) / 3 > 0.75, rewards
 
 
 # --- What is saved ---

@@ -1214,9 +1214,9 @@ def test_model_card(tokenizer, rankings, tmp_path, task, ranking_model, tie_name
     else:
         value = last[f"tie/{tie_name}"]
         assert f"{tie_name} | {value:.4g} |" in text
-    assert f"| eval_log_likelihood | {last['eval_log_likelihood']:.4g} |" in text
-    name = "accuracy" if task == "reward" else "rewards/accuracies"
-    assert f"| {name} | " in text
+    assert "| metric | training, step 2 | evaluation, step 2 |" in text
+    for name in ("log_likelihood", "accuracy" if task == "reward" else "rewards/accuracies"):
+        assert f"| {name} | {last[name]:.4g} | {last[f'eval_{name}']:.4g} |" in text
 
 
 def test_the_cards_snippets_run(tokenizer, rankings, tmp_path):

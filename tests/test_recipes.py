@@ -128,6 +128,8 @@ def test_reinforce_with_a_python_reward(folder, policy_path):
     rollouts = load_rollouts(folder / "out")["train"]
     assert rollouts["step"] == [0] * 4 + [1] * 4 and sorted(rollouts["prompt"]) == sorted(PROMPTS)
     assert rollouts["reward/count_letters"] == [len(text) for text in rollouts["completion"]]
+    card = (folder / "out" / "README.md").read_text()
+    assert "| lam |" in card and "save_rollouts" not in card  # which is no setting of the training
     assert not (folder / "out" / "value_head.safetensors").exists()  # a mean return is the baseline
 
 
@@ -224,7 +226,7 @@ def test_reward_model_from_rankings(folder, policy_path):
     evaluation = json.loads((folder / "out" / "eval_results.json").read_text())
     assert evaluation["eval_accuracy"] == 1  # the same completions after other prompts
     card = (folder / "out" / "README.md").read_text()
-    assert "on 6 rankings" in card and "| eval_accuracy | 1 |" in card and "tie/delta_2" in card
+    assert "on 6 rankings" in card and re.search(r"\| accuracy \| [\d.]+ \| 1 \|", card) and "tie/delta_2" in card
     model = AutoModelForSequenceClassification.from_pretrained(folder / "out")
     assert tie_parameters(str(folder / "out"))[0] == model.config.ranking_model == "davidson_luce"
 
@@ -281,7 +283,7 @@ def test_the_card_of_an_adapter_says_how_to_use_it(folder, policy_path):
     (folder / "use.py").write_text(snippet)
     printed = launch("use.py", cwd=folder)
     trained = AutoPeftModelForSequenceClassification.from_pretrained(str(folder / "out"), num_labels=1).eval()
-    ids = AutoTokenizer.from_pretrained(folder / "out")("A prompt and one answer", return_tensors="pt")
+    ids = AutoTokenizer.from_pretrained(folder / "out")("A prompt and one answer<eos>", return_tensors="pt")
     with torch.no_grad():
         expected = trained(**ids).logits.item()
     assert float(re.search(r"'score': (-?[\d.e-]+)", printed)[1]) == pytest.approx(expected, rel=1e-4)

@@ -40,6 +40,7 @@ from trl.trainer.utils import use_adapter
 
 from trl_ext import A2CConfig, A2CTrainer, PPOConfig, PPOTrainer, RankingRewardConfig, RankingRewardTrainer
 from trl_ext.critic import Critic, critic_as_adapter, load_critic, restore_critic, save_critic, token_values
+from trl_ext.layouts import last_states
 from trl_ext.shared_base import frozen_base
 
 
@@ -145,7 +146,9 @@ def reference_gradients(policy, critic):
     policy, critic = copy.deepcopy(policy), copy.deepcopy(critic)
     policy.zero_grad(), critic.zero_grad()
     loss_of(policy(input_ids=IDS).logits, torch.zeros(IDS.shape))[0].backward()
-    loss_of(torch.zeros(*IDS.shape, 27), critic(None, None, IDS.size(1), input_ids=IDS))[1].backward()
+    loss_of(torch.zeros(*IDS.shape, 27), critic(None, None, last_states(IDS, torch.ones_like(IDS), IDS.size(1))))[
+        1
+    ].backward()
     return own_gradients(policy), own_gradients(critic)
 
 
@@ -160,7 +163,7 @@ def test_gradients_are_those_of_two_bases(tokenizer, checkpointing):
             model.enable_input_require_grads()
     for _ in range(2):  # accumulated over two micro-batches
         logits = policy(input_ids=IDS, use_cache=False).logits
-        sum(loss_of(logits, critic(policy, None, IDS.size(1), input_ids=IDS))).backward()
+        sum(loss_of(logits, critic(policy, None, last_states(IDS, torch.ones_like(IDS), IDS.size(1))))).backward()
     for gradients, module in zip(expected, (policy, critic), strict=True):
         actual = own_gradients(module)
         assert actual.keys() == gradients.keys() and len(gradients) > 10

@@ -273,7 +273,7 @@ def test_the_first_update_on_a_rollout_has_ratio_one(
             steps_per_generation=steps_per_generation,
         )
     )
-    trainer = PPOTrainer(policy, count_good, args, prompts, processing_class=tokenizer)
+    trainer = PPOTrainer(policy, by_length, args, prompts, processing_class=tokenizer)
     trainer.train()
     history = trainer.state.log_history[:-1]
     for step, logs in enumerate(history):

@@ -326,7 +326,7 @@ def test_a_shared_critic_adds_no_forward_and_no_logits(policy_path, prompts, tmp
         ours = settings(tmp_path, num_generations=2, num_iterations=num_iterations, max_steps=2 * num_iterations)
         if config_class is GRPOConfig:
             del ours["critic_learning_rate"]
-        in_loss = {"beta": sum(kl.values())} if config_class is GRPOConfig else kl
+        in_loss = {"beta": sum(kl.values())} if config_class is GRPOConfig else kl | {"shared_prefix": "never"}
         args = config_class(**ours, **in_loss)
         trainer = trainer_class(policy_path, variety, args, prompts, rollout_func=scripted_rollout)
         calls = {"trunk": 0, "logits": 0}

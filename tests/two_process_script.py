@@ -22,6 +22,7 @@ from trl_ext import (
 
 CASES = {
     "ppo": (PPOTrainer, PPOConfig, {"num_iterations": 2, "kl_in_reward": 0.1, "kl_target": 1.0, "kl_horizon": 20}),
+    "ppo-groups": (PPOTrainer, PPOConfig, {"num_iterations": 2, "num_generations": 4, "shared_prefix": "always"}),
     "ppo-separate": (PPOTrainer, PPOConfig, {"num_iterations": 2, "critic": "separate"}),
     "ppo-lora": (PPOTrainer, PPOConfig, {"num_iterations": 2}),
     "a2c-lora-checkpointing": (A2CTrainer, A2CConfig, {"gradient_checkpointing": True, "critic": "separate"}),

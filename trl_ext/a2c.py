@@ -48,4 +48,8 @@ class A2CTrainer(ActorCriticTrainer):
                 eprint    = {arXiv:1602.01783},
             }"""),
     }
+    _method = (
+        "Advantages are the returns, smoothed by `lam`, less the critic's values (generalized advantage estimation), "
+        "and each rollout is used for one on-policy update."
+    )
     config_class = A2CConfig

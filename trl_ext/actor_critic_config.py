@@ -80,6 +80,26 @@ class ActorCriticConfig(GRPOConfig):
             half precision what is sampled from would be the sum rounded, in which a young adapter is mostly lost.
             Never done on a quantized base, or where the adapted weights are another module's too.
 
+        > Speed, without changing what is computed
+
+        compact_generation (`bool`, *optional*, defaults to `True`):
+            Without vLLM or continuous batching: read a prompt once for all its completions, and drop completions from
+            the batch as they end. Generation options that this does not know of are left to `generate`.
+        length_batches (`bool`, *optional*, defaults to `True`):
+            Sort the completions of an optimizer step into micro-batches of similar length, and cut each to its own
+            longest. Not done where the loss depends on who shares a micro-batch (`loss_type="bnpo"`, entropy bonuses
+            and quantiles), nor with images or `pad_to_multiple_of`.
+        balance_tokens (`bool`, *optional*, defaults to `False`):
+            With `length_batches`, put about as many tokens into each micro-batch of an optimizer step in place of as
+            many completions, so that its peak of memory is lower. Only for a `loss_type` that is normalized over the
+            whole step: `"dapo"` or `"cispo"`.
+        compact_scoring (`bool`, *optional*, defaults to `True`):
+            Run the LM head only where a token is scored. Not done with images or prompt tuning.
+        shared_prefix (`str`, *optional*, defaults to `"auto"`):
+            With `compact_scoring`, run a prompt once for all its completions in a micro-batch where that is less work.
+            `"auto"`: where the model gives the same log-probabilities so, which is checked on the first batch.
+            `"always"`: an error where it does not. `"never"`.
+
         > The KL penalty
 
         kl_in_reward (`float`, *optional*, defaults to `0.0`):
@@ -202,6 +222,43 @@ class ActorCriticConfig(GRPOConfig):
         },
     )
 
+    compact_generation: bool = field(
+        default=True,
+        metadata={
+            "help": "Without vLLM or continuous batching: read a prompt once for all its completions, and drop "
+            "completions from the batch as they end. Generation options that this does not know of are left to "
+            "`generate`."
+        },
+    )
+
+    length_batches: bool = field(
+        default=True,
+        metadata={
+            "help": "Sort the completions of an optimizer step into micro-batches of similar length, and cut each to its "
+            "own longest, where that leaves the step as it is."
+        },
+    )
+    balance_tokens: bool = field(
+        default=False,
+        metadata={
+            "help": "With `length_batches`, put about as many tokens into each micro-batch of an optimizer step in place "
+            "of as many completions. Only for `loss_type` 'dapo' or 'cispo', which are normalized over the whole step."
+        },
+    )
+    compact_scoring: bool = field(
+        default=True,
+        metadata={"help": "Run the LM head only where a token is scored. Not done with images or prompt tuning."},
+    )
+    shared_prefix: str = field(
+        default="auto",
+        metadata={
+            "help": "With `compact_scoring`, run a prompt once for all its completions in a micro-batch where that is "
+            "less work. 'auto': where the model gives the same log-probabilities so, which is checked on the first "
+            "batch; 'always': an error where it does not; 'never'.",
+            "choices": ["auto", "always", "never"],
+        },
+    )
+
     kl_in_reward: float = field(
         default=0.0,
         metadata={
@@ -247,6 +304,14 @@ class ActorCriticConfig(GRPOConfig):
             raise ValueError(
                 f"`missing_eos_penalty={self.missing_eos_penalty}` has no effect with truncation={self.truncation!r}. "
                 "Set `truncation='penalty'`, or remove the penalty."
+            )
+        if self.shared_prefix not in ("auto", "always", "never"):
+            raise ValueError(f"`shared_prefix` must be 'auto', 'always' or 'never', got {self.shared_prefix!r}.")
+        if self.balance_tokens and (self.loss_type not in ("dapo", "cispo") or not self.length_batches):
+            raise ValueError(
+                "`balance_tokens=True` needs `length_batches=True` and a loss that is normalized over the optimizer "
+                f"step, and `loss_type={self.loss_type!r}`, `length_batches={self.length_batches}`. Use "
+                "`loss_type='dapo'` or 'cispo', or leave it out."
             )
         if self.critic not in ("shared", "adapter", "separate"):
             raise ValueError(f"`critic` must be 'shared', 'adapter' or 'separate', got {self.critic!r}.")

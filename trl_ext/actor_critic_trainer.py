@@ -40,6 +40,7 @@ from .checks import (
     checked_rollout,
 )
 from .child_modules import SyncReferenceCallback, give_learning_rate
+from .compact_batches import CompactBatchesMixin
 from .compat import (
     MULTIMODAL_KEYS,
     disable_dropout_in_model,
@@ -62,7 +63,7 @@ from .critic import (
 from .generation import PolicyGenerationMixin
 from .kl_controller import KLController
 from .losses import value_loss
-from .model_card import CardMixin
+from .policy_card import PolicyCardMixin
 from .pushing import PushMixin
 from .reporting import ReportingMixin
 from .reward_adapters import RewardAdapterMixin, split_reward_adapters
@@ -76,8 +77,9 @@ class ActorCriticTrainer(
     CheckpointingMixin,
     PushMixin,
     ReportingMixin,
-    CardMixin,
+    PolicyCardMixin,
     PolicyGenerationMixin,
+    CompactBatchesMixin,
     RecordingMixin,
     RewardsMixin,
     RewardAdapterMixin,
@@ -114,6 +116,7 @@ class ActorCriticTrainer(
                 eprint    = {arXiv:1506.02438},
             }"""),
     }
+    _method = ""  # of `compute_advantages` nothing more is known
     config_class = ActorCriticConfig
     _task_type = "CAUSAL_LM"
 
@@ -195,6 +198,7 @@ class ActorCriticTrainer(
         self._epochs_ended = False  # by `target_kl`, until the next rollout
         self._is_first_update = False  # of a training, until it begins
         self._window_kl = torch.zeros(2, device=self.accelerator.device)  # sum and count within the optimizer step
+        self._set_up_compact_batches()
         self._last_rollout = None  # time of its start and its number of completion tokens
 
     # --- Critic ---
@@ -405,16 +409,23 @@ class ActorCriticTrainer(
 
     # --- Update ---
 
-    def _get_per_token_logps_and_entropies(self, model, input_ids, attention_mask, logits_to_keep, *args, **kwargs):
+    def _get_per_token_logps_and_entropies(
+        self, model, input_ids, attention_mask, logits_to_keep, batch_size=None, *args, **kwargs
+    ):
         # Of the passes over a rollout the policy's is the first, if there is one; the reference's needs no values
         is_recorded = self.critic is not None and not self._passes
+        order = self._scoring_order(input_ids, attention_mask, logits_to_keep, batch_size, kwargs)
+        input_ids, attention_mask = input_ids[order], attention_mask[order]
+        scoring = self._compact_scoring(model, input_ids, attention_mask, logits_to_keep, batch_size, kwargs)
         # Before each of the T tokens, and after the last one
         recording = self.critic.recording(num_states=logits_to_keep + 1) if is_recorded else nullcontext([])
         with recording as values:
-            outputs = super()._get_per_token_logps_and_entropies(
-                model, input_ids, attention_mask, logits_to_keep, *args, **kwargs
+            logps, entropies, aux_loss = super()._get_per_token_logps_and_entropies(
+                scoring, input_ids, attention_mask, logits_to_keep, batch_size, *args, **kwargs
             )
-        self._passes.append((outputs[0], torch.cat(values) if values else None))
+        back = order.argsort()
+        outputs = logps[back], None if entropies is None else entropies[back], aux_loss
+        self._passes.append((outputs[0], torch.cat(values)[back] if values else None))
         if self._awaiting is not None:
             batch, self._awaiting = self._awaiting, None
             self._add_advantages(batch, *self._passes[-1])

@@ -27,6 +27,8 @@ of `RewardTrainer` and `DPOTrainer`:
 | `_metrics`, `_total_train_tokens`, `_tp_size` | metrics per mode; the count of tokens |
 | `beta`, `ref_model`, `aux_loss_enabled`, `router_aux_loss_coef` of `DPOTrainer` | what its loss is made of |
 
+of all of them, for their model cards: `create_model_card`, `_template_file`, `_name`, `_paper`, `_tag_names`;
+
 and of `transformers.Trainer`: `_save`, `_load_from_checkpoint`, `_load_best_model`, `_save_rng_state`,
 `_load_rng_state`, and of its pushing `init_hf_repo`, `push_to_hub`, `_push_from_checkpoint`, `hub_model_id` (None until
 there is a repository, and in processes that do not push) and `push_in_progress.jobs` (of the model, then the checkpoint).
@@ -37,7 +39,9 @@ from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.utils import (
     FusedCausalLMOutput,
     disable_dropout_in_model,
+    get_comet_experiment_url,
     get_config_model_id,
+    get_trackio_space_url,
     global_then_local_main_first,
     is_async_callable,
     pad,
@@ -57,7 +61,9 @@ __all__ = [
     "OneGeneration",
     "disable_dropout_in_model",
     "disable_gradient_checkpointing",
+    "get_comet_experiment_url",
     "get_config_model_id",
+    "get_trackio_space_url",
     "global_then_local_main_first",
     "has_transformers_adapter",
     "is_async_callable",

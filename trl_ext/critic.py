@@ -35,6 +35,7 @@ from transformers.modeling_layers import GenericForSequenceClassification
 
 from .child_modules import keep_out_of_saves
 from .compat import FusedCausalLMOutput
+from .layouts import Layout, current, last_states
 from .lm_head import base_causal_lm
 from .reward_adapters import reward_model_on_base
 from .shared_base import adapter_like, frozen_base
@@ -69,29 +70,26 @@ class Critic(nn.Module):
         self._hooks = []
 
     def forward(
-        self, policy: PreTrainedModel | PeftModel, hidden_states: torch.Tensor | None, num_states: int, **inputs
+        self, policy: PreTrainedModel | PeftModel, hidden_states: torch.Tensor | None, layout: Layout
     ) -> torch.Tensor:
         """
-        Values of the last `num_states` prefixes: entry i from the end belongs to the sequence less its last i tokens.
+        Values of states, i.e. of the prefixes that they end.
 
         Args:
             policy (`PreTrainedModel` or `PeftModel`): The policy.
-            hidden_states (`torch.Tensor` of shape `(B, L, H)`): Its trunk's; may be `None` if not `reads_policy`.
-            num_states (`int`): How many.
-            inputs: What the policy's forward was given, `input_ids` and `attention_mask` at least.
+            hidden_states (`torch.Tensor` of shape `(R, L, H)`): Its trunk's; may be `None` if not `reads_policy`.
+            layout ([`~layouts.Layout`]): What the policy's forward was given, and where in it the states lie.
 
         Returns:
-            `torch.Tensor` of shape `(B, num_states)`, or `(B, num_states, 4)` of an action-value head, float32.
+            `torch.Tensor` of shape `(B, S)`, or `(B, S, 4)` of an action-value head, float32.
         """
         decisions = None
         if hidden_states is not None:
-            hidden_states = hidden_states[:, -num_states:]
-            # The last state has no action
-            actions = nn.functional.pad(inputs["input_ids"][:, 1:], (0, 1))[:, -num_states:]
-            mask = inputs["attention_mask"][:, -num_states:].bool()
-            decisions = Decisions(base_causal_lm(policy), hidden_states, actions, mask)
+            hidden_states = layout.states(hidden_states)
+            decisions = Decisions(base_causal_lm(policy), hidden_states, layout.actions, layout.mask)
         if self.trunk is not None:
-            hidden_states = self.trunk(**inputs, use_cache=False).last_hidden_state[:, -num_states:]
+            inputs = layout.inputs_of(self.trunk.config, self.trunk.dtype)
+            hidden_states = layout.states(self.trunk(**inputs, use_cache=False).last_hidden_state)
         elif self.detach:
             hidden_states = hidden_states.detach()
         return self.value_head(hidden_states, decisions)
@@ -117,7 +115,10 @@ class Critic(nn.Module):
 
     @contextmanager
     def recording(self, num_states: int) -> Iterator[list[torch.Tensor]]:
-        """Collect the values `(B, num_states, ...)` of every scoring forward of the policy within the context."""
+        """
+        Collect the values `(B, num_states, ...)` of every scoring forward of the policy within the context: of the last
+        prefixes, where entry i from the end belongs to the sequence less its last i tokens.
+        """
         self._recorded, self._num_states = [], num_states
         try:
             yield self._recorded
@@ -137,7 +138,9 @@ class ActorCriticOutput(FusedCausalLMOutput):
 
 def trunk_inputs(kwargs: dict) -> dict:
     """What another trunk takes of the arguments of a scoring forward."""
-    return {k: v for k, v in kwargs.items() if k not in ("labels", "fused_lm_head", "output_router_logits")}
+    return {
+        k: v for k, v in kwargs.items() if k not in ("labels", "shift_labels", "fused_lm_head", "output_router_logits")
+    }
 
 
 def attach_critic(model: PreTrainedModel | PeftModel, critic: Critic) -> None:
@@ -150,7 +153,8 @@ def attach_critic(model: PreTrainedModel | PeftModel, critic: Critic) -> None:
     def add_values(module, args, kwargs, output):
         if critic._recorded is None:
             return None
-        values = critic(module, critic._hidden_states, critic._num_states, **trunk_inputs(kwargs))
+        layout = current() or last_states(**trunk_inputs(kwargs), num_states=critic._num_states)
+        values = critic(module, critic._hidden_states, layout)
         critic._recorded.append(values)
         critic._hidden_states = None
         return ActorCriticOutput(**output, state_values=values)
@@ -502,10 +506,10 @@ def token_action_values(
 @torch.no_grad()
 def all_estimates(model, critic, input_ids, attention_mask) -> torch.Tensor:
     """What the critic says of every prefix, `(B, L)` or `(B, L, 4)`."""
-    inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
+    layout = last_states(input_ids, attention_mask, num_states=input_ids.size(1))
     hidden_states = None
     if critic.reads_policy:
         if isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning:
             raise ValueError("`token_values` does not see the virtual tokens of a prompt-tuned policy.")
-        hidden_states = base_causal_lm(model).base_model(**inputs, use_cache=False).last_hidden_state
-    return critic(model, hidden_states, input_ids.size(1), **inputs)
+        hidden_states = base_causal_lm(model).base_model(**layout.inputs, use_cache=False).last_hidden_state
+    return critic(model, hidden_states, layout)

@@ -1,14 +1,16 @@
 """How [`ActorCriticTrainer`] generates: TRL's ways, with the plain policy, checked, and turn by turn."""
 
 import asyncio
+import functools
 import inspect
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 
 import torch
 from peft import PeftModel
 
 from .adapters import can_merge, merged
 from .checks import check_completion_ids, check_prompt_ids
+from .decoding import can_decode, decode, settings_of
 from .precision import trainables_kept
 from .shared_base import is_quantized
 
@@ -41,10 +43,38 @@ class PolicyGenerationMixin:
     def _generate_single_turn(self, *args, **kwargs):
         self._ask_environments()
         # For continuous batching the parent casts the model, and leaves it so
-        with trainables_kept(self.model) if self.use_transformers_continuous_batching else nullcontext():
+        keeping = trainables_kept(self.model) if self.use_transformers_continuous_batching else nullcontext()
+        with keeping, self._compact_generate():
             outputs = super()._generate_single_turn(*args, **kwargs)
         check_completion_ids(outputs[0], "The generation engine")
         return outputs
+
+    @contextmanager
+    def _compact_generate(self):
+        """The parent's `generate` is [`decoding.decode`] where that does the same."""
+        generate = self._policy.generate
+        # One that was put on the instance knows what it does; ranks that shard weights must run equally many forwards
+        if (
+            not self.args.compact_generation
+            or "generate" in vars(self._policy)
+            or self.is_fsdp_enabled
+            or self.is_deepspeed_enabled
+        ):
+            yield
+            return
+
+        @functools.wraps(generate)
+        def compact(*, generation_config, **model_inputs):
+            settings = settings_of(self._policy, generation_config)
+            if can_decode(self._policy, settings, model_inputs):
+                return decode(self._policy, **model_inputs, settings=settings)
+            return generate(generation_config=generation_config, **model_inputs)
+
+        self._policy.generate = compact
+        try:
+            yield
+        finally:
+            del self._policy.generate
 
     # --- The adapter ---
 

@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import LogitsProcessor, PreTrainedModel
 
 from .critic import trunk_inputs
+from .layouts import current, last_states
 from .lm_head import CHUNK_SIZE, base_causal_lm, logits_of
 from .masking import masked_log_probs, nucleus
 
@@ -142,18 +143,28 @@ class MaskedScoring:
     def _mask_output(self, module, args, kwargs, output):
         if not self._is_active or self._hidden_states is None:
             return None
-        labels = kwargs["labels"][:, 1:]
-        scored = labels != -100
-        hidden_states, self._hidden_states = self._hidden_states[:, :-1][scored], None
-        tokens = labels[scored]
-        masking_states = self.mask.read(**trunk_inputs(kwargs), use_cache=False).last_hidden_state[:, :-1][scored]
+        inputs, layout = trunk_inputs(kwargs), current()
+        if layout is None:  # the model is run on the batch as it is
+            layout = last_states(**inputs, num_states=inputs["input_ids"].size(1))
+            scored = kwargs["labels"][:, 1:] != -100
+        else:
+            scored = layout.mask[:, 1:]
+            if not scored.any():
+                return None
+        hidden_states, self._hidden_states = layout.states(self._hidden_states)[:, :-1][scored], None
+        tokens = layout.actions[:, :-1][scored]
+        masking_states = layout.states(self.mask.read(**inputs, use_cache=False).last_hidden_state)[:, :-1][scored]
         chunks = [x.split(CHUNK_SIZE) for x in (hidden_states, masking_states, tokens)]
         scores = [checkpoint(self._score, *chunk, use_reentrant=False) for chunk in zip(*chunks, strict=True)]
         log_probs, entropy, forced = (torch.cat(parts) for parts in zip(*scores, strict=True))
         self.forced += torch.tensor([forced.sum().item(), len(forced)])
+        # A compact output is of what is scored alone
+        where = (
+            scored if output.log_probs.shape == scored.shape else torch.ones_like(output.log_probs, dtype=torch.bool)
+        )
         replaced = {
-            "log_probs": torch.zeros_like(output.log_probs).masked_scatter(scored, log_probs),
-            "entropy": torch.zeros_like(output.log_probs).masked_scatter(scored, entropy),
+            "log_probs": torch.zeros_like(output.log_probs).masked_scatter(where, log_probs),
+            "entropy": torch.zeros_like(output.log_probs).masked_scatter(where, entropy),
         }
         return type(output)(**{**output, **replaced})
 

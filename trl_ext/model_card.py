@@ -1,119 +1,328 @@
-"""Model cards, rendered from the templates in `model_cards/`; here that of a policy."""
+"""Model cards: their metadata, and what the cards of all trainers say, rendered from the templates in `model_cards/`."""
 
 import os
+from abc import abstractmethod
+from dataclasses import dataclass
 from enum import Enum
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+import jinja2
 from datasets import Dataset
-from huggingface_hub import ModelCard, ModelCardData
-from peft import PeftModel
-from trl import GRPOConfig
-from trl.data_utils import is_conversational
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from huggingface_hub.utils import HFValidationError, validate_repo_id
+from peft import PeftModel, PeftType
+from transformers import PreTrainedModel, is_wandb_available
 
-from .compat import get_config_model_id
+from .compat import get_comet_experiment_url, get_config_model_id, get_trackio_space_url
 from .shared_base import quantization_of
+from .training_curves import CURVES_FILE, Panel, draw_training_curves
+from .training_record import (
+    TrainingClock,
+    duration,
+    evaluations,
+    hardware,
+    is_number,
+    last_values,
+    training_entries,
+)
 
 
 # In a wheel the templates lie inside the package, in a source tree beside it
 _PACKAGED = Path(__file__).parent / "model_cards"
 TEMPLATES = _PACKAGED if _PACKAGED.is_dir() else Path(__file__).parent.parent / "model_cards"
 
-TRAINING_ARGUMENTS = [
-    "learning_rate",
-    "lr_scheduler_type",
-    "optim",
-    "max_steps",
-    "num_train_epochs",
-    "per_device_train_batch_size",
-    "gradient_accumulation_steps",
-    "steps_per_generation",
-    "num_iterations",
-    "world_size",
-    "max_completion_length",
-    "temperature",
-    "top_p",
-    "loss_type",
-    "epsilon",
-    "epsilon_high",
-    "beta",
-    "max_grad_norm",
-    "bf16",
-    "seed",
-]
-FINAL_METRICS = [
-    "reward",
-    "returns/mean",
-    "values/mean",
-    "explained_variance",
-    "value_loss",
-    "kl/k1",
-    "kl/k3",
-    "kl",
-    "ratio/mean",
-    "clip_ratio/region_mean",
-    "entropy",
-    "completions/mean_length",
-    "completions/clipped_ratio",
-    "num_tokens",
-]
-
-
-PACKAGES = ["trl_ext", "trl", "transformers", "torch", "datasets"]
+PARTS = ["introduction", "generation", "training"]  # of several templates
+PACKAGES = {
+    "trl_ext": "trl_ext",
+    "TRL": "trl",
+    "Transformers": "transformers",
+    "PyTorch": "torch",
+    "Datasets": "datasets",
+}
 ADAPTER_SETTINGS = ["peft_type", "r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora", "modules_to_save"]
+BADGES = {
+    "Weights & Biases": "https://raw.githubusercontent.com/wandb/assets/main/wandb-github-badge-28.svg",
+    "Trackio": "https://raw.githubusercontent.com/gradio-app/trackio/refs/heads/main/trackio/assets/badge.png",
+    "Comet": "https://raw.githubusercontent.com/comet-ml/comet-examples/master/logo/comet_badge.png",
+}
 
 
-def number(value) -> str:
+@dataclass
+class CardContent:
+    """
+    What a kind of trainer has to say.
+
+    Args:
+        model (`PreTrainedModel` or `PeftModel`): What was trained, without distributed wrappers.
+        rows (`str`): What a row of the dataset is called.
+        metrics (`list[str]`): What the table of metrics shows, where it was logged.
+        results (`dict[str, tuple[str, str]]`):
+            The metrics of evaluations that go into the metadata, with their type and their name there.
+        panels (`list[Panel]`): The training curves.
+        hyper_parameters (`dict[str, str]`): Names and values.
+        papers (`list[dict]`): To be cited, each as TRL's `_paper`.
+        details (`dict`): What the template has beside what all have.
+    """
+
+    model: PreTrainedModel | PeftModel
+    rows: str
+    metrics: list[str]
+    results: dict[str, tuple[str, str]]
+    panels: list[Panel]
+    hyper_parameters: dict[str, str]
+    papers: list[dict]
+    details: dict
+
+
+class ModelCardMixin:
+    """
+    Replaces TRL's model card. TRL writes it before every checkpoint and every push, so what it says is true of that
+    moment. A trainer names its template and gives its content.
+    """
+
+    _template_file: str  # of `model_cards/`
+    _pipeline_tag: str  # of the Hub
+    _evaluated_own_data = True  # the last time, not data given to `evaluate`
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.add_callback(TrainingClock())
+
+    def evaluate(self, eval_dataset=None, *args, **kwargs):
+        self._evaluated_own_data = eval_dataset is None or isinstance(eval_dataset, str)
+        return super().evaluate(eval_dataset, *args, **kwargs)
+
+    @abstractmethod
+    def _card_content(self) -> CardContent:
+        """What the card says of this training."""
+
+    def create_model_card(
+        self,
+        model_name: str | None = None,
+        dataset_name: str | None = None,
+        tags: str | list[str] | None = None,
+        license: str | None = None,
+        language: str | list[str] | None = None,
+    ) -> None:
+        """
+        Write `README.md`, with `training_curves.png` beside it, to the output folder. `push_to_hub` takes the same
+        arguments: TRL's, and two that [`~transformers.Trainer`] has.
+
+        Args:
+            model_name (`str`, *optional*): By default that of the repository or the output folder.
+            dataset_name (`str`, *optional*): Hub id of what it was trained on. Local files have no page to link to.
+            tags (`str` or `list[str]`, *optional*): Beside those of the trainer.
+            license (`str`, *optional*): Of the model, such as `"apache-2.0"`. Yours to choose: there is no default.
+            language (`str` or `list[str]`, *optional*): Of the data, as codes such as `"en"`.
+        """
+        if not self.is_world_process_zero():
+            return
+        folder = Path(self.args.output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        content = self._card_content()
+        model, dataset_id = content.model, hub_id(dataset_name)
+        measured = evaluations(self.state.log_history, self._eval_names, self._best_step)
+        card_data = ModelCardData(
+            **derivation_of(model),
+            datasets=dataset_id,
+            eval_results=self._eval_results(measured, content.results, dataset_id) or None,
+            language=language,
+            license=license,
+            model_name=model_name or Path(self.hub_model_id or folder.absolute()).name,
+            pipeline_tag=self._pipeline_tag,
+            tags=tags_of(model, self._tag_names, tags),
+        )
+        parts = {part: jinja2.Template((TEMPLATES / f"{part}.md").read_text(encoding="utf-8")) for part in PARTS}
+        card = ModelCard.from_template(
+            card_data,
+            template_path=str(TEMPLATES / self._template_file),
+            **parts,
+            title=card_data.model_name,
+            links=tracker_links(),
+            badges=BADGES,
+            adapter=adapter_in_words(model),
+            quantization=quantization_of(model),
+            bnb_config=bitsandbytes_config(model),
+            data=data_in_words(self.train_dataset, content.rows),
+            dataset_id=dataset_id,
+            model_id=self.hub_model_id or folder.as_posix(),
+            trainer_name=self._name,
+            trainer_class=type(self).__name__,
+            step=self.state.global_step,
+            planned_steps=self.state.max_steps,
+            best_step=self._best_step,
+            best_metric=self.args.metric_for_best_model,
+            curves=CURVES_FILE if self._draw_curves(content.panels) else None,
+            metrics=self._metrics_table(measured, content.metrics),
+            hyper_parameters=content.hyper_parameters | adapter_settings(model),
+            facts=self._facts(model),
+            versions=versions_of(model),
+            papers=content.papers,
+            package_version=installed_version("trl_ext"),
+            **content.details,
+        )
+        card.save(folder / "README.md")
+
+    @property
+    def _best_step(self) -> int | None:
+        """Of the checkpoint whose weights the model has, if the best ones were loaded at the end of training."""
+        is_loaded = self.args.load_best_model_at_end and self.state.best_model_checkpoint and not self.is_in_train
+        return self.state.best_global_step if is_loaded else None
+
+    @property
+    def _eval_names(self) -> list[str]:
+        return list(self.eval_dataset) if isinstance(self.eval_dataset, dict) else []
+
+    def _draw_curves(self, panels: list[Panel]) -> bool:
+        history = self.state.log_history
+        measured = {_evaluation(name): entries for name, entries in evaluations(history, self._eval_names).items()}
+        return draw_training_curves({"training": training_entries(history)} | measured, panels, self.args.output_dir)
+
+    def _metrics_table(self, measured: dict[str, list[dict]], names: list[str]) -> dict | None:
+        """Columns, and rows of cells: the last values of training beside those of the last evaluations."""
+        trained = training_entries(self.state.log_history)
+        columns = {f"training, step {trained[-1]['step']}": last_values(trained)} if trained else {}
+        for dataset_name, entries in measured.items():
+            step = self._best_step or entries[-1]["step"]
+            columns[cell(f"{_evaluation(dataset_name)}, step {step}")] = last_values(entries[-1:])
+        rows = [(cell(name), [cell(column.get(name, "")) for column in columns.values()]) for name in names]
+        rows = [row for row in rows if any(row[1])]
+        return {"columns": list(columns), "rows": rows} if rows else None
+
+    def _eval_results(
+        self, measured: dict[str, list[dict]], results: dict[str, tuple[str, str]], dataset_id: str | None
+    ) -> list[EvalResult]:
+        """For the metadata: what was measured of the very weights that this card is of, and nothing older."""
+        found = []
+        for name, entries in measured.items():
+            last = entries[-1]
+            if last["step"] not in (self.state.global_step, self._best_step):
+                continue
+            dataset = self.eval_dataset[name] if name else self.eval_dataset
+            is_known = self._evaluated_own_data and are_of_one_source(self.train_dataset, dataset)
+            repo_id = dataset_id if is_known else None
+            found += [
+                EvalResult(
+                    task_type=self._pipeline_tag,
+                    dataset_type=repo_id or name or "unknown",
+                    dataset_name=repo_id or name or "evaluation data",
+                    dataset_split=str(dataset.split) if repo_id else None,
+                    metric_type=metric_type,
+                    metric_name=f"{metric_name} ({name})" if name else metric_name,
+                    metric_value=last[metric],
+                )
+                for metric, (metric_type, metric_name) in results.items()
+                if is_number(last.get(metric))
+            ]
+        return found
+
+    def _facts(self, model) -> dict[str, str]:
+        """On what it was trained, and how long."""
+        clock = next(c for c in self.callback_handler.callbacks if isinstance(c, TrainingClock))
+        facts = hardware(model, self.accelerator.num_processes)
+        if self.state.global_step > 0:
+            since = f" since step {clock.since_step}" if clock.since_step else ""
+            facts["time"] = duration(clock.seconds) + since
+        tokens = last_values(training_entries(self.state.log_history)).get("num_tokens")
+        if tokens is not None:
+            facts["tokens seen"] = f"{tokens:,.0f}"
+        return facts
+
+
+def _evaluation(dataset_name: str) -> str:
+    return f"evaluation on {dataset_name}" if dataset_name else "evaluation"
+
+
+# --- Metadata ---
+
+
+def hub_id(name: str | None) -> str | None:
+    """`name` if it can be of a repository of the Hub; those of local files and folders have no page to link to."""
+    if not name or os.path.exists(name):
+        return None
+    try:
+        validate_repo_id(name)
+    except HFValidationError:  # a path, which may be gone by now
+        return None
+    return name
+
+
+def derivation_of(model) -> dict[str, str | None]:
+    """What it was made of, and what loads it. An adapter on a quantized base is still one on that base."""
+    is_adapter, base_model = isinstance(model, PeftModel), hub_id(get_config_model_id(model.config))
+    relation = "adapter" if is_adapter else "finetune"
+    return {
+        "base_model": base_model,
+        "base_model_relation": relation if base_model is not None else None,
+        "library_name": "peft" if is_adapter else "transformers",
+    }
+
+
+def are_of_one_source(train_dataset, eval_dataset) -> bool:
+    """Whether two datasets were loaded from the same, as far as they know."""
+    if train_dataset is None or eval_dataset is None:
+        return False
+    names = [dataset.info.dataset_name for dataset in (train_dataset, eval_dataset)]
+    return names[0] is not None and names[0] == names[1]
+
+
+def tags_of(model, own: list[str], given: str | list[str] | None) -> list[str]:
+    tags = {"generated_from_trainer", *own, *([given] if isinstance(given, str) else given or [])}
+    if isinstance(model, PeftModel):
+        tags |= {"transformers", "lora"} if is_lora(model) else {"transformers"}
+    trackio = get_trackio_space_url()
+    if trackio is not None:
+        tags = {tag for tag in tags if not tag.startswith("trackio:")} | {f"trackio:{trackio}"}
+    return sorted(tags)
+
+
+def tracker_links() -> dict[str, str]:
+    """The runs of the trackers that TRL's cards link to."""
+    links = {"Trackio": get_trackio_space_url(), "Comet": get_comet_experiment_url()}
+    if is_wandb_available():
+        import wandb
+
+        links["Weights & Biases"] = wandb.run.url if wandb.run is not None else None
+    return {name: url for name, url in links.items() if url}
+
+
+# --- Content ---
+
+
+def cell(value) -> str:
+    """A value, or a name, for a table's cell."""
     if isinstance(value, Enum):
         value = value.value
     if isinstance(value, float):
         return f"{value:.0f}" if value.is_integer() else f"{value:.4g}"
-    return str(value)
+    if isinstance(value, str) and os.path.isdir(value):  # others need not know where
+        value = Path(value).name
+    return " ".join(str(value).replace("|", "\\|").replace("<", "&lt;").split())
 
 
-def write_card(trainer, model, template: str, card_data: dict, **content) -> None:
-    """
-    Render a template of `model_cards/` to the README.md of the trainer's output folder.
+def shown(args, names: list[str]) -> dict[str, str]:
+    """The arguments of these names that are set."""
+    values = {name: getattr(args, name) for name in names}
+    return {name: cell(value) for name, value in values.items() if value is not None}
 
-    Args:
-        trainer (`transformers.Trainer`): Which trained `model`.
-        model (`PreTrainedModel` or `PeftModel`): Without distributed wrappers.
-        template (`str`): File name.
-        card_data (`dict`): `model_name`, `dataset_name`, `tags`, `pipeline_tag` of the card's metadata.
-        content: What this template has beside what all have.
-    """
-    # Local models have no page to link to
-    base_model = get_config_model_id(model.config)
-    base_model = None if not base_model or os.path.isdir(base_model) else base_model
-    tags, dataset_name = card_data["tags"], card_data["dataset_name"]
-    extra_tags = [tags] if isinstance(tags, str) else list(tags or [])
-    is_adapter = isinstance(model, PeftModel)
-    metadata = ModelCardData(
-        base_model=base_model,
-        datasets=dataset_name,
-        library_name="peft" if is_adapter else "transformers",
-        model_name=card_data["model_name"],
-        pipeline_tag=card_data["pipeline_tag"],
-        tags=sorted({*trainer._tag_names, *extra_tags}),
-    )
-    card = ModelCard.from_template(
-        metadata,
-        template_path=str(TEMPLATES / template),
-        title=card_data["model_name"],
-        base_model=base_model,
-        dataset_name=dataset_name,
-        num_prompts=len(trainer.train_dataset) if isinstance(trainer.train_dataset, Dataset) else None,
-        model_id=trainer.hub_model_id or trainer.args.output_dir,
-        is_adapter=is_adapter,
-        trainer_name=trainer._name,
-        trainer_class=type(trainer).__name__,
-        paper=trainer._paper,
-        step=trainer.state.global_step,
-        versions={name: version(name) for name in [*PACKAGES, *(["peft"] if is_adapter else [])]},
-        **content | {"hyper_parameters": content["hyper_parameters"] | adapter_settings(model)},
-    )
-    os.makedirs(trainer.args.output_dir, exist_ok=True)
-    card.save(os.path.join(trainer.args.output_dir, "README.md"))
+
+def data_in_words(dataset, rows: str) -> str | None:
+    """`8 prompts` or `a stream of prompts`; None where there was no dataset."""
+    if dataset is None:
+        return None
+    return f"{len(dataset)} {rows}" if isinstance(dataset, Dataset) else f"a stream of {rows}"
+
+
+def is_lora(model) -> bool:
+    return isinstance(model, PeftModel) and model.active_peft_config.peft_type == PeftType.LORA
+
+
+def adapter_in_words(model) -> str | None:
+    """None of other models."""
+    if not isinstance(model, PeftModel):
+        return None
+    return "a LoRA adapter" if is_lora(model) else f"an adapter ({cell(model.active_peft_config.peft_type)})"
 
 
 def adapter_settings(model) -> dict[str, str]:
@@ -121,57 +330,34 @@ def adapter_settings(model) -> dict[str, str]:
     if not isinstance(model, PeftModel):
         return {}
     config = model.active_peft_config.to_dict()
-    settings = {f"adapter: {name}": number(config[name]) for name in ADAPTER_SETTINGS if config.get(name) is not None}
+    settings = {f"adapter: {name}": cell(config[name]) for name in ADAPTER_SETTINGS if config.get(name) is not None}
     quantization = quantization_of(model)
     return settings | ({} if quantization is None else {"base model: quantization": quantization})
 
 
-def shown(args, names: list[str]) -> dict[str, str]:
-    """The arguments of these names that are set."""
-    values = {name: getattr(args, name) for name in names}
-    return {name: number(value) for name, value in values.items() if value is not None}
+def bitsandbytes_config(model) -> str | None:
+    """The code of a base's `BitsAndBytesConfig`, to load it the same way; None where there is none."""
+    if not (quantization_of(model) or "").startswith(("4bit", "8bit")):
+        return None
+    config = model.config.quantization_config
+    settings = config if isinstance(config, dict) else config.to_diff_dict()
+    settings = {name: settings[name] for name in sorted(settings, reverse=True)}  # `load_in` before what belongs to it
+    shown = {name: f'"{value}"' if isinstance(value, str) else repr(value) for name, value in settings.items()}
+    arguments = [f"{name}={value}" for name, value in shown.items() if name.startswith(("load_in", "bnb", "llm"))]
+    return f"BitsAndBytesConfig({', '.join(arguments)})"
 
 
-def final_metrics(log_history: list[dict], names: list[str]) -> dict[str, str]:
-    """The last logged value of each metric that says how training ended; evaluation's beside training's."""
-    last = {}
-    for entry in log_history:
-        last.update({name: value for name, value in entry.items() if value is not None})
-    names = [*names, *(f"eval_{name}" for name in names)]
-    return {name: number(last[name]) for name in names if name in last}
+def versions_of(model) -> dict[str, str]:
+    packages = dict(PACKAGES)
+    if isinstance(model, PeftModel):
+        packages["PEFT"] = "peft"
+    if bitsandbytes_config(model) is not None:
+        packages["bitsandbytes"] = "bitsandbytes"
+    return {shown: installed_version(name) for shown, name in packages.items()}
 
 
-class CardMixin:
-    """Replaces TRL's model card by one that says what was trained, how and on what, and how it ended."""
-
-    def create_model_card(self, model_name=None, dataset_name=None, tags=None):
-        if not self.is_world_process_zero():
-            return
-        rewards = list(zip(self.reward_func_names, self.reward_weights.tolist(), strict=True))
-        write_card(
-            self,
-            self._policy,
-            "policy.md",
-            {"model_name": model_name, "dataset_name": dataset_name, "tags": tags, "pipeline_tag": "text-generation"},
-            prompt=self._example_prompt(),
-            rewards=[(name, f"{weight:g}") for name, weight in rewards if weight != 0],
-            watched=[name for name, weight in rewards if weight == 0],
-            critic=None if self.critic is None else self.args.critic,
-            hyper_parameters=self._hyper_parameters(),
-            metrics=final_metrics(self.state.log_history, FINAL_METRICS),
-        )
-
-    def _example_prompt(self):
-        """A stand-in of the kind the policy was trained on: a conversation or a text."""
-        example = self.train_dataset[0] if isinstance(self.train_dataset, Dataset) else {}
-        if "prompt" in example and is_conversational({"prompt": example["prompt"]}):
-            return [{"role": "user", "content": "..."}]
-        return example.get("prompt", "...")
-
-    def _hyper_parameters(self) -> dict[str, str]:
-        """What this package's configuration adds to TRL's, and the training arguments people ask for first."""
-        known = {*GRPOConfig.__dataclass_fields__, "save_rollouts"}
-        added = ["num_generations", *(name for name in self.args.__dataclass_fields__ if name not in known)]
-        if self.critic is None:
-            added = [name for name in added if "critic" not in name and name not in ("vf_coef", "cliprange_value")]
-        return shown(self.args, [*TRAINING_ARGUMENTS, *added])
+def installed_version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:  # on the path, but not installed
+        return "(not installed as a package)"

@@ -91,6 +91,10 @@ class NLPOTrainer(PPOTrainer):
                 eprint    = {arXiv:2210.01241},
             }"""),
     }
+    _method = (
+        "As in PPO, advantages are those of generalized advantage estimation and updates are clipped; but the policy "
+        "that samples and is updated is the one within the nucleus (`top_p_mask`) of an earlier snapshot of itself."
+    )
     config_class = NLPOConfig
 
     def __init__(self, *args, **kwargs):

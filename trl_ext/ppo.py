@@ -51,4 +51,8 @@ class PPOTrainer(ActorCriticTrainer):
                 eprint = {arXiv:1707.06347},
             }"""),
     }
+    _method = (
+        "Advantages are those of generalized advantage estimation, and each rollout is used for several updates, which "
+        "clipping (`epsilon`) holds near the policy that sampled it."
+    )
     config_class = PPOConfig

@@ -127,6 +127,10 @@ class QActorCriticTrainer(ActorCriticTrainer):
                 year      = 1999,
             }"""),
     }
+    _method = (
+        "The critic values every token in its state, Q(s, a), and the policy follows what it says (`policy_gradient`), "
+        "not what was sampled afterwards."
+    )
     config_class = QActorCriticConfig
 
     def __init__(self, *args, **kwargs):

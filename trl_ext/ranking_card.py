@@ -1,10 +1,11 @@
-"""The model card of what was trained on rankings."""
+"""The model cards of what was trained on rankings, or on pairs: reward models, and policies by DPO."""
 
 import torch
 
-from .model_card import final_metrics, shown, write_card
+from .model_card import CardContent, ModelCardMixin, shown
 from .ranking import predict_pair
 from .ranking_config import RankingArguments
+from .training_curves import Panel
 
 
 TRAINING_ARGUMENTS = [
@@ -21,7 +22,7 @@ TRAINING_ARGUMENTS = [
     "bf16",
     "seed",
 ]
-FINAL_METRICS = [
+METRICS = [
     "loss",
     "accuracy",
     "rewards/accuracies",
@@ -35,8 +36,28 @@ FINAL_METRICS = [
     "margin",
     "rewards/margins",
     "mean_reward",
-    "num_tokens",
 ]
+RESULTS = {
+    "accuracy": ("accuracy", "accuracy on pairs with a winner"),
+    "rewards/accuracies": ("accuracy", "accuracy on pairs with a winner"),
+    "three_way_accuracy": ("accuracy", "accuracy on win, tie or loss"),
+    "kendall_tau_b": ("kendall_tau_b", "Kendall's tau-b"),
+    "log_likelihood": ("log_likelihood", "log-likelihood per ranking, nats"),
+}
+PANELS = [
+    Panel("Loss", "nats", "loss"),
+    Panel("Accuracy on pairs with a winner", "share", "accuracy"),
+    Panel("Accuracy on pairs with a winner", "share", "rewards/accuracies"),
+    Panel("Log-likelihood (dotted: tie rates only)", "nats per ranking", "log_likelihood", "baseline_log_likelihood"),
+    Panel("Rank correlation", "Kendall's tau-b", "kendall_tau_b"),
+    Panel("Ties predicted (dotted: observed)", "share of pairs", "predicted_tie_rate", "tie_rate"),
+    Panel("Margin of the winner", "score", "margin"),
+    Panel("Margin of the winner", "score", "rewards/margins"),
+]
+EXPLANATION = (
+    "`accuracy` is that of pairs with a winner. `log_likelihood` is per ranking, in nats; `baseline_log_likelihood` is "
+    "what one gets by knowing how frequent ties are and nothing else."
+)
 LIKELIHOODS = {
     "bradley_terry": "the Bradley-Terry likelihood of all strict pairs; ties were left out",
     "soft_bradley_terry": "the Bradley-Terry likelihood of all pairs, a tie counting as half a win for each",
@@ -50,25 +71,30 @@ LIKELIHOODS = {
 }
 
 
-class RankingCardMixin:
-    """Replaces TRL's model card by one that says which rankings were learned from, how, and what the scores mean."""
+class RankingCardMixin(ModelCardMixin):
+    """The card says which rankings were learned from, how, and what the scores mean."""
 
-    def create_model_card(self, model_name=None, dataset_name=None, tags=None):
-        if not self.is_world_process_zero():
-            return
-        on_rankings = "ranking_model" in self._model.config.to_dict()
-        write_card(
-            self,
-            self._model,
-            "ranking.md",
-            {"model_name": model_name, "dataset_name": dataset_name, "tags": tags, "pipeline_tag": self._pipeline_tag},
-            is_policy=self._pipeline_tag == "text-generation",
-            on_rankings=on_rankings,
-            likelihood=LIKELIHOODS[self.args.ranking_model] if on_rankings else "that of single pairs, as in TRL",
-            tie_of_equals=None if self.ties is None else f"{self._tie_of_equals():.1%}",
-            ties={} if self.ties is None else {name: f"{value:.4g}" for name, value in self._named_ties().items()},
-            hyper_parameters=shown(self.args, [*TRAINING_ARGUMENTS, *self._own_arguments()]),
-            metrics=final_metrics(self.state.log_history, FINAL_METRICS),
+    def _card_content(self):
+        on_rankings, parents_paper = self._has_rankings, super()._paper
+        details = {
+            "on_rankings": on_rankings,
+            "likelihood": LIKELIHOODS[self.args.ranking_model] if on_rankings else "that of single pairs, as in TRL",
+            "explanation": EXPLANATION if on_rankings else None,
+            "is_chat": self._is_chat,
+            "max_length": self.args.max_length,
+            "learn_ties": self.args.learn_ties,
+            "tie_of_equals": None if self.ties is None else f"{self._tie_of_equals():.1%}",
+            "ties": {} if self.ties is None else {name: f"{value:.4g}" for name, value in self._named_ties().items()},
+        }
+        return CardContent(
+            model=self._model,
+            rows="rankings" if on_rankings else "pairs",
+            metrics=METRICS,
+            results=RESULTS,
+            panels=PANELS,
+            hyper_parameters=shown(self.args, [*TRAINING_ARGUMENTS, *self._own_arguments(on_rankings)]),
+            papers=[paper for paper in ([self._paper] if on_rankings else []) + [parents_paper] if paper],
+            details=details,
         )
 
     def _tie_of_equals(self) -> float:
@@ -76,8 +102,11 @@ class RankingCardMixin:
         _, tie, _ = predict_pair(torch.zeros(()), torch.zeros(()), self.args.ranking_model, self._log_tie())
         return tie.item()
 
-    def _own_arguments(self) -> list[str]:
+    def _own_arguments(self, on_rankings: bool) -> list[str]:
         own = [name for name in RankingArguments.__dataclass_fields__ if name not in ("log_tie", "on_error")]
         if self.ties is None:
             own = [name for name in own if "tie" not in name]
-        return own + (["beta"] if self._pipeline_tag == "text-generation" else ["center_rewards_coefficient"])
+        is_policy = self._pipeline_tag == "text-generation"
+        if not on_rankings:
+            return ["beta", "loss_type"] if is_policy else ["center_rewards_coefficient"]
+        return own + (["beta"] if is_policy else ["center_rewards_coefficient"])

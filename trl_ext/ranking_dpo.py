@@ -85,6 +85,7 @@ class RankingDPOTrainer(RankingMixin, PushMixin, RankingCardMixin, AdapterMixin,
     config_class = RankingDPOConfig
     _task_type = "CAUSAL_LM"
     _pipeline_tag = "text-generation"
+    _template_file = "dpo.md"
     _tokenized_columns = ["prompt_ids", "completion_ids"]
     _tokenize_ranking = staticmethod(tokenize_for_dpo)
 

@@ -70,6 +70,7 @@ class RankingRewardTrainer(RankingMixin, PushMixin, RankingCardMixin, AdapterMix
     config_class = RankingRewardConfig
     _task_type = "SEQ_CLS"
     _pipeline_tag = "text-classification"
+    _template_file = "reward_model.md"
     _tokenized_columns = ["group_ids"]
     _tokenize_ranking = staticmethod(tokenize_for_reward)
 

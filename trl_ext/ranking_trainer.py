@@ -6,16 +6,16 @@ from collections.abc import Callable
 from contextlib import nullcontext
 
 import torch
-from accelerate.logging import get_logger
 from datasets import Dataset, IterableDataset
 from peft import PeftModel
 from transformers import TrainerCallback
 from transformers.modeling_outputs import ModelOutput
 from trl import SyncRefModelCallback
-from trl.data_utils import get_dataset_column_names
+from trl.data_utils import get_dataset_column_names, is_conversational
 
 from .child_modules import SyncReferenceCallback, give_learning_rate, split_state_dict, without_child
 from .compat import disable_gradient_checkpointing
+from .prefix_check import PrefixCheck
 from .ranking import PAIRWISE_MODELS, judged_items, judgements_nll, ranking_nll
 from .ranking_collator import DataCollatorForRanking
 from .ranking_metrics import baseline_nll, means_of_sums, ranking_sums
@@ -31,12 +31,6 @@ from .tie_parameters import (
     save_beside_adapter,
     write_to_config,
 )
-
-
-logger = get_logger(__name__)
-
-# What a head that starts at zero says of packed and other completions alike
-ALL_ZERO = "all scores are 0"
 
 
 class KeepConfig(TrainerCallback):
@@ -65,13 +59,16 @@ class RankingMixin:
     _max_tie_order = None  # of Davidson-Luce, once the data has been seen
     _has_rankings = None  # likewise
     _saved_with_model = (TIE_PARAMETERS_FILE,)
+    _is_chat = False  # whether what it was trained on are conversations
 
     def _set_up_rankings(self, data_collator) -> None:
         """To be called when the parent's `__init__` has prepared model and data."""
         self._model = self.model  # before any distributed wrapper
         detach_tie_parameters(self._model)  # an earlier trainer's
         self.ties = None
-        self._packs = False if self.args.shared_prefix == "never" else None  # until the first batch has shown
+        is_half = self.args.bf16 or self.args.fp16 or self._model.dtype != torch.float32
+        name = type(self._model).__name__
+        self._prefix_check = PrefixCheck(self.args.shared_prefix, self.accelerator, name, is_half)
         self._sums = {"train": defaultdict(list), "eval": defaultdict(list)}
         if data_collator is None:
             self.data_collator = DataCollatorForRanking(
@@ -117,6 +114,8 @@ class RankingMixin:
 
     def _prepare_dataset(self, dataset, processing_class, args, dataset_name):
         columns = get_dataset_column_names(dataset)
+        if dataset_name == "train":
+            self._is_chat = is_conversational(next(iter(dataset), {}))
         is_tokenized = set(self._tokenized_columns) <= set(columns)
         if not ("completions" in columns or has_tied_pairs(columns) or is_tokenized):
             return super()._prepare_dataset(dataset, processing_class, args, dataset_name)
@@ -199,48 +198,21 @@ class RankingMixin:
             "use_cache": False,
         }
 
+    @property
+    def _packs(self) -> bool | None:
+        return self._prefix_check.verdict
+
     def _use_shared_prefix(self, model, inputs) -> bool:
         """Whether the model gives completions the same packed as in rows of their own, as the first batch shows."""
-        if self._packs is None:
-            reason = self._why_not_packed(model, inputs)
-            # All processes must take the same way
-            verdict = torch.tensor([reason is not None, reason == ALL_ZERO], device=self.accelerator.device)
-            num_failed, num_zero = self.accelerator.reduce(verdict.float(), reduction="sum").tolist()
-            if num_zero > 0 and num_zero == num_failed:  # ask again after a step
-                return self.args.shared_prefix == "always"
-            if num_failed == 0:
-                self._packs = True
-            else:
-                message = (
-                    f"{type(self._model).__name__} cannot run completions after a shared prefix "
-                    f"({reason or 'another process said so'})"
-                )
-                if self.args.shared_prefix == "always":
-                    raise ValueError(f"{message}. Set `shared_prefix='auto'`, or another `attn_implementation`.")
-                logger.warning(f"{message}: the prompt is run again for each.")
-                self._packs = False
-        return self._packs
 
-    @torch.no_grad()
-    def _why_not_packed(self, model, inputs) -> str | None:
-        was_training = model.training
-        model.eval()  # dropout would tell the two apart
-        try:
+        def compare():
+            judged = judged_items(inputs["wins"], inputs["ties"])
             with disable_gradient_checkpointing(self._model, self.args.gradient_checkpointing_kwargs):
                 rows = self._values(model, inputs, packed=False)[0].float()
                 packed = self._values(model, inputs, packed=True)[0].float()
-        except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
-            return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-        finally:
-            model.train(was_training)
-        judged = judged_items(inputs["wins"], inputs["ties"])
-        if not rows[judged].any():
-            return ALL_ZERO
-        difference = ((rows - packed)[judged].abs().max() / rows[judged].abs().max()).item()
-        half = self.args.bf16 or self.args.fp16 or self._model.dtype != torch.float32
-        if not difference <= (5e-2 if half else 1e-3):
-            return f"scores differ by {difference:.2g} of their size"
-        return None
+            return rows[judged], packed[judged]
+
+        return self._prefix_check(model, compare)
 
     # --- Metrics ---
 

@@ -88,6 +88,10 @@ class ReinforceTrainer(ActorCriticTrainer):
                 year    = 1992,
             }"""),
     }
+    _method = (
+        "Advantages are Monte-Carlo returns, of each token or (`one_step_mdp`) of the whole completion, less a "
+        "`baseline`."
+    )
     config_class = ReinforceConfig
 
     def _make_critic(self, critic_model):

@@ -4,10 +4,36 @@ import functools
 import math
 
 import torch
+from torch import nn
+from transformers.modeling_outputs import SequenceClassifierOutput
 
 from .checks import checked_reward
 from .dense_rewards import DenseRewards, rewards_of_turns, shaped_rewards
 from .score_head import prefix_scores
+
+
+class ScoringByLength(nn.Module):
+    """
+    A reward model that scores texts of similar length together, each batch cut to its own longest.
+
+    Args:
+        model (`nn.Module`): Gives `logits` `(B, 1)` of texts padded on the right.
+        batch_size (`int`): Texts scored at once.
+    """
+
+    def __init__(self, model: nn.Module, batch_size: int):
+        super().__init__()
+        self.model, self.batch_size = model, batch_size
+
+    def forward(self, attention_mask: torch.Tensor, **inputs: torch.Tensor) -> SequenceClassifierOutput:
+        lengths = attention_mask.sum(dim=1)
+        order = lengths.argsort(descending=True, stable=True)
+        inputs["attention_mask"] = attention_mask
+        logits = []
+        for rows in order.split(self.batch_size):
+            length = int(lengths[rows[0]])
+            logits.append(self.model(**{name: x[rows, :length] for name, x in inputs.items()}).logits)
+        return SequenceClassifierOutput(logits=torch.cat(logits)[order.argsort()])
 
 
 class RewardsMixin:
@@ -22,11 +48,15 @@ class RewardsMixin:
         names_and_weights = zip(reward_funcs, self.reward_func_names, self.reward_weights.tolist(), strict=True)
         self.reward_funcs = []
         for func, name, weight in names_and_weights:
-            if isinstance(func, torch.nn.Module) and self.args.prefix_rewards:
+            if isinstance(func, nn.Module) and self.args.prefix_rewards:
                 func = self._prefix_reward(func)
             elif self.args.turn_rewards and len(self.reward_funcs) >= self._num_given_rewards:
                 func = self._turn_reward(name)
-            if not isinstance(func, torch.nn.Module):
+            if isinstance(func, nn.Module):
+                func = (
+                    ScoringByLength(func, self.args.per_device_train_batch_size) if self.args.length_batches else func
+                )
+            else:
                 func = checked_reward(func, name, functools.partial(dense.totals, name=name, weight=weight))
             self.reward_funcs.append(func)
         try:
@@ -34,7 +64,7 @@ class RewardsMixin:
         finally:
             self.reward_funcs = reward_funcs
         for func, name, rewards in zip(reward_funcs, self.reward_func_names, rewards_per_func.T, strict=True):
-            if isinstance(func, torch.nn.Module) and not rewards.isfinite().all():
+            if isinstance(func, nn.Module) and not rewards.isfinite().all():
                 raise ValueError(f"The reward model '{name}' in `reward_funcs` returned nan or an infinite reward.")
         unscorable = rewards_per_func.isnan().all(dim=1)
         if unscorable.all() and self.model.training:

@@ -21,7 +21,7 @@ Time is divided by section; each second counts for the innermost one:
                 old log-probabilities, values    optimizer  clipping and the step
     advantages  those of trl_ext, and metrics    other      GRPO's advantages, padding, the Trainer's loop
 
-The target is at most 1.05 times GRPO's time and memory, and 1.5 times for a critic with an adapter of its own.
+Memory is that of a run, not per token.
 """
 
 import argparse
@@ -63,7 +63,6 @@ class Contender:
     baseline: str | None = None
     lora: bool = False
     overrides: dict = field(default_factory=dict)
-    target: float = 1.05
 
 
 CONTENDERS = {
@@ -73,14 +72,26 @@ CONTENDERS = {
     "ppo-2epochs": Contender("ppo", num_iterations=2, baseline="grpo-2epochs"),
     "grpo-1epoch-4micro": Contender("grpo", accumulation=4),
     "a2c-1epoch-4micro": Contender("a2c", accumulation=4, baseline="grpo-1epoch-4micro"),
+    "ppo-1epoch-4micro-unwhitened": Contender(
+        "ppo", accumulation=4, baseline="grpo-1epoch-4micro", overrides={"whiten_advantages": False}
+    ),
+    "grpo-2epochs-4micro": Contender("grpo", num_iterations=2, accumulation=4),
+    "ppo-2epochs-4micro": Contender("ppo", num_iterations=2, accumulation=4, baseline="grpo-2epochs-4micro"),
     # Whitening over 4 micro-batches of one on-policy update is the one case that takes a pass GRPO does not make
     "ppo-1epoch-4micro": Contender("ppo", accumulation=4, baseline="grpo-1epoch-4micro"),
     "grpo-lora": Contender("grpo", lora=True),
     "ppo-lora": Contender("ppo", lora=True, baseline="grpo-lora"),
     "ppo-lora-unmerged": Contender("ppo", lora=True, baseline="grpo-lora", overrides={"generate_merged": False}),
-    "ppo-lora-adapter": Contender("ppo", lora=True, baseline="grpo-lora", overrides={"critic": "adapter"}, target=1.5),
+    "ppo-lora-adapter": Contender("ppo", lora=True, baseline="grpo-lora", overrides={"critic": "adapter"}),
 }
-DEFAULT_CONTENDERS = [name for name in CONTENDERS if name != "ppo-1epoch-4micro" and "lora" not in name]
+DEFAULT_CONTENDERS = [
+    "grpo-1epoch",
+    "ppo-1epoch",
+    "grpo-2epochs",
+    "ppo-2epochs",
+    "grpo-1epoch-4micro",
+    "a2c-1epoch-4micro",
+]
 
 
 def parse_args() -> argparse.Namespace:
@@ -100,10 +111,9 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--prompt_length", type=int, default=64, help="tokens per prompt (default: 64)")
     parser.add_argument("--completion_length", type=int, default=64, help="longest completion (default: 64)")
     parser.add_argument(
-        "--lengths",
-        choices=["fixed", "geometric"],
-        default="fixed",
-        help="all completions of full length, or geometric lengths with half of it as mean",
+        "--mean_length",
+        type=float,
+        help="geometric lengths of this mean, cut at --completion_length (default: all of that length)",
     )
     parser.add_argument("--hidden_size", type=int, default=512)
     parser.add_argument("--layers", type=int, default=8)
@@ -205,27 +215,19 @@ def share_of_even_words(completions, **columns):
     return [sum(int(word[1:]) % 2 == 0 for word in text.split()) / max(1, len(text.split())) for text in completions]
 
 
-def cut_at_random(model, mean_length: float) -> None:
+def end_at_random(model: Qwen2ForCausalLM, mean_length: float) -> None:
     """
-    Make `model.generate` end each completion at a geometric length, and itself at the longest: a random model would
-    never end by itself. The lengths are the same for every contender.
+    Make `model` end a completion with a probability of one in `mean_length` at each token: geometric lengths. A random
+    model would never end by itself, and with `mean_length=inf` it cannot.
     """
-    draw = torch.Generator().manual_seed(0)
-    generate = model.generate
+    probability = 1 / mean_length
 
-    def cut(input_ids, generation_config, **inputs):
-        longest = generation_config.max_new_tokens
-        uniform = torch.rand(len(input_ids), generator=draw)
-        lengths = (uniform.log() / math.log(1 - 1 / mean_length)).ceil().long().clamp(1, longest)
-        new = int(lengths.max())
-        inputs |= {"max_new_tokens": new, "min_new_tokens": new}
-        ids = generate(input_ids=input_ids, generation_config=generation_config, **inputs)
-        for row, length in enumerate(lengths.tolist()):
-            if length < longest:
-                ids[row, input_ids.size(1) + length - 1] = 1  # <eos>
-        return ids
+    def set_end(module, args, logits):
+        others = logits.float().index_fill(-1, torch.tensor([1], device=logits.device), -math.inf)
+        end = others.logsumexp(dim=-1) + (math.log(probability / (1 - probability)) if probability else -math.inf)
+        return logits.index_copy(-1, torch.tensor([1], device=logits.device), end.unsqueeze(-1).to(logits.dtype))
 
-    model.generate = cut
+    model.lm_head.register_forward_hook(set_end)  # scoring, which reads the weights, is not concerned
 
 
 def build_trainer(args: argparse.Namespace, contender: Contender, output_dir: str) -> GRPOTrainer:
@@ -242,7 +244,6 @@ def build_trainer(args: argparse.Namespace, contender: Contender, output_dir: st
         num_iterations=contender.num_iterations,
         num_generations=args.num_generations,
         max_completion_length=args.completion_length,
-        generation_kwargs={"min_new_tokens": args.completion_length},
         max_steps=args.steps * contender.num_iterations,
         gradient_checkpointing=False,
         disable_dropout=True,
@@ -255,8 +256,7 @@ def build_trainer(args: argparse.Namespace, contender: Contender, output_dir: st
         **contender.overrides,
     )
     model = build_model(args)
-    if args.lengths == "geometric":
-        cut_at_random(model, args.completion_length / 2)
+    end_at_random(model, args.mean_length or math.inf)
     return trainer_class(
         model=model,
         reward_funcs=share_of_even_words,
@@ -334,6 +334,7 @@ def measure(args: argparse.Namespace) -> dict:
             trainer.train()
     return {
         "seconds": sum(stopwatch.seconds.values()),
+        "training_seconds": sum(stopwatch.seconds.values()) - stopwatch.seconds["rollout"],
         "sections": stopwatch.seconds,
         "peak_bytes": torch.cuda.max_memory_allocated() if on_gpu else memory_bytes("VmHWM") - after_imports,
         "tokens": sum(tokens),
@@ -346,8 +347,8 @@ def measure(args: argparse.Namespace) -> dict:
 # --- All runs, and the report ---
 
 
-def run(name: str, threads: int) -> dict:
-    """[`measure`] the contender `name` in a new process, with this process's arguments."""
+def run(name: str, threads: int, arguments: list[str]) -> dict:
+    """[`measure`] the contender `name` in a new process, with these arguments of this script."""
     environment = os.environ | {
         "OMP_NUM_THREADS": str(threads),
         # Threads that spin while they wait would count as work
@@ -356,7 +357,7 @@ def run(name: str, threads: int) -> dict:
         "HF_HUB_OFFLINE": "1",
         "TOKENIZERS_PARALLELISM": "false",
     }
-    command = [sys.executable, __file__, *sys.argv[1:], "--run", name]
+    command = [sys.executable, __file__, *arguments, "--threads", str(threads), "--run", name]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     if done.returncode != 0:
         raise RuntimeError(f"{name} failed:\n{done.stderr[-4000:]}")
@@ -369,7 +370,7 @@ def run_rounds(args: argparse.Namespace) -> dict[str, list[dict]]:
     for number in range(args.rounds):
         order = args.contenders if number % 2 == 0 else args.contenders[::-1]
         for name in order:
-            result = run(name, args.threads)
+            result = run(name, args.threads, sys.argv[1:])
             runs[name].append(result)
             print(f"round {number + 1}: {name}: {result['seconds']:.1f} s", file=sys.stderr)
     return runs
@@ -389,28 +390,20 @@ def ratios(runs: dict[str, list[dict]], name: str, quantity: str) -> list[float]
     baseline = CONTENDERS[name].baseline
     if baseline not in runs:
         return None
-    ours, theirs = per_token(runs[name], quantity), per_token(runs[baseline], quantity)
+    measured = per_token if quantity != "peak_bytes" else lambda results, _: [r["peak_bytes"] for r in results]
+    ours, theirs = measured(runs[name], quantity), measured(runs[baseline], quantity)
     return [a / b for a, b in zip(ours, theirs, strict=True)]
 
 
 def print_comparison(runs: dict[str, list[dict]]) -> None:
-    print("| contender | ms per token | peak MiB | peak KiB per token | time ratio | memory ratio | target |")
-    print("| --- | --- | --- | --- | --- | --- | --- |")
+    print("| contender | ms per token | peak MiB | time ratio | without generation | memory ratio |")
+    print("| --- | --- | --- | --- | --- | --- |")
     for name, results in runs.items():
         milliseconds = 1000 * statistics.median(per_token(results, "seconds"))
         mebibytes = statistics.median(result["peak_bytes"] for result in results) / 2**20
-        kibibytes = (
-            statistics.median(result["peak_bytes"] / result["tokens_per_rollout"] for result in results) / 2**10
-        )
-        compared = [ratios(runs, name, quantity) for quantity in ("seconds", "peak_bytes")]
-        if None in compared:
-            columns, verdict = ["1", "1"], ""
-        else:
-            columns = [spread(values) for values in compared]
-            target = CONTENDERS[name].target
-            verdict = "met" if all(statistics.median(values) <= target for values in compared) else "missed"
-            verdict += f" ({target})"
-        row = [name, f"{milliseconds:.3f}", f"{mebibytes:.0f}", f"{kibibytes:.1f}", *columns, verdict]
+        compared = [ratios(runs, name, quantity) for quantity in ("seconds", "training_seconds", "peak_bytes")]
+        columns = ["1"] * 3 if None in compared else [spread(values) for values in compared]
+        row = [name, f"{milliseconds:.3f}", f"{mebibytes:.0f}", *columns]
         print("| " + " | ".join(row) + " |")
 
 
@@ -429,11 +422,13 @@ def report(args: argparse.Namespace, runs: dict[str, list[dict]]) -> None:
     first = next(iter(runs.values()))[0]
     clock = "wall-clock" if torch.cuda.is_available() else "CPU"
     names = ("trl_ext", "trl", "transformers", "torch")
+    mean, longest = args.mean_length, args.completion_length
+    lengths = str(longest) if mean is None else f"geometric lengths of mean {mean:g} cut at {longest}"
     print(f"Device: {first['device']}. " + ", ".join(f"{name} {version(name)}" for name in names) + ".")
     print(
         f"{first['parameters'] / 1e6:.0f}M parameters, float32; {args.prompts} x {args.num_generations} completions per "
-        f"rollout, {args.steps} rollouts per run, {args.rounds} rounds; prompts of {args.prompt_length} tokens, {args.lengths} "
-        f"completions of at most {args.completion_length}, {first['tokens_per_rollout']:.0f} tokens per rollout. Time is "
+        f"rollout, {args.steps} rollouts per run, {args.rounds} rounds; prompts of {args.prompt_length} tokens, completions of "
+        f"{lengths}, {first['tokens_per_rollout']:.0f} tokens per rollout. Time is "
         f"{clock} time. Ratios: median over rounds (least-greatest).\n"
     )
     print_comparison(runs)

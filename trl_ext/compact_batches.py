@@ -1,0 +1,85 @@
+"""How [`ActorCriticTrainer`] leaves out what need not be computed: padding, repeated prompts, unscored positions."""
+
+import torch
+from peft import PeftModel
+
+from .compat import MULTIMODAL_KEYS, disable_gradient_checkpointing
+from .micro_batches import Batch, by_length, sort_windows, trim
+from .prefix_check import PrefixCheck
+from .scoring import CompactScoring
+
+
+class CompactBatchesMixin:
+    """Arranges micro-batches by length, and scores completions by [`CompactScoring`]."""
+
+    def _set_up_compact_batches(self) -> None:
+        """To be called when the parent's `__init__` has prepared the model."""
+        is_half = self.args.bf16 or self.args.fp16 or self._policy.dtype != torch.float32
+        name = type(self._policy).__name__
+        self._prefix_check = PrefixCheck(self.args.shared_prefix, self.accelerator, name, is_half)
+
+    # --- Micro-batches ---
+
+    def _prepare_inputs(self, generation_batch):
+        earlier = self._buffered_inputs
+        inputs = super()._prepare_inputs(generation_batch)
+        if self.model.training and self._buffered_inputs is not earlier:  # a new rollout
+            self._buffered_inputs = self._by_length(self._buffered_inputs)
+            inputs = self._buffered_inputs[self._step % self.args.steps_per_generation]
+        return inputs
+
+    def _by_length(self, batches: list[Batch]) -> list[Batch]:
+        if not self.args.length_batches or self.pad_to_multiple_of is not None or has_images(batches[0]):
+            return batches
+        window, num_batches = self.args.gradient_accumulation_steps, len(batches)
+        is_aligned = window % num_batches == 0 or num_batches % window == 0
+        if is_aligned and not self._loss_depends_on_micro_batches:
+            return sort_windows(batches, window, self.args.balance_tokens)
+        return [trim(batch) for batch in batches]
+
+    @property
+    def _loss_depends_on_micro_batches(self) -> bool:
+        """Whether the parent takes means, or quantiles, over the tokens of a micro-batch."""
+        is_of_entropy = self._entropy_bonus_enabled or self.top_entropy_quantile < 1.0
+        return self.loss_type == "bnpo" or is_of_entropy or self.aux_loss_enabled
+
+    # --- Scoring ---
+
+    def _scoring_order(self, input_ids, attention_mask, completion_length, batch_size, kwargs) -> torch.Tensor:
+        """In which rows are scored, when not all at once: those alike in length, and of one prompt, together."""
+        rows = torch.arange(len(input_ids), device=input_ids.device)
+        if batch_size is None or batch_size >= len(input_ids) or not self._scores_compactly(kwargs):
+            return rows
+        num_prompt = input_ids.size(1) - completion_length
+        return by_length(input_ids[:, :num_prompt], attention_mask[:, :num_prompt], attention_mask[:, num_prompt:])
+
+    def _scores_compactly(self, kwargs) -> bool:
+        is_prompt_tuned = isinstance(self._policy, PeftModel) and self._policy.active_peft_config.is_prompt_learning
+        return self.args.compact_scoring and not is_prompt_tuned and not has_images(kwargs)
+
+    def _compact_scoring(self, model, input_ids, attention_mask, completion_length, batch_size, kwargs):
+        """What is scored with in place of `model`."""
+        if not self._scores_compactly(kwargs):
+            return model
+        unwrapped = self.accelerator.unwrap_model(model)
+        rows = CompactScoring(model, unwrapped, completion_length, "rows")
+        # Of a mixture of experts, the balancing loss counts prompts as often as they are run
+        if kwargs.get("compute_aux_loss") or self.num_generations == 1:
+            return rows
+        packed = CompactScoring(model, unwrapped, completion_length, "packed")
+        ids, mask = input_ids[:batch_size], attention_mask[:batch_size]
+        labels = ids.masked_fill(mask == 0, -100)
+
+        def compare():
+            scored = mask[:, -completion_length:].bool()
+            checkpointing = disable_gradient_checkpointing(self._policy, self.args.gradient_checkpointing_kwargs)
+            with checkpointing, self.accelerator.autocast():
+                both = [way(ids, mask, labels, fused_lm_head=True).log_probs[scored] for way in (rows, packed)]
+            return both
+
+        packs = self._prefix_check(self._policy, compare)
+        return CompactScoring(model, unwrapped, completion_length, "cheaper" if packs else "rows")
+
+
+def has_images(batch: Batch) -> bool:
+    return any(batch.get(key) is not None for key in MULTIMODAL_KEYS)

@@ -1,0 +1,181 @@
+"""
+Sampling that runs a prompt once for all its completions, and runs no completion that has ended.
+
+`generate` reads a prompt as often as it is completed, and steps every row until the last one ends. [`decode`] gives
+what it gives (the same tokens, if greedy; the same distribution, if not) for the options that reinforcement learning
+uses; [`can_decode`] says whether these are they.
+"""
+
+import inspect
+
+import torch
+from peft import PeftModel
+from transformers import (
+    DynamicCache,
+    GenerationConfig,
+    GenerationMixin,
+    LogitsProcessorList,
+    MinPLogitsWarper,
+    PreTrainedModel,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+from .lm_head import base_causal_lm
+
+
+# What transformers takes where neither the call nor the model's own configuration says anything
+DEFAULTS = {"do_sample": False, "temperature": 1.0, "top_k": 50, "top_p": 1.0, "repetition_penalty": 1.0}
+HANDLED = {*DEFAULTS, "max_new_tokens", "min_p", "eos_token_id", "pad_token_id"}
+# What changes nothing, at any value or at those given
+IRRELEVANT = {
+    "max_length",  # where `max_new_tokens` is given
+    "bos_token_id",
+    "transformers_version",
+    "_from_model_config",
+    "disable_compile",
+    "early_stopping",
+    "length_penalty",
+    "num_assistant_tokens",
+    "num_assistant_tokens_schedule",
+    "assistant_confidence_threshold",
+    "assistant_lookbehind",
+    "target_lookbehind",
+}
+NEUTRAL = {
+    "use_cache": True,
+    "num_beams": 1,
+    "num_beam_groups": 1,
+    "num_return_sequences": 1,
+    "min_length": 0,
+    "typical_p": 1.0,
+    "no_repeat_ngram_size": 0,
+    "encoder_no_repeat_ngram_size": 0,
+    "encoder_repetition_penalty": 1.0,
+    "epsilon_cutoff": 0.0,
+    "eta_cutoff": 0.0,
+    "diversity_penalty": 0.0,
+    "output_attentions": False,
+    "output_hidden_states": False,
+    "output_scores": False,
+    "output_logits": False,
+    "return_dict_in_generate": False,
+    "renormalize_logits": False,
+    "remove_invalid_values": False,
+}
+NEEDED = {"input_ids", "attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep"}
+
+
+def settings_of(model: PreTrainedModel | PeftModel, generation_config: GenerationConfig) -> dict:
+    """The options of a call of `generate`: its own, then the model's."""
+    configs = (base_causal_lm(model).generation_config, generation_config)
+    return {name: value for config in configs for name, value in config.to_dict().items() if value is not None}
+
+
+def can_decode(model: PreTrainedModel | PeftModel, settings: dict, model_inputs: dict) -> bool:
+    """
+    Whether [`decode`] does what `generate` would.
+
+    Args:
+        model (`PreTrainedModel` or `PeftModel`): The policy.
+        settings (`dict`): From [`settings_of`].
+        model_inputs (`dict`): What `generate` is given beside the configuration.
+    """
+    if isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning:
+        return False
+    base = base_causal_lm(model)
+    if type(base).generate is not GenerationMixin.generate or set(model_inputs) != {"input_ids", "attention_mask"}:
+        return False
+    if not {"max_new_tokens", "eos_token_id", "pad_token_id"} <= set(settings):
+        return False
+    if any(NEUTRAL.get(name) != value for name, value in settings.items() if name not in HANDLED | IRRELEVANT):
+        return False
+    if not set(inspect.signature(base.forward).parameters) >= NEEDED:
+        return False
+    # States of other kinds of layers cannot be picked by row
+    layers = DynamicCache(config=base.config.get_text_config()).layers
+    return {type(layer) for layer in layers} <= {DynamicLayer, DynamicSlidingWindowLayer}
+
+
+def logits_processors(settings: dict) -> LogitsProcessorList:
+    """In the order of `generate`."""
+    options = DEFAULTS | settings
+    processors = LogitsProcessorList()
+    if options["repetition_penalty"] != 1.0:
+        processors.append(RepetitionPenaltyLogitsProcessor(options["repetition_penalty"]))
+    if options["do_sample"]:
+        if options["temperature"] != 1.0:
+            processors.append(TemperatureLogitsWarper(options["temperature"]))
+        if options["top_k"] != 0:
+            processors.append(TopKLogitsWarper(options["top_k"]))
+        if options["top_p"] < 1.0:
+            processors.append(TopPLogitsWarper(options["top_p"]))
+        if "min_p" in options:
+            processors.append(MinPLogitsWarper(options["min_p"]))
+    return processors
+
+
+@torch.no_grad()
+def decode(
+    model: PreTrainedModel | PeftModel, input_ids: torch.Tensor, attention_mask: torch.Tensor, settings: dict
+) -> torch.Tensor:
+    """
+    Complete prompts.
+
+    Args:
+        model (`PreTrainedModel` or `PeftModel`): The policy.
+        input_ids, attention_mask (`torch.Tensor` of shape `(B, P)`): Of the prompts, padded on the left. Rows that
+            follow each other and are equal are read once.
+        settings (`dict`): From [`settings_of`].
+
+    Returns:
+        `torch.Tensor` of shape `(B, P + T)`: Prompts and completions, which are padded after their end.
+    """
+    processors, do_sample = logits_processors(settings), settings.get("do_sample", False)
+    ends = torch.as_tensor(settings["eos_token_id"], device=input_ids.device).reshape(-1)
+    distinct, rows = torch.stack([input_ids, attention_mask]).unique_consecutive(dim=1, return_inverse=True)
+    sequences, mask = input_ids, attention_mask
+    cache = DynamicCache(config=base_causal_lm(model).config.get_text_config())
+    logits = next_logits(model, distinct[0], distinct[1], cache, distinct.size(2))
+    if distinct.size(1) < len(input_ids):
+        cache.batch_select_indices(rows)
+        logits = logits[rows]
+
+    alive = torch.arange(len(input_ids), device=input_ids.device)  # the rows of what is returned that go on
+    completions = torch.full_like(input_ids[:, :1], settings["pad_token_id"]).repeat(1, settings["max_new_tokens"])
+    for t in range(settings["max_new_tokens"]):
+        scores = processors(sequences, logits.float())
+        if do_sample:
+            tokens = torch.multinomial(scores.softmax(dim=-1), num_samples=1)
+        else:
+            tokens = scores.argmax(dim=-1, keepdim=True)
+        completions[alive, t] = tokens.squeeze(1)
+        going_on = ~torch.isin(tokens.squeeze(1), ends)
+        sequences = torch.cat([sequences, tokens], dim=1)
+        mask = torch.nn.functional.pad(mask, (0, 1), value=1)
+        if not going_on.all():
+            kept = going_on.nonzero().squeeze(1)
+            if len(kept) == 0:
+                break
+            alive, sequences, mask = alive[kept], sequences[kept], mask[kept]
+            cache.batch_select_indices(kept)
+        if t + 1 < settings["max_new_tokens"]:
+            logits = next_logits(model, sequences, mask, cache, 1)
+    return torch.cat([input_ids, completions[:, : t + 1]], dim=1)
+
+
+def next_logits(model, sequences, mask, cache: DynamicCache, num_new: int) -> torch.Tensor:
+    """`(B, V)`: those of the next token, once the last `num_new` of each row are read."""
+    positions = (mask.cumsum(dim=1) - 1).masked_fill(mask == 0, 0)[:, -num_new:]
+    outputs = model(
+        input_ids=sequences[:, -num_new:],
+        attention_mask=mask,
+        position_ids=positions,
+        past_key_values=cache,
+        use_cache=True,
+        logits_to_keep=1,
+    )
+    return outputs.logits[:, -1]

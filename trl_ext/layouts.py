@@ -1,0 +1,150 @@
+"""
+How the completions of a batch are run through a model, and where their states then lie.
+
+TRL runs a row for each completion: its prompt, padded on the left, then the completion, padded on the right. The
+[`Layout`] of such a batch may also be shorter: completions of one prompt lie in one row, after a single copy of it (see
+[`shared_prefix`]), all but whose last token they share. That one, whose state chooses the first token, each has for
+itself:
+
+    tokens        the film  |  was good <eos>  |  was a bore <eos>
+    segments      0   0     |  1   1    1      |  2   2 2    2
+    states                     s0  s1   s2        s0  s1 s2  s3
+
+State s_t chooses token t of the completion; the last is what is left when it has ended.
+"""
+
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import PreTrainedConfig
+
+from .shared_prefix import PADDING, attention_mask, pack
+
+
+@dataclass
+class Layout:
+    """
+    Args:
+        inputs (`dict`): What a model is run on: `input_ids` `(R, L)`, and what goes with them.
+        index (`torch.Tensor` of shape `(B, S)`, *optional*): Where in the R L positions each state lies; anywhere for
+            padding. By default the S last of each row.
+        mask (`torch.Tensor` of shape `(B, S)`, bool): Which states there are.
+        actions (`torch.Tensor` of shape `(B, S)`): The token that follows each state; any after the last.
+        segments (`torch.Tensor` of shape `(R, L)`, *optional*): Of rows that hold several completions.
+    """
+
+    inputs: dict[str, torch.Tensor]
+    index: torch.Tensor | None
+    mask: torch.Tensor
+    actions: torch.Tensor
+    segments: torch.Tensor | None = None
+
+    def states(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """`(R, L, H)` -> `(B, S, H)`."""
+        if self.index is None:
+            return hidden_states[:, -self.mask.size(1) :]
+        return hidden_states.flatten(0, 1)[self.index]
+
+    def inputs_of(self, config: PreTrainedConfig, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+        """The inputs in the form that a model of this config takes."""
+        if self.segments is None:
+            return self.inputs
+        mask = attention_mask(config, self.segments, self.inputs["position_ids"], dtype)
+        return self.inputs | {"attention_mask": mask}
+
+    def cost(self, hidden_size: int) -> int:
+        """Of a layer's forward, but for a factor: 12 H^2 multiplications per position, and 2 L H of attention."""
+        num_rows, length = self.inputs["input_ids"].shape
+        return num_rows * length * (12 * hidden_size + 2 * length)
+
+
+def rows_layout(
+    input_ids: torch.Tensor, attention_mask: torch.Tensor, num_states: int, has_positions: bool = True
+) -> Layout:
+    """
+    A row for each completion, without columns that are padding in all.
+
+    Args:
+        input_ids, attention_mask (`torch.Tensor` of shape `(B, L)`): Prompts and completions, as TRL pads them.
+        num_states (`int`): S, one more than completions have columns.
+        has_positions (`bool`, *optional*, defaults to `True`): Whether the model takes `position_ids`. Without them
+            padding on the left counts, for models that learned what a position is.
+    """
+    mask = attention_mask[:, -num_states:].bool()
+    actions = nn.functional.pad(input_ids[:, 1:], (0, 1))[:, -num_states:]
+    used = attention_mask.any(dim=0).nonzero()
+    first, end = int(used[0]), int(used[-1]) + 1
+    index = torch.arange(input_ids.size(1) - num_states, input_ids.size(1), device=input_ids.device) - first
+    index = index.clamp(max=end - first - 1)
+    rows = torch.arange(len(input_ids), device=input_ids.device).unsqueeze(1) * (end - first)
+    inputs = {"input_ids": input_ids[:, first:end], "attention_mask": attention_mask[:, first:end]}
+    if has_positions:
+        inputs["position_ids"] = (inputs["attention_mask"].cumsum(dim=1) - 1).clamp(min=0)
+    return Layout(inputs, rows + index, mask, actions)
+
+
+def packed_layout(input_ids: torch.Tensor, attention_mask: torch.Tensor, num_states: int) -> Layout:
+    """
+    A row for each prompt, with all its completions after it; the arguments of [`rows_layout`].
+    """
+    mask = attention_mask[:, -num_states:].bool()
+    actions = nn.functional.pad(input_ids[:, 1:], (0, 1))[:, -num_states:]
+    num_prompt = input_ids.size(1) - num_states + 1
+    tokens = [
+        [token for token, is_there in zip(ids, there, strict=True) if is_there]
+        for ids, there in zip(input_ids.tolist(), attention_mask.tolist(), strict=True)
+    ]
+    lengths = attention_mask[:, :num_prompt].sum(dim=1).tolist()
+    groups = defaultdict(list)
+    for row, length in enumerate(lengths):
+        groups[tuple(tokens[row][:length])].append(row)
+
+    packed, starts = [], [None] * len(tokens)
+    for number, (prompt, rows) in enumerate(groups.items()):
+        suffixes = [tokens[row][len(prompt) - 1 :] for row in rows]
+        packed.append(pack(list(prompt[:-1]), suffixes))
+        start = len(prompt) - 1
+        for row, suffix in zip(rows, suffixes, strict=True):
+            starts[row] = (number, start)
+            start += len(suffix)
+    width = max(len(ids) for ids, _, _ in packed)
+    device = input_ids.device
+
+    def padded(column: int, value: int) -> torch.Tensor:
+        return torch.tensor([row[column] + [value] * (width - len(row[column])) for row in packed], device=device)
+
+    first = torch.tensor([number * width + start for number, start in starts], device=device).unsqueeze(1)
+    steps = torch.arange(num_states, device=device).unsqueeze(0)
+    index = torch.where(mask, first + steps, first)
+    inputs = {"input_ids": padded(0, 0), "position_ids": padded(1, 0)}
+    return Layout(inputs, index, mask, actions, segments=padded(2, PADDING))
+
+
+def last_states(input_ids: torch.Tensor, attention_mask: torch.Tensor, num_states: int, **inputs) -> Layout:
+    """The last states of rows that are run as they are."""
+    actions = nn.functional.pad(input_ids[:, 1:], (0, 1))[:, -num_states:]
+    mask = attention_mask[:, -num_states:].bool()
+    return Layout({"input_ids": input_ids, "attention_mask": attention_mask, **inputs}, None, mask, actions)
+
+
+_LAYOUT: ContextVar[Layout | None] = ContextVar("layout", default=None)
+
+
+@contextmanager
+def using(layout: Layout) -> Iterator[None]:
+    """Forwards within the context are of what `layout` says."""
+    token = _LAYOUT.set(layout)
+    try:
+        yield
+    finally:
+        _LAYOUT.reset(token)
+
+
+def current() -> Layout | None:
+    """The layout of the forward under way, if it is not that of its own inputs."""
+    return _LAYOUT.get()

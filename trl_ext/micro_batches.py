@@ -1,0 +1,119 @@
+"""
+The micro-batches of an optimizer step, of completions alike in length, each cut to its own longest.
+
+TRL pads a rollout to its longest completion and shuffles it into micro-batches: where lengths vary, most of what is
+computed is padding. Which completions share an optimizer step is left as it is, so the step is the same.
+"""
+
+from collections import defaultdict
+from typing import Any
+
+import torch
+
+
+Batch = dict[str, Any]  # of tensors whose first dimension is the completions', scalars, lists and None
+
+PROMPT_TENSORS = ("prompt_ids", "prompt_mask")
+
+
+def sort_windows(batches: list[Batch], window: int, balance_tokens: bool = False) -> list[Batch]:
+    """
+    Sort completions by length within every `window` micro-batches, the longest first, and [`trim`] each micro-batch.
+
+    Args:
+        batches (`list`): The micro-batches of a rollout, in the order that they are trained on, equally many
+            completions in each.
+        window (`int`): How many of them make an optimizer step; it divides their number, or is a multiple of it.
+        balance_tokens (`bool`, *optional*, defaults to `False`): Put about as many tokens into each micro-batch in
+            place of as many completions.
+    """
+    window = min(window, len(batches))
+    result = []
+    for start in range(0, len(batches), window):
+        joined = join(batches[start : start + window])
+        order = by_length(joined["prompt_ids"], joined["prompt_mask"], joined["completion_mask"])
+        if balance_tokens:
+            lengths = joined["prompt_mask"].sum(dim=1) + joined["completion_mask"].sum(dim=1)
+            parts = order.split(sizes_by_tokens(lengths[order].tolist(), window))
+        else:
+            parts = order.chunk(window)
+        result += [trim(select(joined, rows)) for rows in parts]
+    return result
+
+
+def sizes_by_tokens(lengths: list[int], num_parts: int) -> list[int]:
+    """
+    How many of the sequences of these lengths, in this order, each of `num_parts` parts takes, so that the largest part
+    is as small as it can be. A part's size is that of the sequences padded to its longest; none is empty.
+    """
+
+    def filled(budget: int) -> list[int]:
+        sizes, longest = [0], 0
+        for length in lengths:
+            longest = max(longest, length)
+            if sizes[-1] > 0 and (sizes[-1] + 1) * longest > budget:
+                sizes, longest = [*sizes, 0], length
+            sizes[-1] += 1
+        return sizes
+
+    low, high = max(lengths), max(lengths) * len(lengths)
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (low, middle) if len(filled(middle)) <= num_parts else (middle + 1, high)
+    sizes = filled(low)
+    while len(sizes) < num_parts:  # what is left over costs nothing to split
+        i = sizes.index(max(sizes))
+        sizes[i : i + 1] = [sizes[i] - sizes[i] // 2, sizes[i] // 2]
+    return sizes
+
+
+def by_length(prompt_ids: torch.Tensor, prompt_mask: torch.Tensor, completion_mask: torch.Tensor) -> torch.Tensor:
+    """
+    `(B,)`: the rows by their number of tokens, the most first; those of equal prompts stay together, in the place of
+    the longest, so that they can be run after a single copy of it.
+    """
+    lengths = (prompt_mask.sum(dim=1) + completion_mask.sum(dim=1)).tolist()
+    groups = defaultdict(list)
+    for row, (ids, mask) in enumerate(zip(prompt_ids.tolist(), prompt_mask.tolist(), strict=True)):
+        groups[tuple(token for token, is_there in zip(ids, mask, strict=True) if is_there)].append(row)
+    sorted_groups = [sorted(rows, key=lambda row: -lengths[row]) for rows in groups.values()]
+    sorted_groups.sort(key=lambda rows: -lengths[rows[0]])
+    return torch.tensor([row for rows in sorted_groups for row in rows], device=prompt_ids.device)
+
+
+def join(batches: list[Batch]) -> Batch:
+    """The rows of several batches of one shape in one."""
+
+    def joined(values: list) -> Any:
+        if isinstance(values[0], torch.Tensor) and values[0].dim() > 0:
+            return torch.cat(values)
+        return sum(values, []) if isinstance(values[0], list) else values[0]
+
+    return {name: joined([batch[name] for batch in batches]) for name in batches[0]}
+
+
+def select(batch: Batch, rows: torch.Tensor) -> Batch:
+    """Some rows of a batch."""
+
+    def selected(value: Any) -> Any:
+        if isinstance(value, torch.Tensor) and value.dim() > 0:
+            return value[rows]
+        return [value[row] for row in rows.tolist()] if isinstance(value, list) else value
+
+    return {name: selected(value) for name, value in batch.items()}
+
+
+def trim(batch: Batch) -> Batch:
+    """Without the columns, before prompts and after completions, that are padding in every row."""
+    prompt_length = int(batch["prompt_mask"].sum(dim=1).max())
+    width = batch["completion_mask"].size(1)
+    # One column at least, for what takes a maximum over it
+    length = max(int(batch["completion_mask"].sum(dim=1).max()), 1)
+
+    def trimmed(name: str, value: Any) -> Any:
+        if name in PROMPT_TENSORS:
+            return value[:, value.size(1) - prompt_length :]
+        is_of_tokens = isinstance(value, torch.Tensor) and value.dim() > 1 and value.size(1) == width
+        return value[:, :length] if is_of_tokens else value
+
+    return {name: trimmed(name, value) for name, value in batch.items()}
