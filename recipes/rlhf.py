@@ -230,14 +230,15 @@ def main() -> None:
 def run_loop(args: argparse.Namespace, config: dict[str, dict]) -> None:
     output = folder_of(args.output_dir)
     stages = Plan(args, config, output).stages()
-    if args.redo:
-        begin_again(output, args.redo, [stage.name for stage in stages])
-    check_unchanged(output, stages)
-    if args.push_to_hub and not is_done(output, "publish"):
-        check_token(args.namespace)
+    again_from = position_of(args.redo, stages)
+    check_unchanged(output, stages[:again_from])
     launcher, environment = None, make_environment(args)
     if args.config:
         check_arguments(output, stages, environment)
+    if args.push_to_hub and (args.redo or not is_done(output, "publish")):
+        check_token(args.namespace)
+    if args.redo:
+        begin_again(output, args.redo)
     for number, stage in enumerate(stages, start=1):
         title = f"[{number}/{len(stages)}] {stage.name}"
         if is_done(output, stage.name):
@@ -266,9 +267,15 @@ def is_done(folder: Path, name: str) -> bool:
     return record is not None and record["is_finished"]
 
 
-def begin_again(folder: Path, name: str, present: list[str]) -> None:
-    if name not in present:
-        raise LoopError(f"--redo {name}: there is no such stage. The stages are {', '.join(present)}.")
+def position_of(redo: str | None, stages: list[Stage]) -> int:
+    """Of the first stage that is done again; the number of stages where none is."""
+    names = [stage.name for stage in stages]
+    if redo is not None and redo not in names:
+        raise LoopError(f"--redo {redo}: there is no such stage. The stages are {', '.join(names)}.")
+    return len(names) if redo is None else names.index(redo)
+
+
+def begin_again(folder: Path, name: str) -> None:
     records = [pattern for n in stages_left(name) for pattern in (*LEAVES[n], f"stages/{n}.json", f"logs/{n}.log")]
     kept = set_aside(folder, records)
     if kept is not None:

@@ -18,23 +18,29 @@ import sample_completions
 import sft
 
 
-PARSERS = {
-    "sft.py": sft.parse,
-    "merge.py": merge.parse,
-    "ranking_reward.py": ranking_reward.parse,
-    "actor_critic.py": actor_critic.parse,
-}
-PARSERS |= {
-    f"{module.__name__}.py": module.parse_args
-    for module in (rlhf_prompts, rlhf_reviews, sample_completions, judge_completions, rlhf_evaluate)
+def parse_judge() -> None:
+    function = judge_completions.parse_args().reward_func
+    if function is not None:
+        actor_critic.import_reward(function)
+
+
+PARSERS = {  # all of which read `sys.argv`
+    "rlhf_prompts.py": rlhf_prompts.parse_args,
+    "rlhf_reviews.py": rlhf_reviews.parse_args,
+    "sft.py": lambda: sft.parse(sys.argv[1:]),
+    "merge.py": lambda: merge.parse(sys.argv[1:]),
+    "sample_completions.py": sample_completions.parse_args,
+    "judge_completions.py": parse_judge,
+    "ranking_reward.py": lambda: ranking_reward.parse(sys.argv[1:]),
+    "actor_critic.py": lambda: actor_critic.parse(sys.argv[1:]),
+    "rlhf_evaluate.py": rlhf_evaluate.parse_args,
 }
 
 
 def check(script: str, arguments: list[str]) -> None:
     """Raises a ValueError, or exits as `argparse` does."""
     sys.argv = [script, *arguments]
-    parser = PARSERS[script]
-    parser() if parser.__name__ == "parse_args" else parser(arguments)
+    PARSERS[script]()
 
 
 def main() -> None:

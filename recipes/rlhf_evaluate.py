@@ -26,6 +26,7 @@ from pathlib import Path
 
 import numpy as np
 from judge_completions import reward_model_scores
+from matplotlib.figure import Figure
 from rank_completions import as_text
 from transformers import AutoTokenizer
 
@@ -227,13 +228,9 @@ def as_markdown(results: dict, shown: str) -> str:
 
 
 def draw(results: dict, answers: list[Answers], file: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     baseline, model = results["baseline"], results["model"]
-    figure, axes = plt.subplots(1, 3, figsize=(13, 3.6), layout="constrained")
+    figure = Figure(figsize=(13, 3.6), layout="constrained")
+    axes = figure.subplots(1, 3)
     for (label, color), name in zip(COLORS.items(), VERBS.values(), strict=True):
         rate = results[name]
         error = [[rate["mean"] - rate["low"]], [rate["high"] - rate["mean"]]]
@@ -255,7 +252,6 @@ def draw(results: dict, answers: list[Answers], file: Path) -> None:
     axes[1].set_title("Scores (dashed: means)")
     axes[2].set_title("Lengths (dashed: means)")
     figure.savefig(file, dpi=110)
-    plt.close(figure)
 
 
 def main() -> None:

@@ -51,7 +51,7 @@ class Plan:
         Raises:
             LoopError: if the configuration sets what the loop sets.
         """
-        stages = [
+        return [
             self._prepare(),
             self._sft(),
             *([self._merge()] if self.trains_adapter else []),
@@ -63,7 +63,6 @@ class Plan:
             self._evaluate(),
             *([self._publish()] if self.args.push_to_hub else []),
         ]
-        return stages
 
     # --- What they share ---
 
@@ -195,6 +194,7 @@ class Plan:
             "licence": args.licence,
             "private": [] if args.private else None,
             "judge": self.judge_in_words,
+            "rubric": args.rubric,
             **{name: value if value and not Path(value).exists() else None for name, value in ids.items()},
             "about": TINY_WORLD if self.is_tiny_world else None,
         }
@@ -233,8 +233,7 @@ class Plan:
         model = args.judge_model or args.judge_reward_model
         if model is None:
             return "a word list"
-        rubric = f", which was asked: {args.rubric}" if args.rubric else ""
-        return f"the model {Path(model).name if Path(model).exists() else model}{rubric}"
+        return f"the model {Path(model).name if Path(model).exists() else model}"
 
 
 def as_text(value: Any) -> Any:

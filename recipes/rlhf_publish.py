@@ -1,4 +1,4 @@
-"""
+r"""
 Publish what `rlhf.py` made: three models and two datasets, which link to each other.
 
     python recipes/rlhf_publish.py --output_dir outputs/rlhf --namespace user --name films --licence cc-by-4.0 \
@@ -47,6 +47,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--licence", required=True, help="of models and datasets, such as cc-by-4.0")
     parser.add_argument("--private", action="store_true")
     parser.add_argument("--judge", required=True, help="who ranked, in a few words")
+    parser.add_argument("--rubric", help="what the judge was told")
     parser.add_argument("--base_model", help="Hub id of the model it began with, if it is there")
     parser.add_argument("--demonstrations", help="Hub id of the dataset, if it is there")
     parser.add_argument("--prompts", help="likewise")
@@ -115,13 +116,15 @@ def evaluation_results(folder: Path, ids: dict[str, str]) -> list[EvalResult]:
     ]
 
 
-def rewritten(text: str, title: str, base: str, names: dict[str, str], sections: list[str]) -> str:
+def rewritten(text: str, repo_id: str, base: str, names: dict[str, str], sections: list[str]) -> str:
     """A trainer's card with the `names` on the Hub for those on this machine, and more sections before that on training."""
     for name in sorted(names, key=len, reverse=True):
         text = re.sub(rf"{re.escape(name)}(?![\w-])", names[name], text)
     text = text.replace("[None](https://huggingface.co/None)", base)  # TRL's, of a model from a folder
-    text = text.replace('model="None"', f'model="{title}"')
-    text = re.sub(r"^# .*$", f"# {title}", text.replace(NOT_OF_THE_HUB, base), count=1, flags=re.MULTILINE)
+    text = text.replace('model="None"', f'model="{repo_id}"')
+    text = re.sub(
+        r"^# .*$", f"# {repo_id.split('/')[1]}", text.replace(NOT_OF_THE_HUB, base), count=1, flags=re.MULTILINE
+    )
     training = re.search(r"^## Training", text, re.MULTILINE)
     position = training.start() if training else len(text)
     return text[:position] + "".join(f"{section.rstrip()}\n\n" for section in sections) + text[position:]
@@ -178,7 +181,7 @@ class Publisher:
         return self.folder / "published" / self.ids[what].split("/")[1]
 
     def sft(self) -> str:
-        return self._model("sft", self.args.base_model, self.args.demonstrations)
+        return self._model("sft", self.args.base_model, self.args.demonstrations, pipeline_tag="text-generation")
 
     def reward_model(self) -> str:
         return self._model("reward_model", self.ids["sft"], self.ids["rankings"])
@@ -203,8 +206,8 @@ class Publisher:
         card = ModelCard.load((self.folder / "sft-adapter" if is_merged else source) / "README.md")
         merged = "What was trained is an adapter; these are the weights with it merged in.\n\n" if is_merged else ""
         loop = f"## The loop\n\n{merged}{self.loop}"
-        title, base_in_words = self.ids[what], link_or(NOT_OF_THE_HUB, base)
-        card.text = rewritten(card.text, title, base_in_words, self.names, [*sections, loop])
+        base_in_words = link_or(NOT_OF_THE_HUB, base)
+        card.text = rewritten(card.text, self.ids[what], base_in_words, self.names, [*sections, loop])
         card.data.pop("licence", None)  # a placeholder of TRL's
         is_adapter = (target / ADAPTER_CONFIG).is_file()
         relation = "adapter" if is_adapter else "finetune"
@@ -226,7 +229,7 @@ class Publisher:
         collected = (
             f"Completions of `train` are by {link(self.ids['sft'])}. Those of `test`, on prompts that were held out, are "
             f"by {self._sources('evaluation')}: the evaluation of the latter against the former. Both were ranked by "
-            f"{self.args.judge}."
+            f"{self.args.judge}{f', which was asked: {self.args.rubric}' if self.args.rubric else '.'}"
         )
         return publish_rankings(
             DatasetDict(train=train, test=test.cast(train.features)),

@@ -6,6 +6,7 @@ again is not deleted but goes to `superseded-1` (2, ...).
 """
 
 import ast
+import contextlib
 import io
 import json
 import os
@@ -70,8 +71,10 @@ class Stage:
 
     @property
     def settings(self) -> list[dict]:
-        settings = [{"script": c.script, "arguments": c.arguments} for c in self.commands]
-        return json.loads(json.dumps(settings))
+        return [
+            {"script": c.script, "arguments": {name: v for name, v in c.arguments.items() if v is not None}}
+            for c in self.commands
+        ]
 
 
 def flags(arguments: dict[str, Any]) -> list[str]:
@@ -122,11 +125,10 @@ def differences(before: list[dict], after: list[dict]) -> Iterator[str]:
         yield f"ran {', '.join(c['script'] for c in before)}, now {', '.join(c['script'] for c in after)}"
         return
     for old, new in zip(before, after, strict=True):
-        old_arguments, new_arguments = old["arguments"], new["arguments"]
-        for name in dict.fromkeys([*old_arguments, *new_arguments]):
-            was, now = old_arguments.get(name), new_arguments.get(name)
+        for name in dict.fromkeys([*old["arguments"], *new["arguments"]]):
+            was, now = (settings["arguments"].get(name, "not given") for settings in (old, new))
             if was != now:
-                yield f"{old['script']} --{name}: was {'not given' if was is None else was}, now {'not given' if now is None else now}"
+                yield f"{old['script']} --{name}: was {was}, now {now}"
 
 
 def set_aside(folder: Path, patterns: Iterable[str]) -> Path | None:
@@ -199,9 +201,9 @@ def run(line: list[str], environment: dict[str, str], log: Path, shown: tuple[st
                     file.write(text)
         return process.wait()
     except BaseException:
-        if process.poll() is None:
+        with contextlib.suppress(ProcessLookupError):  # all have ended
             os.killpg(process.pid, signal.SIGTERM)
-            process.wait()
+        process.wait()
         raise
 
 

@@ -41,7 +41,6 @@ import rlhf_prompts  # noqa: E402
 import rlhf_publish  # noqa: E402
 import rlhf_stages  # noqa: E402
 from quickstart_judges import lexicon_judge, praise  # noqa: E402
-from rlhf_stages import LoopError  # noqa: E402
 
 
 TINY = {
@@ -177,6 +176,17 @@ def test_started_again_it_skips_everything(loop):
     assert len(loop.server.calls) == calls
 
 
+def test_changed_settings_are_refused_by_the_stages_name(loop):
+    loop.write_config(TINY | {"policy": TINY["policy"] | {"kl_in_reward": 0.1}})
+    try:
+        status, printed, errors = loop.run(*PUBLISH)
+    finally:
+        loop.write_config(TINY)
+    assert status == 1 and "skipped" not in printed
+    assert "The stage policy was finished with other settings" in errors
+    assert "actor_critic.py --kl_in_reward: was not given, now 0.1" in errors and "--redo policy" in errors
+
+
 # --- What is published ---
 
 
@@ -310,33 +320,7 @@ def test_the_evaluations_scores_are_the_reward_models(loop):
         assert results["lengths"][name]["mean"] == pytest.approx(np.mean(lengths))
 
 
-def test_equal_texts_are_tied_and_what_nobody_ranked_is_left_out():
-    rankings = [{'"a"': 1, '"b"': 2, '"c"': 2}, {'"a"': 2, '"b"': 1, '"c"': None}]
-    assert rlhf_evaluate.compare(["a"], ["b"], rankings) == [-1, 1]
-    assert rlhf_evaluate.compare(["b"], ["c"], rankings) == [0]
-    assert rlhf_evaluate.compare(["b"], ["b"], []) == [0]
-    assert rlhf_evaluate.compare(["c"], ["d"], rankings) == []
-
-
-def test_the_interval_is_that_of_the_mean():
-    values = [1.0] * 240 + [0.0] * 160  # 0.6 with a standard error of sqrt(0.6 * 0.4 / 400)
-    found = rlhf_evaluate.interval(values)
-    assert found["mean"] == pytest.approx(0.6)
-    assert (found["low"], found["high"]) == pytest.approx((0.552, 0.648), abs=0.004)
-
-
-# --- Settings that change, and stages that are done again ---
-
-
-def test_changed_settings_are_refused_by_the_stages_name(loop):
-    loop.write_config(TINY | {"policy": TINY["policy"] | {"kl_in_reward": 0.1}})
-    try:
-        status, printed, errors = loop.run(*PUBLISH)
-    finally:
-        loop.write_config(TINY)
-    assert status == 1 and "skipped" not in printed
-    assert "The stage policy was finished with other settings" in errors
-    assert "actor_critic.py --kl_in_reward: was not given, now 0.1" in errors and "--redo policy" in errors
+# --- Stages that are done again ---
 
 
 def make_files(folder, *names):
@@ -357,14 +341,12 @@ def test_redo_keeps_what_was_there(tmp_path):
         *("evaluation/judgements-ann.jsonl", "evaluation.md", "stages/rank.json", "stages/publish.json"),
     ]
     make_files(tmp_path, *ours, *superseded)
-    rlhf.begin_again(tmp_path, "rank", ["sft", "sample", "rank"])
+    rlhf.begin_again(tmp_path, "rank")
     kept = {str(path.relative_to(tmp_path)): path.read_text() for path in tmp_path.rglob("*") if path.is_file()}
     assert kept == {name: name for name in ours} | {f"superseded-1/{name}": name for name in superseded}
     make_files(tmp_path, "rankings.parquet")
-    rlhf.begin_again(tmp_path, "rank", ["rank"])
+    rlhf.begin_again(tmp_path, "rank")
     assert (tmp_path / "superseded-2" / "rankings.parquet").is_file()
-    with pytest.raises(LoopError, match="--redo merge: there is no such stage. The stages are sft, rank."):
-        rlhf.begin_again(tmp_path, "merge", ["sft", "rank"])
 
 
 def test_a_checkpoint_that_was_cut_is_not_resumed_from(tmp_path):
@@ -434,6 +416,22 @@ def test_the_judges_scores_are_equal_where_it_ties():
 # --- What is refused before anything is trained ---
 
 
+def test_help_explains(tmp_path):
+    command = [sys.executable, str(RECIPES / "rlhf.py"), "--help"]
+    printed = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True).stdout
+    options = [
+        "--config",
+        "--redo",
+        "--demonstrations",
+        "--judge_func",
+        "--people",
+        "--rubric",
+        "--licence",
+        "--namespace",
+    ]
+    assert [text for text in (*options, *STAGES) if text not in printed] == []
+
+
 @pytest.mark.parametrize(
     ("token", "message"),
     [
@@ -468,6 +466,7 @@ MODEL_AND_DATA = ["--model_name_or_path", "m", "--demonstrations", "d", "--promp
         ([*MODEL_AND_DATA, "--config", "tiny.yaml"], "Who judges"),
         (["--people", "--judge_func", "f.g"], "Give one judge, not --judge_func and --people"),
         (["--rubric", "good?"], "--rubric is for --judge_model"),
+        (["--redo", "merge"], "--redo merge: there is no such stage. The stages are prepare, sft, sample"),
         (["--enough", "0"], "--enough must be above 0 and at most 1, got 0"),
         (["--config", "missing.yaml"], "--config missing.yaml: there is no such file"),
         (["--config", "section.yaml"], "section.yaml: unknown section ppo. The sections are loop, training, prepare"),
@@ -539,6 +538,21 @@ def test_documented_commands_are_understood(monkeypatch):
 
 
 # --- Parts ---
+
+
+def test_equal_texts_are_tied_and_what_nobody_ranked_is_left_out():
+    rankings = [{'"a"': 1, '"b"': 2, '"c"': 2}, {'"a"': 2, '"b"': 1, '"c"': None}]
+    assert rlhf_evaluate.compare(["a"], ["b"], rankings) == [-1, 1]
+    assert rlhf_evaluate.compare(["b"], ["c"], rankings) == [0]
+    assert rlhf_evaluate.compare(["b"], ["b"], []) == [0]
+    assert rlhf_evaluate.compare(["c"], ["d"], rankings) == []
+
+
+def test_the_interval_is_that_of_the_mean():
+    values = [1.0] * 240 + [0.0] * 160  # 0.6 with a standard error of sqrt(0.6 * 0.4 / 400)
+    found = rlhf_evaluate.interval(values)
+    assert found["mean"] == pytest.approx(0.6)
+    assert (found["low"], found["high"]) == pytest.approx((0.552, 0.648), abs=0.004)
 
 
 def test_prompts_are_held_out_by_text():
