@@ -25,7 +25,7 @@ from pathlib import Path
 
 import torch
 from actor_critic import import_reward
-from rank_completions import as_text
+from rank_completions import as_text, export
 from sample_completions import load_model, sample
 from tqdm import tqdm
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, set_seed
@@ -54,6 +54,7 @@ def parse_args() -> argparse.Namespace:
     judge.add_argument("--judge_model", help="a language model to ask: a folder or Hub id")
     parser.add_argument("--rubric", default="How good is this answer?", help="what --judge_model is told")
     parser.add_argument("--name", help="of the judge; by default that of what judges")
+    parser.add_argument("--export", metavar="FILE", help="then write all rankings, as rank_completions.py does")
     parser.add_argument("--tie_threshold", type=float, default=0.0, help="scores this near to each other are tied")
     args = parser.parse_args()
     if args.tie_threshold < 0:
@@ -142,6 +143,9 @@ def main() -> None:
             ranks, unjudged = None, unjudged + 1
         judgements.record(item, ranks, time.monotonic() - started, "" if ranks else "no scores")
     print(f"{len(judgements)} items judged by {judgements.annotator}, {unjudged} of them skipped for want of scores")
+    if args.export:
+        export(args.folder, args.export)
+        return
     between = agreement(args.folder)
     if between is not None:
         print(

@@ -29,7 +29,7 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from datasets import Dataset
-from quickstart_data import Task, grammar_task, reviews_task, train_tokenizer
+from quickstart_data import Task, grammar_task, reviews_task, small_llama, train_tokenizer
 from quickstart_report import (
     StageBar,
     plot_curves,
@@ -43,7 +43,6 @@ from quickstart_sampling import compare, load, sample
 from tqdm import tqdm
 from transformers import (
     AutoModelForCausalLM,
-    LlamaConfig,
     LlamaForCausalLM,
     LlamaForSequenceClassification,
     PreTrainedTokenizerBase,
@@ -90,22 +89,6 @@ def finish(trainer, bar: StageBar, model_name: str) -> None:
     trainer.save_model()
     trainer.create_model_card(model_name=model_name)
     trainer.accelerator.wait_for_everyone()
-
-
-def small_llama(tokenizer, hidden_size: int, num_layers: int, **settings) -> LlamaConfig:
-    return LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=hidden_size,
-        intermediate_size=2 * hidden_size,
-        num_hidden_layers=num_layers,
-        num_attention_heads=4,
-        max_position_embeddings=256,
-        tie_word_embeddings=True,
-        bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-        **settings,
-    )
 
 
 def train_language_model(task: Task, path: str, seed: int) -> PreTrainedTokenizerBase:

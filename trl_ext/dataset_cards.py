@@ -9,7 +9,7 @@ from typing import Any
 from datasets import Dataset, DatasetDict
 
 from .annotation import ranking_agreement
-from .model_card import number
+from .model_card import cell
 from .ranking_data import prepare_rankings
 from .rollouts import ROLLOUT_COLUMNS
 
@@ -155,7 +155,7 @@ def _columns(split: Dataset, meanings: dict[str, str]) -> list[tuple[str, str, s
 
 def _mean(values: Iterable[float | None]) -> str:
     known = [value for value in values if value is not None]
-    return number(sum(known) / len(known)) if known else "none"
+    return cell(sum(known) / len(known)) if known else "none"
 
 
 def _num_prompts(splits: dict[str, Dataset]) -> int:
