@@ -15,6 +15,7 @@ from transformers import (
     AutoModelForCausalLM,
     Gemma2Config,
     GPT2Config,
+    GPTNeoConfig,
     LlamaConfig,
     MambaConfig,
     MistralConfig,
@@ -129,11 +130,18 @@ def test_the_first_epoch_scores_what_a_pass_would(policy_path, prompts, tmp_path
 
 
 @pytest.mark.parametrize(
-    "own", [{"steps_per_generation": 2}, {"steps_per_generation": 2, "gradient_accumulation_steps": 2}, {}]
+    "own, expected",
+    [
+        ({}, True),
+        ({"steps_per_generation": 2, "gradient_accumulation_steps": 1}, False),
+        ({"steps_per_generation": 2, "gradient_accumulation_steps": 1, "whiten_advantages": False}, False),
+        ({"steps_per_generation": 2, "gradient_accumulation_steps": 2}, False),
+        ({"steps_per_generation": 2, "gradient_accumulation_steps": 2, "whiten_advantages": False}, True),
+    ],
 )
-def test_minibatches_and_whitening_over_micro_batches_need_their_pass(policy_path, prompts, tmp_path, own):
-    args = PPOConfig(**settings(tmp_path, num_iterations=2, whiten_advantages=True, **own))
-    assert PPOTrainer(policy_path, length, args, prompts)._first_epoch_scores == (own == {})
+def test_minibatches_and_whitening_over_micro_batches_need_their_pass(policy_path, prompts, tmp_path, own, expected):
+    args = PPOConfig(**settings(tmp_path, **{"num_iterations": 2, "whiten_advantages": True} | own))
+    assert PPOTrainer(policy_path, length, args, prompts)._first_epoch_scores == expected
 
 
 # --- What is run ---
@@ -236,7 +244,7 @@ def test_a_state_is_that_of_its_prefix_alone(tokenizer, family, attention):
     model = build(family, tokenizer, attn_implementation=attention)
     ids, mask, num_completion = batch_of(ROWS)
     for layout in (rows_layout(ids, mask, num_completion + 1), packed_layout(ids, mask, num_completion + 1)):
-        inputs = layout.inputs_of(model.config, model.dtype)
+        inputs = layout.inputs_of(model)
         states = layout.states(model.base_model(**inputs, use_cache=False).last_hidden_state)
         for row, (prompt, completion) in enumerate(ROWS):
             assert layout.mask[row].tolist() == [t <= len(completion) for t in range(num_completion + 1)]
@@ -249,10 +257,11 @@ def test_a_state_is_that_of_its_prefix_alone(tokenizer, family, attention):
 def test_models_without_positions_are_run_in_rows(tokenizer):
     model = build("mamba", tokenizer)
     ids, mask, num_completion = batch_of(ROWS)
-    layout = rows_layout(ids, mask, num_completion + 1, has_positions=False)
-    assert "position_ids" not in layout.inputs
-    assert layout.inputs["input_ids"].shape == (5, 9)  # the columns that anything lies in
-    states = layout.states(model.base_model(**layout.inputs, use_cache=False).last_hidden_state)
+    layout = rows_layout(ids, mask, num_completion + 1)
+    inputs = layout.inputs_of(model)
+    assert set(inputs) == {"input_ids", "attention_mask"}
+    assert inputs["input_ids"].shape == (5, 9)  # the columns that anything lies in
+    states = layout.states(model.base_model(**inputs, use_cache=False).last_hidden_state)
     assert states.shape == (5, num_completion + 1, 16)
 
 
@@ -299,6 +308,60 @@ def test_a_model_that_cannot_be_packed_is_run_in_rows(tokenizer, prompts, tmp_pa
     )
     with pytest.raises(ValueError, match="cannot run completions after a shared prefix"):
         trainer.train()
+
+
+def test_a_batch_in_which_nothing_is_shared_shows_nothing(policy_path, prompts, tmp_path):
+    args = A2CConfig(**settings(tmp_path, num_generations=2, per_device_train_batch_size=4, max_steps=1))
+    trainer = A2CTrainer(policy_path, length, args, prompts)
+    ids, mask, num_completion = batch_of([ROWS[0], ROWS[1]])
+    trainer._get_per_token_logps_and_entropies(trainer.model, ids, mask, num_completion)
+    assert trainer._prefix_check.verdict is None
+    ids, mask, num_completion = batch_of([ROWS[0], ROWS[2]])
+    trainer._get_per_token_logps_and_entropies(trainer.model, ids, mask, num_completion)
+    assert trainer._prefix_check.verdict is True
+
+
+def test_a_critic_of_another_kind_is_checked_too(policy_path, tokenizer, prompts, tmp_path):
+    """The policy could be packed, and its critic takes no mask of blocks, nor positions."""
+    critic = build("mamba", tokenizer)
+    trainers = []
+    for own in ({}, OFF):
+        common = {"num_generations": 4, "critic": "separate", "num_iterations": 2, "compact_generation": False}
+        args = PPOConfig(**settings(tmp_path, **common | own))
+        trainer = PPOTrainer(policy_path, length, args, prompts, critic_model=critic, rollout_func=by_row)
+        trainer.train()
+        trainers.append(trainer)
+    assert trainers[0]._prefix_check.verdict is True and trainers[0]._critic_prefix_check.verdict is False
+    for name, weight in trainers[1].model.named_parameters():
+        torch.testing.assert_close(trainers[0].model.get_parameter(name), weight, atol=5e-5, rtol=1e-3)
+
+
+def test_windows_that_a_model_makes_by_itself_are_not_packed(tokenizer, prompts, tmp_path):
+    torch.manual_seed(0)
+    own = {"num_layers": 2, "num_heads": 2, "attention_types": [[["global", "local"], 1]], "window_size": 4}
+    common = {k: v for k, v in tiny_settings(tokenizer).items() if k in ("vocab_size", "hidden_size", "pad_token_id")}
+    model = AutoModelForCausalLM.from_config(
+        GPTNeoConfig(**common, **own, max_position_embeddings=64, eos_token_id=1, bos_token_id=None)
+    )
+    layout = packed_layout(*batch_of(ROWS)[:2], batch_of(ROWS)[2] + 1)
+    with pytest.raises(ValueError, match="'local' take no mask"):
+        layout.inputs_of(model)
+
+
+def test_the_critic_runs_with_the_policy_and_not_with_its_reference(policy_path, prompts, tmp_path):
+    args = A2CConfig(**settings(tmp_path, critic="separate", beta=0.1, max_steps=2, gradient_accumulation_steps=1))
+    trainer = A2CTrainer(policy_path, length, args, prompts, rollout_func=by_row)
+    calls = []
+    trainer.critic.trunk.register_forward_hook(lambda *args: calls.append(1))
+    trainer.train()
+    assert len(calls) == 2
+
+
+def test_tokens_are_not_balanced_across_processes(policy_path, prompts, tmp_path, monkeypatch):
+    trainer = PPOTrainer(policy_path, length, PPOConfig(**settings(tmp_path, balance_tokens=True)), prompts)
+    monkeypatch.setattr(type(trainer.accelerator), "num_processes", 2)
+    with pytest.raises(ValueError, match="train in one process"):
+        trainer._set_up_compact_batches()
 
 
 def test_an_unknown_way_is_refused(tmp_path):

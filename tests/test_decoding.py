@@ -14,6 +14,8 @@ from transformers import (
     GPT2LMHeadModel,
     MistralConfig,
     MistralForCausalLM,
+    Qwen3NextConfig,
+    Qwen3NextForCausalLM,
 )
 
 from trl_ext import NLPOConfig, NLPOTrainer, ReinforceConfig, ReinforceTrainer, decoding
@@ -140,8 +142,26 @@ def test_models_that_generate_in_their_own_way_are_left_to_it(tokenizer):
     assert not can_decode(prompted, settings_of(prompted, config), batch)
     model = build_policy(tokenizer)
     assert not can_decode(model, settings_of(model, config), {**batch, "pixel_values": None})
-    own = type("Own", (type(model),), {"generate": lambda self: None})(model.config)
-    assert not can_decode(own, settings_of(model, config), batch)
+    for method in ("generate", "prepare_inputs_for_generation"):  # the latter as Phi-3 does
+        own = type("Own", (type(model),), {method: lambda self: None})(model.config)
+        assert not can_decode(own, settings_of(model, config), batch)
+    linear = Qwen3NextForCausalLM(
+        Qwen3NextConfig(**tiny_settings(tokenizer), layer_types=["linear_attention", "full_attention"], head_dim=8)
+    )
+    assert not can_decode(linear, settings_of(linear, config), batch)
+
+
+def test_what_the_model_says_of_generation_holds_where_the_call_is_silent(tokenizer):
+    model = build_policy(tokenizer)
+    config = GenerationConfig(max_new_tokens=3, top_p=0.9)
+    model.generation_config.update(top_k=7, top_p=0.2, no_repeat_ngram_size=2)
+    settings = settings_of(model, config)
+    assert (settings["top_k"], settings["top_p"], settings["eos_token_id"]) == (7, 0.9, tokenizer.eos_token_id)
+    assert not can_decode(model, settings, batch_of(tokenizer, PROMPTS))
+    model.generation_config.no_repeat_ngram_size = None
+    assert can_decode(model, settings_of(model, config), batch_of(tokenizer, PROMPTS))
+    model.generation_config.eos_token_id = None
+    assert not can_decode(model, settings_of(model, config), batch_of(tokenizer, PROMPTS))
 
 
 # --- In a trainer ---
@@ -183,3 +203,9 @@ def test_a_generate_of_the_users_is_used(policy_path, prompts, tmp_path):
     with patch.object(trainer.model, "generate", side_effect=always_good) as generate:
         trainer.train()
     assert generate.called
+
+
+def test_the_policy_keeps_its_own_generate(policy_path, prompts, tmp_path):
+    args = ReinforceConfig(**settings(tmp_path, max_steps=1))
+    trainer, _ = rollout_of(ReinforceTrainer, args, policy_path, prompts)
+    assert "generate" not in vars(trainer.model)

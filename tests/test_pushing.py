@@ -9,7 +9,7 @@ import torch
 from conftest import build_reward_model, count_good, launch, ranking_settings, settings
 from datasets import Dataset
 from hub_server import READ_TOKEN, UNKNOWN_TOKEN, WRITE_TOKEN, HubServer, connect, environment, run_against
-from huggingface_hub import ModelCard
+from huggingface_hub import HfApi, ModelCard
 from peft import LoraConfig
 from reload_script import outputs_of
 from transformers.trainer_utils import get_last_checkpoint
@@ -243,6 +243,24 @@ def test_the_newest_of_all_checkpoints_is_taken(server, policy_path, tmp_path):
     assert {p.name for p in downloaded.iterdir()} == {p.name for p in local.iterdir()}
 
 
+def test_checkpoints_are_looked_for_on_the_branch_that_they_are_pushed_to(server, policy_path, tmp_path):
+    HfApi().create_repo("user/ppo")
+    HfApi().create_branch("user/ppo", branch="trial")
+    trainer = make_trainer("ppo", tmp_path / "out", policy_path, None, hub_revision="trial", max_steps=1)
+    trainer.train()
+    again = make_trainer("ppo", tmp_path / "again", policy_path, None, hub_revision="trial", max_steps=2)
+    again.train(resume_from_checkpoint="user/ppo")
+    assert again.state.global_step == 2
+    with pytest.raises(ValueError, match="without checkpoints"):
+        checkpoint_from_hub("user/ppo")
+
+
+def test_a_folder_that_is_not_there_is_said_to_be_so(server, policy_path, tmp_path):
+    trainer = make_trainer("ppo", tmp_path / "out", policy_path, None, push_to_hub=False)
+    with pytest.raises(ValueError, match="`resume_from_checkpoint='out/checkpoint-10'` is no folder here"):
+        trainer.train(resume_from_checkpoint="out/checkpoint-10")
+
+
 def test_a_repository_without_checkpoints_says_how_they_get_there(server, policy_path, tmp_path):
     trainer = make_trainer("ppo", tmp_path / "out", policy_path, None, hub_strategy="end", max_steps=1)
     trainer.train()
@@ -310,6 +328,15 @@ def test_a_push_at_the_end_that_fails_raises_when_all_is_on_disk(server, policy_
     assert {"model.safetensors", "value_head.safetensors", "tokenizer.json", "README.md"} <= saved
     later = trainer.push_to_hub(blocking=False)
     assert isinstance(later.exception(timeout=60), PublishError)
+
+
+def test_a_push_that_the_hub_finds_malformed_says_how_to_finish_it(server, policy_path, tmp_path):
+    """The client's error of this status is a `ValueError`, too."""
+    trainer = make_trainer("ppo", tmp_path / "out", policy_path, None, save_strategy="no", max_steps=1)
+    trainer.train()
+    server.fail("POST", "/commit/", 400, times=float("inf"))
+    with pytest.raises(PublishError, match="answered 400.*Finish with"):
+        trainer.push_to_hub()
 
 
 @pytest.mark.parametrize("token, message", [(UNKNOWN_TOKEN, "does not know the token"), (READ_TOKEN, "may not write")])

@@ -196,6 +196,8 @@ def test_no_score_and_no_end(policy_path, tokenizer, prompts, tmp_path):
     masked = rows_of(tmp_path / "b")
     assert [row["tokens"] for row in masked] == [row["tokens"] for row in rows]  # nothing of them is lost
     for row in masked:
+        for name in ("own", "rewards", "advantages", "returns", "values", "logps"):
+            assert len(row[name]) == len(row["completion_ids"]), name
         assert any(row["own"]) == (row["terminated"] and row["prompt"] != PROMPTS[0])
 
 

@@ -194,6 +194,7 @@ class ActorCriticTrainer(
         self.add_callback(StartOfTraining(self))
         self._scores = None  # (B,), of the completions being scored; nan where no reward function applies
         self._token_rewards = None  # (B, T), of the same; None if no reward is dense
+        self._records_values = False  # in the next pass
         self._skips_pass = False  # the next one, which the first epoch makes anyway
         self._passes = []  # (log-probabilities, values) of each scoring forward of the present batch
         self._awaiting = None  # batch whose advantages the forward under way will give
@@ -275,7 +276,9 @@ class ActorCriticTrainer(
             self._epochs_ended = False
             self.kl_controller.update()
         self._passes = []
-        self._skips_pass = mode == "train" and self._first_epoch_scores
+        # The first rollout of all has its pass, which shows if the policy differs from what it trains as
+        self._skips_pass = mode == "train" and self._first_epoch_scores and not self._is_first_update
+        self._records_values = self._parent_scores and not self._skips_pass
         batch = super()._generate_and_score_completions(inputs)
         batch["scores"] = self._scores
         if not self.args.uses_raw_rewards:
@@ -307,6 +310,13 @@ class ActorCriticTrainer(
         return batch
 
     @property
+    def _parent_scores(self) -> bool:
+        """Whether the parent scores a rollout with the policy before it trains on it."""
+        rollout_steps = self.args.steps_per_generation * self.num_iterations
+        corrects_sampling = self.use_vllm and self.vllm_importance_sampling_correction
+        return self.args.gradient_accumulation_steps % rollout_steps != 0 or corrects_sampling
+
+    @property
     def _first_epoch_scores(self) -> bool:
         """
         Whether the first of several epochs trains on the whole rollout with the weights that sampled it: its forward
@@ -316,8 +326,7 @@ class ActorCriticTrainer(
         is_one_update = args.gradient_accumulation_steps % args.steps_per_generation == 0
         is_sampled_here = not (self.use_vllm and self.vllm_importance_sampling_correction)
         spans_micro_batches = args.steps_per_generation > 1 and self._has_batch_statistics and self._needs_pass
-        parent_makes_pass = args.gradient_accumulation_steps % (args.steps_per_generation * self.num_iterations) != 0
-        return parent_makes_pass and is_one_update and is_sampled_here and not spans_micro_batches
+        return self._parent_scores and is_one_update and is_sampled_here and not spans_micro_batches
 
     @property
     def _needs_pass(self) -> bool:
@@ -331,7 +340,7 @@ class ActorCriticTrainer(
 
     def _score_rollout(self, batch):
         """Log-probabilities and values of a rollout, from a pass of our own."""
-        self._passes = []
+        self._passes, self._records_values = [], True
         with torch.no_grad(), disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs):
             self._get_per_token_logps_and_entropies(
                 self.model,
@@ -432,7 +441,7 @@ class ActorCriticTrainer(
             self._skips_pass = False
             return None, None, None
         # Of the passes over a rollout the policy's is the first, if there is one; the reference's needs no values
-        is_recorded = self.critic is not None and not self._passes
+        is_recorded, self._records_values = self.critic is not None and self._records_values, False
         order = self._scoring_order(input_ids, attention_mask, logits_to_keep, batch_size, kwargs)
         input_ids, attention_mask = input_ids[order], attention_mask[order]
         scoring = self._compact_scoring(model, input_ids, attention_mask, logits_to_keep, batch_size, kwargs)
@@ -451,7 +460,7 @@ class ActorCriticTrainer(
         return outputs
 
     def _compute_loss(self, model, inputs):
-        self._passes = []
+        self._passes, self._records_values = [], True
         self._awaiting = inputs if inputs["advantages"] is None else None
         in_warmup = self._in_critic_warmup and self.model.training
         if self.critic is not None:
@@ -459,8 +468,6 @@ class ActorCriticTrainer(
         with self._kl_only_in_reward():
             loss = super()._compute_loss(model, inputs)
         logps, values = self._passes[-1]
-        if self.num_iterations > 1 and self.model.training:  # for the epochs to come, if the first one scores
-            inputs.setdefault("old_per_token_logps", logps.detach())
         mask = self._own_tokens(inputs)
         if in_warmup:
             loss = 0 * loss
@@ -472,6 +479,8 @@ class ActorCriticTrainer(
         else:
             per_token_loss = None
         self._log_update(inputs, logps.detach(), values, per_token_loss, mask)
+        if self.num_iterations > 1 and self.model.training:  # for the epochs to come, if the first one scores
+            inputs.setdefault("old_per_token_logps", logps.detach())
         self._check_finite(loss, inputs)
         return loss
 

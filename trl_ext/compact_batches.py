@@ -1,5 +1,7 @@
 """How [`ActorCriticTrainer`] leaves out what need not be computed: padding, repeated prompts, unscored positions."""
 
+from contextlib import contextmanager
+
 import torch
 from peft import PeftModel
 
@@ -14,9 +16,15 @@ class CompactBatchesMixin:
 
     def _set_up_compact_batches(self) -> None:
         """To be called when the parent's `__init__` has prepared the model."""
+        if self.args.balance_tokens and self.accelerator.num_processes > 1:
+            raise ValueError(
+                "`balance_tokens=True` gives micro-batches of different numbers of completions, and TRL gathers metrics "
+                "of equally many from each process. Leave it out, or train in one process."
+            )
         is_half = self.args.bf16 or self.args.fp16 or self._policy.dtype != torch.float32
         name = type(self._policy).__name__
         self._prefix_check = PrefixCheck(self.args.shared_prefix, self.accelerator, name, is_half)
+        self._critic_prefix_check = PrefixCheck(self.args.shared_prefix, self.accelerator, "The critic", is_half)
 
     # --- Micro-batches ---
 
@@ -68,17 +76,30 @@ class CompactBatchesMixin:
             return rows
         packed = CompactScoring(model, unwrapped, completion_length, "packed")
         ids, mask = input_ids[:batch_size], attention_mask[:batch_size]
+        layouts = [way.layout(ids, mask) for way in (rows, packed)]
+        shows = len(layouts[1].inputs["input_ids"]) < len(ids)  # else nothing is shared, and any mask is right
         labels = ids.masked_fill(mask == 0, -100)
 
         def compare():
             scored = mask[:, -completion_length:].bool()
-            checkpointing = disable_gradient_checkpointing(self._policy, self.args.gradient_checkpointing_kwargs)
-            with checkpointing, self.accelerator.autocast():
-                both = [way(ids, mask, labels, fused_lm_head=True).log_probs[scored] for way in (rows, packed)]
-            return both
+            with self._plain_forward():
+                return [way(ids, mask, labels, fused_lm_head=True).log_probs[scored] for way in (rows, packed)]
 
-        packs = self._prefix_check(self._policy, compare)
+        def compare_critic():
+            with self._plain_forward():
+                return [self.critic.trunk_states(layout)[layout.mask].float() for layout in layouts]
+
+        packs = self._prefix_check(self._policy, compare, shows)
+        if packs and self.critic is not None and self.critic.trunk is not None:  # which may be of another kind
+            packs = self._critic_prefix_check(self.critic, compare_critic, shows)
         return CompactScoring(model, unwrapped, completion_length, "cheaper" if packs else "rows")
+
+    @contextmanager
+    def _plain_forward(self):
+        """As the policy's passes without gradient are made."""
+        kwargs = self.args.gradient_checkpointing_kwargs
+        with disable_gradient_checkpointing(self._policy, kwargs), self.accelerator.autocast():
+            yield
 
 
 def has_images(batch: Batch) -> bool:

@@ -88,11 +88,14 @@ class Critic(nn.Module):
             hidden_states = layout.states(hidden_states)
             decisions = Decisions(base_causal_lm(policy), hidden_states, layout.actions, layout.mask)
         if self.trunk is not None:
-            inputs = layout.inputs_of(self.trunk.config, self.trunk.dtype)
-            hidden_states = layout.states(self.trunk(**inputs, use_cache=False).last_hidden_state)
+            hidden_states = self.trunk_states(layout)
         elif self.detach:
             hidden_states = hidden_states.detach()
         return self.value_head(hidden_states, decisions)
+
+    def trunk_states(self, layout: Layout) -> torch.Tensor:
+        """`(B, S, H)`: the states of the critic's own trunk."""
+        return layout.states(self.trunk(**layout.inputs_of(self.trunk), use_cache=False).last_hidden_state)
 
     @property
     def reads_policy(self) -> bool:

@@ -87,7 +87,11 @@ def can_decode(model: PreTrainedModel | PeftModel, settings: dict, model_inputs:
     if isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning:
         return False
     base = base_causal_lm(model)
-    if type(base).generate is not GenerationMixin.generate or set(model_inputs) != {"input_ids", "attention_mask"}:
+    is_usual = (
+        type(base).generate is GenerationMixin.generate
+        and type(base).prepare_inputs_for_generation is GenerationMixin.prepare_inputs_for_generation
+    )
+    if not is_usual or set(model_inputs) != {"input_ids", "attention_mask"}:
         return False
     if not {"max_new_tokens", "eos_token_id", "pad_token_id"} <= set(settings):
         return False

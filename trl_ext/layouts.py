@@ -13,6 +13,7 @@ itself:
 State s_t chooses token t of the completion; the last is what is left when it has ended.
 """
 
+import inspect
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,8 +21,9 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 
 import torch
+from peft import PeftModel
 from torch import nn
-from transformers import PreTrainedConfig
+from transformers import PreTrainedModel
 
 from .shared_prefix import PADDING, attention_mask, pack
 
@@ -48,13 +50,22 @@ class Layout:
         """`(R, L, H)` -> `(B, S, H)`."""
         if self.index is None:
             return hidden_states[:, -self.mask.size(1) :]
-        return hidden_states.flatten(0, 1)[self.index]
+        return hidden_states.flatten(0, 1)[self.index.to(hidden_states.device)]
 
-    def inputs_of(self, config: PreTrainedConfig, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-        """The inputs in the form that a model of this config takes."""
+    def inputs_of(self, model: PreTrainedModel | PeftModel) -> dict[str, torch.Tensor]:
+        """
+        The inputs in the form that this model takes.
+
+        Raises:
+            ValueError: where it cannot take rows that hold several completions.
+        """
+        model = model.get_base_model() if isinstance(model, PeftModel) else model
+        has_positions = "position_ids" in inspect.signature(model.forward).parameters
         if self.segments is None:
-            return self.inputs
-        mask = attention_mask(config, self.segments, self.inputs["position_ids"], dtype)
+            return {k: v for k, v in self.inputs.items() if has_positions or k != "position_ids"}
+        if not has_positions:
+            raise ValueError("it takes no positions")
+        mask = attention_mask(model.config, self.segments, self.inputs["position_ids"], model.dtype)
         return self.inputs | {"attention_mask": mask}
 
     def cost(self, hidden_size: int) -> int:
@@ -63,17 +74,14 @@ class Layout:
         return num_rows * length * (12 * hidden_size + 2 * length)
 
 
-def rows_layout(
-    input_ids: torch.Tensor, attention_mask: torch.Tensor, num_states: int, has_positions: bool = True
-) -> Layout:
+def rows_layout(input_ids: torch.Tensor, attention_mask: torch.Tensor, num_states: int) -> Layout:
     """
-    A row for each completion, without columns that are padding in all.
+    A row for each completion, without columns that are padding in all. With `position_ids`, where a model takes them:
+    without, padding on the left counts for those that learned what a position is.
 
     Args:
         input_ids, attention_mask (`torch.Tensor` of shape `(B, L)`): Prompts and completions, as TRL pads them.
         num_states (`int`): S, one more than completions have columns.
-        has_positions (`bool`, *optional*, defaults to `True`): Whether the model takes `position_ids`. Without them
-            padding on the left counts, for models that learned what a position is.
     """
     mask = attention_mask[:, -num_states:].bool()
     actions = nn.functional.pad(input_ids[:, 1:], (0, 1))[:, -num_states:]
@@ -83,8 +91,7 @@ def rows_layout(
     index = index.clamp(max=end - first - 1)
     rows = torch.arange(len(input_ids), device=input_ids.device).unsqueeze(1) * (end - first)
     inputs = {"input_ids": input_ids[:, first:end], "attention_mask": attention_mask[:, first:end]}
-    if has_positions:
-        inputs["position_ids"] = (inputs["attention_mask"].cumsum(dim=1) - 1).clamp(min=0)
+    inputs["position_ids"] = (inputs["attention_mask"].cumsum(dim=1) - 1).clamp(min=0)
     return Layout(inputs, rows + index, mask, actions)
 
 

@@ -175,7 +175,8 @@ class NLPOTrainer(PPOTrainer):
         mode = "train" if self.model.training else "eval"
         forced, total = scoring.forced.tolist()
         scoring.forced.zero_()
-        self._metrics[mode]["mask/forced"].append(forced / max(total, 1))
+        if total > 0:
+            self._metrics[mode]["mask/forced"].append(forced / total)
         return outputs
 
     # --- Checkpoints ---

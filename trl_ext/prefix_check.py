@@ -29,13 +29,20 @@ class PrefixCheck:
         self.mode, self.accelerator, self.name, self.is_half = mode, accelerator, name, is_half
         self.verdict = False if mode == "never" else None
 
-    def __call__(self, model: nn.Module, compare: Callable[[], tuple[torch.Tensor, torch.Tensor]]) -> bool:
+    def __call__(
+        self, model: nn.Module, compare: Callable[[], tuple[torch.Tensor, torch.Tensor]], shows: bool = True
+    ) -> bool:
         """
         Args:
             model (`nn.Module`): The model.
             compare (`Callable`): Gives what the model says of the batch, in rows and packed.
+            shows (`bool`, *optional*, defaults to `True`): Whether anything is shared in the batch, so that a wrong mask
+                would show.
         """
         if self.verdict is None:
+            any_shows = torch.tensor(float(shows), device=self.accelerator.device)
+            if self.accelerator.reduce(any_shows, reduction="sum").item() == 0:
+                return False  # the next batch may
             reason = self._why_not(model, compare)
             verdict = torch.tensor([reason is not None, reason == ALL_ZERO], device=self.accelerator.device)
             num_failed, num_zero = self.accelerator.reduce(verdict.float(), reduction="sum").tolist()

@@ -12,6 +12,12 @@ from pathlib import Path
 
 from accelerate.logging import get_logger
 from huggingface_hub import CommitInfo, HfApi, snapshot_download
+from huggingface_hub.errors import (
+    HFValidationError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
 from transformers import TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
@@ -43,7 +49,7 @@ class PushMixin:
     def init_hf_repo(self, token=None, private=None):
         try:
             super().init_hf_repo(token, private)
-        except ValueError:  # a name that no repository can have
+        except HFValidationError:  # a name that no repository can have
             raise
         except Exception as error:  # the client's own errors have no class in common
             repo_id = self.args.hub_model_id or Path(self.args.output_dir).absolute().name
@@ -127,7 +133,9 @@ class PushMixin:
     def train(self, resume_from_checkpoint=None, *args, **kwargs):
         is_path = isinstance(resume_from_checkpoint, str | os.PathLike)
         if is_path and not os.path.isdir(resume_from_checkpoint) and REPO_ID.fullmatch(str(resume_from_checkpoint)):
-            resume_from_checkpoint = checkpoint_from_hub(str(resume_from_checkpoint), self.args.hub_token)
+            resume_from_checkpoint = checkpoint_from_hub(
+                str(resume_from_checkpoint), self.args.hub_token, self.args.hub_revision
+            )
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def _save(self, output_dir=None, state_dict=None):
@@ -143,21 +151,28 @@ def upload_or_warn(*args, **kwargs) -> CommitInfo | None:
         logger.warning(f"Training goes on, but a push failed. {error}")
 
 
-def checkpoint_from_hub(repo_id: str, token: str | None = None) -> str:
+def checkpoint_from_hub(repo_id: str, token: str | None = None, revision: str | None = None) -> str:
     """
     Download the last checkpoint of a repository.
 
     Args:
         repo_id (`str`): To which a trainer pushed with `hub_strategy="checkpoint"` or `"all_checkpoints"`.
         token (`str`, *optional*): By default the one that `hf auth login` stored.
+        revision (`str`, *optional*): Branch that it pushed to; by default `main`.
 
     Returns:
         `str`: The folder to resume from.
 
     Raises:
-        ValueError: if it holds no checkpoint.
+        ValueError: if it holds no checkpoint, or is not there.
     """
-    files = HfApi(token=token).list_repo_files(repo_id)
+    try:
+        files = HfApi(token=token).list_repo_files(repo_id, revision=revision)
+    except (RepositoryNotFoundError, RevisionNotFoundError, OfflineModeIsEnabled) as error:
+        raise ValueError(
+            f"`resume_from_checkpoint={repo_id!r}` is no folder here, and no repository on the Hub that can be read "
+            f"({type(error).__name__}). Check the name, the token and `hub_revision`."
+        ) from error
     folders = {file.split("/")[0] for file in files if "/" in file}
     numbered = [name for name in folders if re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-\d+", name)]
     if LAST_CHECKPOINT not in folders and not numbered:
@@ -167,7 +182,7 @@ def checkpoint_from_hub(repo_id: str, token: str | None = None) -> str:
         )
     newest = max(numbered, key=lambda name: int(name.split("-")[1]), default=None)
     name = LAST_CHECKPOINT if LAST_CHECKPOINT in folders else newest
-    return os.path.join(snapshot_download(repo_id, allow_patterns=f"{name}/*", token=token), name)
+    return os.path.join(snapshot_download(repo_id, revision=revision, allow_patterns=f"{name}/*", token=token), name)
 
 
 class HiddenToken(str):

@@ -31,7 +31,7 @@ class ScoringByLength(nn.Module):
         inputs["attention_mask"] = attention_mask
         logits = []
         for rows in order.split(self.batch_size):
-            length = int(lengths[rows[0]])
+            length = max(int(lengths[rows[0]]), 1)
             logits.append(self.model(**{name: x[rows, :length] for name, x in inputs.items()}).logits)
         return SequenceClassifierOutput(logits=torch.cat(logits)[order.argsort()])
 

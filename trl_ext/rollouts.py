@@ -78,7 +78,9 @@ class Recording:
             for name, column in columns.items():
                 entry = None if column is None else column[position]
                 if entry is not None and entry.dim() == 1:
-                    entry = entry[: len(row["completion_ids"])]
+                    length = len(row["completion_ids"])
+                    # Tokens that a micro-batch was cut by are masked
+                    entry = torch.nn.functional.pad(entry[:length], (0, max(length - len(entry), 0)))
                 row[name] = None if entry is None else entry.tolist()
 
     @property

@@ -3,8 +3,6 @@ TRL's scoring forward (log-probabilities and entropies of completions) of no mor
 completions share are run once, and the LM head only where a token is scored.
 """
 
-import inspect
-
 import torch
 from peft import PeftModel
 from torch import nn
@@ -39,8 +37,7 @@ class CompactScoring:
 
     def layout(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> Layout:
         if self.way != "packed":
-            has_positions = "position_ids" in inspect.signature(self.base.forward).parameters
-            rows = rows_layout(input_ids, attention_mask, self.num_states, has_positions)
+            rows = rows_layout(input_ids, attention_mask, self.num_states)
         if self.way == "rows":
             return rows
         packed = packed_layout(input_ids, attention_mask, self.num_states)
@@ -62,13 +59,14 @@ class CompactScoring:
             tokens = labels[scored]
 
         def keep_scored(module, args, output):
-            output.last_hidden_state = output.last_hidden_state.flatten(0, 1)[index].unsqueeze(0)
+            states = output.last_hidden_state.flatten(0, 1)
+            output.last_hidden_state = states[index.to(states.device)].unsqueeze(0)
             return output
 
         hook = self.base.base_model.register_forward_hook(keep_scored)  # after the critic's, which needs all states
         try:
             with using(layout):
-                inputs = layout.inputs_of(self.base.config, self.base.dtype)
+                inputs = layout.inputs_of(self.base)
                 outputs = self.model(**inputs, shift_labels=tokens.unsqueeze(0), **kwargs)
         finally:
             hook.remove()

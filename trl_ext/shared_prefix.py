@@ -80,6 +80,10 @@ def attention_mask(
         raise ValueError(f"attention by {implementation!r} takes no mask of blocks")
     layer_types = getattr(config, "layer_types", None)  # absent where all layers are alike
     window = getattr(config, "sliding_window", None)
+    if "local" in getattr(
+        config, "attention_layers", []
+    ):  # of GPT-Neo, which makes windows of its own, by place in the row
+        raise ValueError("layers of type 'local' take no mask of blocks")
     kinds = set(layer_types or (["full_attention"] if window is None else ["sliding_attention"]))
     if not kinds <= {"full_attention", "sliding_attention"}:
         raise ValueError(f"layers of type {sorted(kinds - {'full_attention', 'sliding_attention'})} take no mask")

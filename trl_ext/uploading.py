@@ -8,7 +8,7 @@ from concurrent.futures import Future
 from pathlib import Path
 
 from huggingface_hub import CommitInfo, HfApi
-from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
 
 
 logger = logging.getLogger(__name__)  # datasets are published without accelerate's state as well
@@ -71,7 +71,7 @@ def upload(
                 revision=revision,
                 commit_message=commit_message,
             )
-        except ValueError:  # a name that no repository can have
+        except HFValidationError:  # a name that no repository can have
             raise
         except Exception as error:  # the client's own errors have no class in common
             # A repository that could not be created before the first attempt is none that is not there
@@ -99,7 +99,7 @@ def status_of(error: BaseException | None) -> int | None:
 
 def is_lasting(error: BaseException) -> bool:
     """Whether the same would fail again."""
-    return status_of(error) in PERMANENT or isinstance(error, OfflineModeIsEnabled | FileNotFoundError)
+    return status_of(error) in PERMANENT or isinstance(error, OfflineModeIsEnabled | FileNotFoundError | ValueError)
 
 
 def cause_of(error: BaseException, repo_id: str) -> str:
@@ -109,6 +109,8 @@ def cause_of(error: BaseException, repo_id: str) -> str:
     if isinstance(error, FileNotFoundError):
         return f"{error.filename} is no longer there."
     status = status_of(error)
+    if status is None and isinstance(error, ValueError):  # such as a folder that is not there
+        return str(error)
     causes = {
         401: "The Hub does not know the token. Log in with `hf auth login`, or set HF_TOKEN.",
         403: f"The token may not write to {repo_id}. Use one with write access to that namespace.",
