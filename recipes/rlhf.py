@@ -232,11 +232,11 @@ def run_loop(args: argparse.Namespace, config: dict[str, dict]) -> None:
     stages = Plan(args, config, output).stages()
     again_from = position_of(args.redo, stages)
     check_unchanged(output, stages[:again_from])
+    if args.push_to_hub and (args.redo or not is_done(output, "publish")):
+        check_token(args.namespace)
     launcher, environment = None, make_environment(args)
     if args.config:
         check_arguments(output, stages, environment)
-    if args.push_to_hub and (args.redo or not is_done(output, "publish")):
-        check_token(args.namespace)
     if args.redo:
         begin_again(output, args.redo)
     for number, stage in enumerate(stages, start=1):
@@ -258,7 +258,7 @@ def run_loop(args: argparse.Namespace, config: dict[str, dict]) -> None:
 
 def folder_of(output_dir: str) -> Path:
     """However it was written, the same."""
-    folder, here = Path(output_dir).absolute(), Path.cwd()
+    folder, here = Path(os.path.abspath(output_dir)), Path.cwd()
     return folder.relative_to(here) if folder.is_relative_to(here) and folder != here else folder
 
 
@@ -334,7 +334,7 @@ def wait_for_people(folder: Path, enough: float) -> None:
         return
     share = "" if enough == 1 else f" ({enough:.0%} are enough)"
     print(f"{INDENT}people have judged {done} of {len(items)}{share}. To judge, open the page of\n")
-    print(f"python {RECIPES / 'rank_completions.py'} --folder {folder}\n")
+    print(shlex.join(["python", str(RECIPES / "rank_completions.py"), "--folder", str(folder)]), end="\n\n")
     print(f"{INDENT}and then go on with\n\n{again()}")
     sys.exit(WAITS_FOR_PEOPLE)
 
