@@ -180,6 +180,7 @@ def test_the_repository_is_complete_and_private(pushed, name):
     expected |= {"last-checkpoint/optimizer.pt", "last-checkpoint/trainer_state.json"}
     assert expected <= files, expected - files
     assert not any(file.startswith("checkpoint-") for file in files)
+    assert {file for file in files if file.endswith(".md")} <= {"README.md", "last-checkpoint/README.md"}
     assert repo.private
     card = ModelCard(repo.at("main").files["README.md"].content.decode())
     assert "trl" in card.data.tags

@@ -369,6 +369,7 @@ def save_critic(critic: Critic, directory: str, state_dict: dict[str, torch.Tens
             shutil.rmtree(folder)
         if critic.is_adapter:
             critic.trunk.save_pretrained(folder / ADAPTER_NAME, save_embedding_layers=False)
+            (folder / ADAPTER_NAME / "README.md").unlink(missing_ok=True)  # PEFT's, which says nothing of a critic
         else:
             trunk = {name.removeprefix("trunk."): w for name, w in state_dict.items() if name.startswith("trunk.")}
             critic.trunk.save_pretrained(folder, state_dict=trunk)

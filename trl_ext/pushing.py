@@ -89,7 +89,8 @@ class PushMixin:
 
     def _push_from_checkpoint(self, checkpoint_folder):
         earlier = [] if self._last_push is None else list(self._last_push.jobs)
-        if self.args.hub_always_push or self._last_push is None or self._last_push.is_done():
+        is_free = self.args.hub_always_push or self._last_push is None or self._last_push.is_done()
+        if is_free and self.args.hub_strategy != "end":
             self._copy_from_checkpoint(checkpoint_folder)
         super()._push_from_checkpoint(checkpoint_folder)
         jobs = [] if self._last_push is None else self._last_push.jobs
