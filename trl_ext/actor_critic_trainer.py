@@ -94,6 +94,8 @@ class ActorCriticTrainer(
       completion from its group; one completion per prompt is enough;
     - the critic's loss is added to the policy's, and the critic is saved beside the policy and restored with it;
     - the KL to the reference may be taken off the reward (`kl_in_reward`) instead of added to the loss;
+    - padding, repeated prompts, positions without a token and completions that have ended are not run
+      ([`CompactBatchesMixin`], [`decoding`]);
     - a reward model may be an adapter, by path or Hub id; it shares the policy's base if both were trained on the same.
 
     Args:
