@@ -321,6 +321,18 @@ def test_a_batch_in_which_nothing_is_shared_shows_nothing(policy_path, prompts, 
     assert trainer._prefix_check.verdict is True
 
 
+def test_what_a_batch_has_shown_is_not_asked_again(policy_path, prompts, tmp_path):
+    args = A2CConfig(**settings(tmp_path, num_generations=2, per_device_train_batch_size=4, max_steps=1))
+    trainer = A2CTrainer(policy_path, length, args, prompts)
+    ids, mask, num_completion = batch_of([ROWS[0], ROWS[2]])
+    counts = []
+    for _ in range(2):
+        with patch("trl_ext.scoring.packed_layout", wraps=packed_layout) as packed:
+            trainer._get_per_token_logps_and_entropies(trainer.model, ids, mask, num_completion)
+        counts.append(packed.call_count)
+    assert counts[0] > counts[1] == 1  # the one that is run
+
+
 def test_a_critic_of_another_kind_is_checked_too(policy_path, tokenizer, prompts, tmp_path):
     """The policy could be packed, and its critic takes no mask of blocks, nor positions."""
     critic = build("mamba", tokenizer)

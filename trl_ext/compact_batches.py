@@ -1,5 +1,6 @@
 """How [`ActorCriticTrainer`] leaves out what need not be computed: padding, repeated prompts, unscored positions."""
 
+import functools
 from contextlib import contextmanager
 
 import torch
@@ -76,18 +77,23 @@ class CompactBatchesMixin:
             return rows
         packed = CompactScoring(model, unwrapped, completion_length, "packed")
         ids, mask = input_ids[:batch_size], attention_mask[:batch_size]
-        layouts = [way.layout(ids, mask) for way in (rows, packed)]
-        shows = len(layouts[1].inputs["input_ids"]) < len(ids)  # else nothing is shared, and any mask is right
-        labels = ids.masked_fill(mask == 0, -100)
+
+        @functools.cache  # asked for until a batch has shown it, and then no more
+        def layouts():
+            return [way.layout(ids, mask) for way in (rows, packed)]
+
+        def shows():  # where nothing is shared any mask is right
+            return len(layouts()[1].inputs["input_ids"]) < len(ids)
 
         def compare():
+            labels = ids.masked_fill(mask == 0, -100)
             scored = mask[:, -completion_length:].bool()
             with self._plain_forward():
                 return [way(ids, mask, labels, fused_lm_head=True).log_probs[scored] for way in (rows, packed)]
 
         def compare_critic():
             with self._plain_forward():
-                return [self.critic.trunk_states(layout)[layout.mask].float() for layout in layouts]
+                return [self.critic.trunk_states(layout)[layout.mask].float() for layout in layouts()]
 
         packs = self._prefix_check(self._policy, compare, shows)
         if packs and self.critic is not None and self.critic.trunk is not None:  # which may be of another kind

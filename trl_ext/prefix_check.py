@@ -30,17 +30,20 @@ class PrefixCheck:
         self.verdict = False if mode == "never" else None
 
     def __call__(
-        self, model: nn.Module, compare: Callable[[], tuple[torch.Tensor, torch.Tensor]], shows: bool = True
+        self,
+        model: nn.Module,
+        compare: Callable[[], tuple[torch.Tensor, torch.Tensor]],
+        shows: Callable[[], bool] = lambda: True,
     ) -> bool:
         """
         Args:
             model (`nn.Module`): The model.
             compare (`Callable`): Gives what the model says of the batch, in rows and packed.
-            shows (`bool`, *optional*, defaults to `True`): Whether anything is shared in the batch, so that a wrong mask
-                would show.
+            shows (`Callable`, *optional*): Whether anything is shared in the batch, so that a wrong mask would show. By
+                default something is.
         """
         if self.verdict is None:
-            any_shows = torch.tensor(float(shows), device=self.accelerator.device)
+            any_shows = torch.tensor(float(shows()), device=self.accelerator.device)
             if self.accelerator.reduce(any_shows, reduction="sum").item() == 0:
                 return False  # the next batch may
             reason = self._why_not(model, compare)
