@@ -22,10 +22,8 @@ class CompactBatchesMixin:
                 "`balance_tokens=True` gives micro-batches of different numbers of completions, and TRL gathers metrics "
                 "of equally many from each process. Leave it out, or train in one process."
             )
-        is_half = self.args.bf16 or self.args.fp16 or self._policy.dtype != torch.float32
-        name = type(self._policy).__name__
-        self._prefix_check = PrefixCheck(self.args.shared_prefix, self.accelerator, name, is_half)
-        self._critic_prefix_check = PrefixCheck(self.args.shared_prefix, self.accelerator, "The critic", is_half)
+        self._prefix_check = PrefixCheck(self.args, self.accelerator, self._policy)
+        self._critic_prefix_check = PrefixCheck(self.args, self.accelerator, self._policy, name="The critic")
 
     # --- Micro-batches ---
 

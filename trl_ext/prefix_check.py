@@ -5,7 +5,9 @@ from collections.abc import Callable
 import torch
 from accelerate import Accelerator
 from accelerate.logging import get_logger
+from peft import PeftModel
 from torch import nn
+from transformers import PreTrainedModel, TrainingArguments
 
 
 logger = get_logger(__name__)
@@ -19,15 +21,23 @@ class PrefixCheck:
     Asked before each batch, until one has shown it.
 
     Args:
-        mode (`str`): `"auto"`, `"always"` (an error where a model cannot) or `"never"`.
+        args (`TrainingArguments`): With `shared_prefix`: `"auto"`, `"always"` (an error where a model cannot) or
+            `"never"`.
         accelerator (`Accelerator`): Of the processes, which must all take the same way.
-        name (`str`): The model's, for messages.
-        is_half (`bool`): Whether it computes in half precision.
+        model (`PreTrainedModel` or `PeftModel`): Whose dtype says how exact it is.
+        name (`str`, *optional*): For messages; by default that of the model's class.
     """
 
-    def __init__(self, mode: str, accelerator: Accelerator, name: str, is_half: bool):
-        self.mode, self.accelerator, self.name, self.is_half = mode, accelerator, name, is_half
-        self.verdict = False if mode == "never" else None
+    def __init__(
+        self,
+        args: TrainingArguments,
+        accelerator: Accelerator,
+        model: PreTrainedModel | PeftModel,
+        name: str | None = None,
+    ):
+        self.mode, self.accelerator, self.name = args.shared_prefix, accelerator, name or type(model).__name__
+        self.is_half = args.bf16 or args.fp16 or model.dtype != torch.float32
+        self.verdict = False if self.mode == "never" else None
 
     def __call__(
         self,

@@ -66,9 +66,7 @@ class RankingMixin:
         self._model = self.model  # before any distributed wrapper
         detach_tie_parameters(self._model)  # an earlier trainer's
         self.ties = None
-        is_half = self.args.bf16 or self.args.fp16 or self._model.dtype != torch.float32
-        name = type(self._model).__name__
-        self._prefix_check = PrefixCheck(self.args.shared_prefix, self.accelerator, name, is_half)
+        self._prefix_check = PrefixCheck(self.args, self.accelerator, self._model)
         self._sums = {"train": defaultdict(list), "eval": defaultdict(list)}
         if data_collator is None:
             self.data_collator = DataCollatorForRanking(
