@@ -5,7 +5,7 @@ from unittest.mock import patch
 
 import pytest
 import torch
-from conftest import PROMPTS, build_reward_model, count_good, scripted_rollout, settings, tiny_settings
+from conftest import PROMPTS, count_good, scripted_rollout, settings, tiny_settings
 from datasets import Dataset
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
@@ -38,7 +38,6 @@ from trl_ext import (
 )
 from trl_ext.layouts import packed_layout, rows_layout
 from trl_ext.micro_batches import by_length, join, select, sizes_by_tokens, sort_windows, trim
-from trl_ext.rewards import ScoringByLength
 
 
 OFF = {"length_batches": False, "compact_scoring": False, "compact_generation": False}
@@ -480,24 +479,6 @@ def test_a_micro_batch_may_take_tokens_in_place_of_completions(policy_path, prom
 def test_tokens_are_balanced_only_where_that_leaves_the_loss_as_it_is(tmp_path, wrong):
     with pytest.raises(ValueError, match="`balance_tokens=True` needs"):
         PPOConfig(**settings(tmp_path, balance_tokens=True, **wrong))
-
-
-# --- Reward models ---
-
-
-def test_reward_models_score_by_length_what_they_score(tokenizer):
-    model = build_reward_model(tokenizer).eval()
-    texts = ["the film was good", "it", "a dull and slow plot but", "bad", "the actor is great great"]
-    inputs = tokenizer(texts, return_tensors="pt", padding=True, padding_side="right", return_token_type_ids=False)
-    seen = []
-    model.register_forward_pre_hook(
-        lambda module, args, kwargs: seen.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
-    )
-    with torch.inference_mode():
-        expected = model(**inputs).logits
-        actual = ScoringByLength(model, 2)(**inputs).logits
-    torch.testing.assert_close(actual, expected, atol=1e-6, rtol=1e-5)
-    assert seen[1:] == [(2, 6), (2, 4), (1, 1)]
 
 
 def test_nothing_is_left_to_cut():

@@ -248,8 +248,9 @@ def test_packing_lays_completions_after_the_prefix():
         [5, 6, 7, 8, 1, 9, 8, 9, 1],
         [0, 1, 2, 3, 4, 3, 4, 5, 6],
         [0, 0, 0, 1, 1, 2, 2, 2, 2],
+        [3, 5],
     )
-    assert pack([], [[8], [9]]) == ([8, 9], [0, 0], [1, 2])
+    assert pack([], [[8], [9]]) == ([8, 9], [0, 0], [1, 2], [0, 1])
 
 
 def test_common_prefix_length():
@@ -265,7 +266,7 @@ suffixes = st.lists(st.lists(st.integers(0, 3), max_size=5), min_size=2, max_siz
 @given(prefix=prefixes, suffixes=suffixes, window=st.none() | st.integers(1, 6), padding=st.integers(0, 3))
 @hypothesis_settings(max_examples=100, deadline=None)
 def test_a_token_sees_what_it_sees_where_its_completion_stands_alone(prefix, suffixes, window, padding):
-    input_ids, positions, segments = pack(prefix, suffixes)
+    input_ids, positions, segments, _ = pack(prefix, suffixes)
     num_tokens, length = len(input_ids), len(input_ids) + padding
     assert num_tokens == len(prefix) + sum(map(len, suffixes))
     expected = torch.zeros(length, length, dtype=torch.bool)
@@ -284,7 +285,7 @@ def test_a_token_sees_what_it_sees_where_its_completion_stands_alone(prefix, suf
 
 
 def packed_example():
-    _, positions, segments = pack([1, 2, 3], [[4, 5], [6, 7, 8]])
+    _, positions, segments, _ = pack([1, 2, 3], [[4, 5], [6, 7, 8]])
     return torch.tensor([[*segments, PADDING]]), torch.tensor([[*positions, 0]])
 
 
@@ -440,8 +441,8 @@ def test_wrong_positions_are_found_out(tokenizer, rankings, tmp_path, caplog, mo
     caplog.set_level(logging.INFO, logger="trl_ext")
 
     def one_after_another(prefix, suffixes):
-        input_ids, _, segments = pack(prefix, suffixes)
-        return input_ids, list(range(len(input_ids))), segments
+        input_ids, _, segments, starts = pack(prefix, suffixes)
+        return input_ids, list(range(len(input_ids))), segments, starts
 
     monkeypatch.setattr(trl_ext.ranking_collator, "pack", one_after_another)
     # Nobody sees across completions even so: the second one only lies too far from the prompt

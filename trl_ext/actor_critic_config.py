@@ -87,8 +87,8 @@ class ActorCriticConfig(GRPOConfig):
             the batch as they end. Generation options that this does not know of are left to `generate`.
         length_batches (`bool`, *optional*, defaults to `True`):
             Sort the completions of an optimizer step into micro-batches of similar length, and cut each to its own
-            longest. Not done where the loss depends on who shares a micro-batch (`loss_type="bnpo"`, entropy bonuses
-            and quantiles), nor with images or `pad_to_multiple_of`.
+            longest; reward models score so, too. Not done where the loss depends on who shares a micro-batch
+            (`loss_type="bnpo"`, entropy bonuses and quantiles), nor with images or `pad_to_multiple_of`.
         balance_tokens (`bool`, *optional*, defaults to `False`):
             With `length_batches`, put about as many tokens into each micro-batch of an optimizer step in place of as
             many completions, so that its peak of memory is lower. Only for a `loss_type` that is normalized over the
@@ -96,9 +96,10 @@ class ActorCriticConfig(GRPOConfig):
         compact_scoring (`bool`, *optional*, defaults to `True`):
             Run the LM head only where a token is scored. Not done with images or prompt tuning.
         shared_prefix (`str`, *optional*, defaults to `"auto"`):
-            With `compact_scoring`, run a prompt once for all its completions in a micro-batch where that is less work.
-            `"auto"`: where the model gives the same log-probabilities so, which is checked on the first batch.
-            `"always"`: an error where it does not. `"never"`.
+            With `compact_scoring`, run a prompt once for all its completions in a micro-batch where that is less work;
+            with `length_batches`, causal reward models do so, too. `"auto"`: where the model gives the same
+            log-probabilities (or scores) so, which is checked on the first batch. `"always"`: an error where it does
+            not. `"never"`.
 
         > The KL penalty
 
@@ -253,8 +254,9 @@ class ActorCriticConfig(GRPOConfig):
         default="auto",
         metadata={
             "help": "With `compact_scoring`, run a prompt once for all its completions in a micro-batch where that is "
-            "less work. 'auto': where the model gives the same log-probabilities so, which is checked on the first "
-            "batch; 'always': an error where it does not; 'never'.",
+            "less work; with `length_batches`, causal reward models do so, too. 'auto': where the model gives the same "
+            "log-probabilities (or scores) so, which is checked on the first batch; 'always': an error where it does "
+            "not; 'never'.",
             "choices": ["auto", "always", "never"],
         },
     )

@@ -196,6 +196,7 @@ class ActorCriticTrainer(
         self.add_callback(StartOfTraining(self))
         self._scores = None  # (B,), of the completions being scored; nan where no reward function applies
         self._token_rewards = None  # (B, T), of the same; None if no reward is dense
+        self._reward_prefix_checks = {}  # by reward model
         self._records_values = False  # in the next pass
         self._skips_pass = False  # the next one, which the first epoch makes anyway
         self._passes = []  # (log-probabilities, values) of each scoring forward of the present batch

@@ -10,6 +10,7 @@ from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
 from .compat import get_config_model_id, is_async_callable
+from .score_head import has_score_head
 
 
 def checked_args(args, trainer_class, model):
@@ -95,7 +96,7 @@ def check_prefix_rewards(reward_funcs: list, reward_processing_classes: list, to
         )
     for model, other in models:
         base = model.get_base_model() if isinstance(model, PeftModel) else model
-        if "score" not in base._modules:
+        if not has_score_head(model):
             raise ValueError(
                 f"`prefix_rewards` needs a causal reward model with a `score` head, and {type(base).__name__} is none. "
                 "Remove `prefix_rewards`, or pass another."

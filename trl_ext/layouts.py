@@ -69,9 +69,12 @@ class Layout:
         return self.inputs | {"attention_mask": mask}
 
     def cost(self, hidden_size: int) -> int:
-        """Of a layer's forward, but for a factor: 12 H^2 multiplications per position, and 2 L H of attention."""
-        num_rows, length = self.inputs["input_ids"].shape
-        return num_rows * length * (12 * hidden_size + 2 * length)
+        return forward_cost(*self.inputs["input_ids"].shape, hidden_size)
+
+
+def forward_cost(num_rows: int, length: int, hidden_size: int) -> int:
+    """Of a layer's forward, but for a factor: 12 H^2 multiplications per position, and 2 L H of attention."""
+    return num_rows * length * (12 * hidden_size + 2 * length)
 
 
 def rows_layout(input_ids: torch.Tensor, attention_mask: torch.Tensor, num_states: int) -> Layout:
@@ -114,11 +117,10 @@ def packed_layout(input_ids: torch.Tensor, attention_mask: torch.Tensor, num_sta
     packed, starts = [], [None] * len(tokens)
     for number, (prompt, rows) in enumerate(groups.items()):
         suffixes = [tokens[row][len(prompt) - 1 :] for row in rows]
-        packed.append(pack(list(prompt[:-1]), suffixes))
-        start = len(prompt) - 1
-        for row, suffix in zip(rows, suffixes, strict=True):
+        *columns, suffix_starts = pack(list(prompt[:-1]), suffixes)
+        packed.append(columns)
+        for row, start in zip(rows, suffix_starts, strict=True):
             starts[row] = (number, start)
-            start += len(suffix)
     width = max(len(ids) for ids, _, _ in packed)
     device = input_ids.device
 

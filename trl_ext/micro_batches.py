@@ -6,6 +6,7 @@ computed is padding. Which completions share an optimizer step is left as it is,
 """
 
 from collections import defaultdict
+from collections.abc import Hashable
 from typing import Any
 
 import torch
@@ -73,12 +74,21 @@ def by_length(prompt_ids: torch.Tensor, prompt_mask: torch.Tensor, completion_ma
     the longest, so that they can be run after a single copy of it.
     """
     lengths = (prompt_mask.sum(dim=1) + completion_mask.sum(dim=1)).tolist()
+    prompts = [
+        tuple(token for token, is_there in zip(ids, mask, strict=True) if is_there)
+        for ids, mask in zip(prompt_ids.tolist(), prompt_mask.tolist(), strict=True)
+    ]
+    return torch.tensor(grouped_by_length(prompts, lengths), device=prompt_ids.device)
+
+
+def grouped_by_length(prompts: list[Hashable], lengths: list[int]) -> list[int]:
+    """Rows by length, the longest first, those of equal prompts in the place of the longest."""
     groups = defaultdict(list)
-    for row, (ids, mask) in enumerate(zip(prompt_ids.tolist(), prompt_mask.tolist(), strict=True)):
-        groups[tuple(token for token, is_there in zip(ids, mask, strict=True) if is_there)].append(row)
+    for row, prompt in enumerate(prompts):
+        groups[prompt].append(row)
     sorted_groups = [sorted(rows, key=lambda row: -lengths[row]) for rows in groups.values()]
     sorted_groups.sort(key=lambda rows: -lengths[rows[0]])
-    return torch.tensor([row for rows in sorted_groups for row in rows], device=prompt_ids.device)
+    return [row for rows in sorted_groups for row in rows]
 
 
 def join(batches: list[Batch]) -> Batch:

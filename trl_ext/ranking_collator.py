@@ -9,7 +9,7 @@ from transformers.data.data_collator import DataCollatorMixin
 
 from .compat import pad
 from .ranking import wins_and_ties
-from .shared_prefix import PADDING, common_prefix_length, pack
+from .shared_prefix import PADDING, common_prefix_length, last_real_token, pack
 
 
 def judged_indices(ranks: list[int] | None, pairs: list[list[int]] | None) -> list[int]:
@@ -106,17 +106,13 @@ class DataCollatorForRanking(DataCollatorMixin):
             sequences = [ids for ids, _ in group]
             # Each completion keeps the token that scores it, which transformers takes to be the last that is no
             # padding, and the one before its first that is scored itself, which predicts it
-            scored = [self._last_real_token(ids) for ids in sequences]
+            scored = [last_real_token(ids, self.pad_token_id) for ids in sequences]
             before = [max(start - 1, 0) for _, start in group if start is not None]
             length = min(common_prefix_length(sequences), *scored, *before)
-            packed.append(pack(sequences[0][:length], [ids[length:] for ids in sequences]))
-            mask, end, offset = [0] * length, [], length
-            for (ids, start), last in zip(group, scored, strict=True):
-                end.append(offset + last - length)
-                mask += self._mask(ids, start)[length:]
-                offset += len(ids) - length
-            masks.append(mask)
-            ends.append(torch.tensor(end))
+            *row, starts = pack(sequences[0][:length], [ids[length:] for ids in sequences])
+            packed.append(row)
+            ends.append(torch.tensor([s + last - length for s, last in zip(starts, scored, strict=True)]))
+            masks.append([0] * length + sum((self._mask(ids, start)[length:] for ids, start in group), []))
         input_ids, positions, segments = zip(*packed, strict=True)
         return {
             "packed_input_ids": self._pad(list(input_ids), self.pad_token_id),
@@ -131,6 +127,3 @@ class DataCollatorForRanking(DataCollatorMixin):
         """1 at the completion's tokens. Nothing predicts a first token that no prompt comes before."""
         start = 0 if start is None else max(start, 1)
         return [0] * start + [1] * (len(ids) - start)
-
-    def _last_real_token(self, ids: list[int]) -> int:
-        return max((t for t, token in enumerate(ids) if token != self.pad_token_id), default=0)

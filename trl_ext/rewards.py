@@ -5,35 +5,12 @@ import math
 
 import torch
 from torch import nn
-from transformers.modeling_outputs import SequenceClassifierOutput
 
 from .checks import checked_reward
 from .dense_rewards import DenseRewards, rewards_of_turns, shaped_rewards
-from .score_head import prefix_scores
-
-
-class ScoringByLength(nn.Module):
-    """
-    A reward model that scores texts of similar length together, each batch cut to its own longest.
-
-    Args:
-        model (`nn.Module`): Gives `logits` `(B, 1)` of texts padded on the right.
-        batch_size (`int`): Texts scored at once.
-    """
-
-    def __init__(self, model: nn.Module, batch_size: int):
-        super().__init__()
-        self.model, self.batch_size = model, batch_size
-
-    def forward(self, attention_mask: torch.Tensor, **inputs: torch.Tensor) -> SequenceClassifierOutput:
-        lengths = attention_mask.sum(dim=1)
-        order = lengths.argsort(descending=True, stable=True)
-        inputs["attention_mask"] = attention_mask
-        logits = []
-        for rows in order.split(self.batch_size):
-            length = max(int(lengths[rows[0]]), 1)
-            logits.append(self.model(**{name: x[rows, :length] for name, x in inputs.items()}).logits)
-        return SequenceClassifierOutput(logits=torch.cat(logits)[order.argsort()])
+from .prefix_check import PrefixCheck
+from .reward_scoring import RewardScoring
+from .score_head import has_score_head, prefix_scores
 
 
 class RewardsMixin:
@@ -53,9 +30,9 @@ class RewardsMixin:
             elif self.args.turn_rewards and len(self.reward_funcs) >= self._num_given_rewards:
                 func = self._turn_reward(name)
             if isinstance(func, nn.Module):
-                func = (
-                    ScoringByLength(func, self.args.per_device_train_batch_size) if self.args.length_batches else func
-                )
+                if self.args.length_batches:
+                    check = self._prefix_check_of(func, name)
+                    func = RewardScoring(func, self.args.per_device_train_batch_size, prompts, check)
             else:
                 func = checked_reward(func, name, functools.partial(dense.totals, name=name, weight=weight))
             self.reward_funcs.append(func)
@@ -99,6 +76,15 @@ class RewardsMixin:
             {name: None if math.isnan(value) else value for name, value in zip(names, row, strict=True)}
             for row in rewards.tolist()
         ]
+
+    def _prefix_check_of(self, reward_model: nn.Module, name: str) -> PrefixCheck | None:
+        """What earlier rollouts have shown of it; None where it is no causal model."""
+        if not has_score_head(reward_model):
+            return None
+        if reward_model not in self._reward_prefix_checks:
+            name = f"The reward model {name or type(reward_model).__name__}"
+            self._reward_prefix_checks[reward_model] = PrefixCheck(self.args, self.accelerator, reward_model, name)
+        return self._reward_prefix_checks[reward_model]
 
     def _turn_reward(self, name):
         """A reward function that pays what each turn adds to what environments of class `name` say."""

@@ -5,7 +5,14 @@ from contextlib import contextmanager
 
 import torch
 from peft import PeftModel
+from torch import nn
 from transformers import PreTrainedModel
+
+
+def has_score_head(model: nn.Module) -> bool:
+    """Whether it is one of transformers' causal models that score texts, those with a `score` head."""
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    return isinstance(base, PreTrainedModel) and "score" in base._modules
 
 
 @contextmanager

@@ -30,14 +30,20 @@ def common_prefix_length(sequences: list[list[int]]) -> int:
     return length
 
 
-def pack(prefix: list[int], suffixes: list[list[int]]) -> tuple[list[int], list[int], list[int]]:
-    """`(input_ids, positions, segments)` of one row, as the module describes them."""
-    input_ids, positions, segments = list(prefix), list(range(len(prefix))), [0] * len(prefix)
+def last_real_token(ids: list[int], pad_token_id: int) -> int:
+    """Where the last token is that is no padding, whose state scores a text on transformers' classifiers."""
+    return max((t for t, token in enumerate(ids) if token != pad_token_id), default=0)
+
+
+def pack(prefix: list[int], suffixes: list[list[int]]) -> tuple[list[int], list[int], list[int], list[int]]:
+    """`(input_ids, positions, segments)` of one row, as the module describes them, and where in it each suffix starts."""
+    input_ids, positions, segments, starts = list(prefix), list(range(len(prefix))), [0] * len(prefix), []
     for number, suffix in enumerate(suffixes, start=1):
+        starts.append(len(input_ids))
         input_ids += suffix
         positions += range(len(prefix), len(prefix) + len(suffix))
         segments += [number] * len(suffix)
-    return input_ids, positions, segments
+    return input_ids, positions, segments, starts
 
 
 def visible(segments: torch.Tensor, positions: torch.Tensor, window: int | None = None) -> torch.Tensor:
