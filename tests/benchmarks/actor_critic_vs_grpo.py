@@ -3,8 +3,9 @@ What a critic costs: PPO and A2C of trl_ext (value head on the policy's trunk) a
 
     python tests/benchmarks/actor_critic_vs_grpo.py --rounds 4 --json /tmp/actor_critic_vs_grpo.json
 
-All contenders train the same random Qwen2 model in float32 on the same prompts, with the same number and lengths of
-completions, the same batches, epochs and optimizer, `beta=0` and no gradient checkpointing. Every run is a process of
+All contenders train the same random Qwen2 model on the same prompts, with the same number and lengths of completions,
+the same batches, epochs and optimizer, `beta=0` and no gradient checkpointing. Weights are float32; `--bf16` runs them
+under autocast, as TRL does by default, and `--shape` has those of Qwen2.5-0.5B and -1.5B. Every run is a process of
 its own, and contenders take turns in rounds, so that whatever else the machine does meets all of them. Reported per
 completion token, training alone:
 
@@ -21,7 +22,9 @@ Time is divided by section; each second counts for the innermost one:
                 old log-probabilities, values    optimizer  clipping and the step
     advantages  those of trl_ext, and metrics    other      GRPO's advantages, padding, the Trainer's loop
 
-Memory is that of a run, not per token.
+Memory is that of a run, not per token. Beside it stand the positions that the policy's trunk was run on, per completion
+token: where nothing but they cost anything, training would take their ratio of the time. `--profile` adds the
+operations that took longest.
 """
 
 import argparse
@@ -35,16 +38,24 @@ import subprocess
 import sys
 import tempfile
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 
 import torch
 from datasets import Dataset
-from peft import LoraConfig
+from peft import LoraConfig, PeftModel
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM, TrainerCallback
+from torch.profiler import ProfilerActivity, profile
+from transformers import (
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen2ForSequenceClassification,
+    TrainerCallback,
+)
 from trl import GRPOConfig, GRPOTrainer
 
 from trl_ext import A2CConfig, A2CTrainer, PPOConfig, PPOTrainer
@@ -84,6 +95,9 @@ CONTENDERS = {
     "ppo-lora-unmerged": Contender("ppo", lora=True, baseline="grpo-lora", overrides={"generate_merged": False}),
     "ppo-lora-adapter": Contender("ppo", lora=True, baseline="grpo-lora", overrides={"critic": "adapter"}),
 }
+# Of Qwen2.5: hidden_size, intermediate_size, layers, heads, key-value heads
+VOCAB_SIZE = 151_936
+SHAPES = {"0.5b": (896, 4864, 24, 14, 2), "1.5b": (1536, 8960, 28, 12, 2)}
 DEFAULT_CONTENDERS = [
     "grpo-1epoch",
     "ppo-1epoch",
@@ -118,10 +132,25 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--hidden_size", type=int, default=512)
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--vocab_size", type=int, default=32_000)
+    parser.add_argument("--shape", choices=SHAPES, help="of Qwen2.5, in place of the three above")
+    parser.add_argument("--bf16", action="store_true", help="autocast to bfloat16")
+    parser.add_argument("--attn_implementation", default="sdpa", help="of the policy (default: sdpa)")
+    parser.add_argument(
+        "--reward_model", action="store_true", help="a reward model like the policy, in place of a function"
+    )
+    parser.add_argument(
+        "--overrides", type=json.loads, default={}, help="JSON of further arguments of trl_ext's configs"
+    )
+    parser.add_argument(
+        "--profile", action="store_true", help="print the operations that take longest, of one run more"
+    )
     parser.add_argument("--threads", type=int, default=2, help="CPU threads per run (default: 2)")
     parser.add_argument("--json", type=Path, help="write settings and every run's measurements to this file")
     parser.add_argument("--run", choices=CONTENDERS, help=argparse.SUPPRESS)  # one measurement, in this process
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.shape is not None:
+        args.vocab_size = VOCAB_SIZE
+    return args
 
 
 # --- One run, in a process of its own ---
@@ -140,6 +169,10 @@ class Stopwatch:
         now = self.clock()
         self.seconds[self._stack[-1]] += now - self._since
         self._since = now
+
+    @property
+    def current(self) -> str:
+        return self._stack[-1]
 
     def start(self, section: str) -> None:
         self._charge()
@@ -181,23 +214,32 @@ def build_tokenizer(vocab_size: int) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", eos_token="<eos>", padding_side="left")
 
 
-def build_model(args: argparse.Namespace) -> Qwen2ForCausalLM:
-    torch.manual_seed(0)
-    config = Qwen2Config(
+def model_config(args: argparse.Namespace) -> Qwen2Config:
+    hidden_size = args.hidden_size
+    own = (hidden_size, 3 * hidden_size, args.layers, hidden_size // 64, max(1, hidden_size // 256))
+    hidden_size, intermediate_size, layers, heads, key_value_heads = SHAPES.get(args.shape, own)
+    return Qwen2Config(
         vocab_size=args.vocab_size,
-        hidden_size=args.hidden_size,
-        intermediate_size=3 * args.hidden_size,
-        num_hidden_layers=args.layers,
-        num_attention_heads=args.hidden_size // 64,
-        num_key_value_heads=max(1, args.hidden_size // 256),
+        hidden_size=hidden_size,
+        intermediate_size=intermediate_size,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=key_value_heads,
         max_position_embeddings=args.prompt_length + args.completion_length,
-        tie_word_embeddings=False,
+        tie_word_embeddings=args.shape is not None,
+        num_labels=1,
         pad_token_id=0,
         eos_token_id=1,
         bos_token_id=None,
         dtype="float32",
+        attn_implementation=args.attn_implementation,
     )
-    return Qwen2ForCausalLM(config)
+
+
+def build_model(model_class: type[PreTrainedModel], args: argparse.Namespace) -> PreTrainedModel:
+    torch.manual_seed(0)
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+        return model_class(model_config(args))
 
 
 def build_prompts(args: argparse.Namespace) -> Dataset:
@@ -248,21 +290,26 @@ def build_trainer(args: argparse.Namespace, contender: Contender, output_dir: st
         gradient_checkpointing=False,
         disable_dropout=True,
         beta=0.0,
-        bf16=False,
+        bf16=args.bf16,
+        use_cpu=not torch.cuda.is_available(),
         logging_steps=1,
         save_strategy="no",
         report_to="none",
         disable_tqdm=True,
         **contender.overrides,
+        **(args.overrides if contender.trainer != "grpo" else {}),
     )
-    model = build_model(args)
+    model = build_model(Qwen2ForCausalLM, args)
     end_at_random(model, args.mean_length or math.inf)
+    tokenizer = build_tokenizer(args.vocab_size)
+    reward = build_model(Qwen2ForSequenceClassification, args) if args.reward_model else share_of_even_words
     return trainer_class(
         model=model,
-        reward_funcs=share_of_even_words,
+        reward_funcs=reward,
         args=config,
         train_dataset=build_prompts(args),
-        processing_class=build_tokenizer(args.vocab_size),
+        processing_class=tokenizer,
+        reward_processing_classes=tokenizer if args.reward_model else None,
         peft_config=LoraConfig(r=16, target_modules="all-linear") if contender.lora else None,
     )
 
@@ -316,6 +363,18 @@ def count_tokens(trainer: GRPOTrainer) -> list[int]:
     return tokens
 
 
+def count_positions(trainer: GRPOTrainer, stopwatch: Stopwatch) -> dict[str, int]:
+    """Will hold the positions that the policy's trunk is run on, by section."""
+    positions = dict.fromkeys(SECTIONS, 0)
+
+    def count(module, args, kwargs):
+        positions[stopwatch.current] += (args[0] if args else kwargs["input_ids"]).numel()
+
+    model = trainer.model.get_base_model() if isinstance(trainer.model, PeftModel) else trainer.model
+    model.base_model.register_forward_pre_hook(count, with_kwargs=True)
+    return positions
+
+
 def synchronized_time() -> float:
     torch.cuda.synchronize()
     return time.perf_counter()
@@ -330,9 +389,15 @@ def measure(args: argparse.Namespace) -> dict:
         stopwatch = Stopwatch(synchronized_time if on_gpu else time.process_time)
         time_sections(trainer, stopwatch)
         tokens = count_tokens(trainer)
-        with stopwatch.section("other"):
+        positions = count_positions(trainer, stopwatch)
+        activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if on_gpu else [])
+        profiler = profile(activities=activities) if args.profile else nullcontext()
+        with profiler, stopwatch.section("other"):
             trainer.train()
+    by = f"self_{'cuda' if on_gpu else 'cpu'}_time_total"
     return {
+        "profile": profiler.key_averages().table(sort_by=by, row_limit=15) if args.profile else None,
+        "positions": positions,
         "seconds": sum(stopwatch.seconds.values()),
         "training_seconds": sum(stopwatch.seconds.values()) - stopwatch.seconds["rollout"],
         "sections": stopwatch.seconds,
@@ -370,7 +435,7 @@ def run_rounds(args: argparse.Namespace) -> dict[str, list[dict]]:
     for number in range(args.rounds):
         order = args.contenders if number % 2 == 0 else args.contenders[::-1]
         for name in order:
-            result = run(name, args.threads, sys.argv[1:])
+            result = run(name, args.threads, [argument for argument in sys.argv[1:] if argument != "--profile"])
             runs[name].append(result)
             print(f"round {number + 1}: {name}: {result['seconds']:.1f} s", file=sys.stderr)
     return runs
@@ -407,6 +472,24 @@ def print_comparison(runs: dict[str, list[dict]]) -> None:
         print("| " + " | ".join(row) + " |")
 
 
+def print_positions(runs: dict[str, list[dict]]) -> None:
+    """Those of the passes that train and score; of generation apart."""
+    print("| positions per token | rollout | training | ratio |\n| --- | --- | --- | --- |")
+
+    def of(name: str) -> tuple[float, float]:
+        generated, trained = [], []
+        for result in runs[name]:
+            generated.append(result["positions"]["rollout"] / result["tokens"])
+            trained.append(sum(result["positions"].values()) / result["tokens"] - generated[-1])
+        return statistics.median(generated), statistics.median(trained)
+
+    for name in runs:
+        generated, trained = of(name)
+        baseline = CONTENDERS[name].baseline
+        ratio = f"{trained / of(baseline)[1]:.3f}" if baseline in runs else "1"
+        print(f"| {name} | {generated:.2f} | {trained:.2f} | {ratio} |")
+
+
 def print_breakdown(runs: dict[str, list[dict]]) -> None:
     print("| ms per token | " + " | ".join(runs) + " |")
     print("| --- |" + " --- |" * len(runs))
@@ -425,15 +508,22 @@ def report(args: argparse.Namespace, runs: dict[str, list[dict]]) -> None:
     mean, longest = args.mean_length, args.completion_length
     lengths = str(longest) if mean is None else f"geometric lengths of mean {mean:g} cut at {longest}"
     print(f"Device: {first['device']}. " + ", ".join(f"{name} {version(name)}" for name in names) + ".")
+    precision = "autocast to bfloat16" if args.bf16 else "float32"
+    rewards = "a reward model like the policy" if args.reward_model else "a reward function"
     print(
-        f"{first['parameters'] / 1e6:.0f}M parameters, float32; {args.prompts} x {args.num_generations} completions per "
+        f"{first['parameters'] / 1e6:.0f}M parameters, {precision}, {args.attn_implementation}, {rewards}; {args.prompts} x {args.num_generations} completions per "
         f"rollout, {args.steps} rollouts per run, {args.rounds} rounds; prompts of {args.prompt_length} tokens, completions of "
         f"{lengths}, {first['tokens_per_rollout']:.0f} tokens per rollout. Time is "
         f"{clock} time. Ratios: median over rounds (least-greatest).\n"
     )
     print_comparison(runs)
     print()
+    print_positions(runs)
+    print()
     print_breakdown(runs)
+    if args.profile:
+        for name in args.contenders:
+            print(f"\n{name}:\n\n{run(name, args.threads, sys.argv[1:])['profile']}")
 
 
 def main() -> None:
