@@ -8,7 +8,7 @@ from peft import PeftModel
 
 from .compat import MULTIMODAL_KEYS, disable_gradient_checkpointing
 from .micro_batches import Batch, by_length, sort_windows, trim
-from .prefix_check import PrefixCheck
+from .prefix_check import NUM_COMPARED, PrefixCheck
 from .scoring import CompactScoring
 
 
@@ -74,7 +74,8 @@ class CompactBatchesMixin:
         if kwargs.get("compute_aux_loss") or self.num_generations == 1:
             return rows
         packed = CompactScoring(model, unwrapped, completion_length, "packed")
-        ids, mask = input_ids[:batch_size], attention_mask[:batch_size]
+        few = min(NUM_COMPARED, batch_size or NUM_COMPARED)
+        ids, mask = input_ids[:few], attention_mask[:few]
 
         @functools.cache  # asked for until a batch has shown it, and then no more
         def layouts():

@@ -12,6 +12,8 @@ from transformers import PreTrainedModel, TrainingArguments
 
 logger = get_logger(__name__)
 
+# How many completions a rollout's check compares: a wrong mask or position shows in two
+NUM_COMPARED = 4
 # What a head that starts at zero says of packed and other completions alike
 ALL_ZERO = "all scores are 0"
 

@@ -9,7 +9,7 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 
 from .layouts import forward_cost
 from .micro_batches import grouped_by_length
-from .prefix_check import PrefixCheck
+from .prefix_check import NUM_COMPARED, PrefixCheck
 from .score_head import scores_of_all_tokens
 from .shared_prefix import PADDING, attention_mask, common_prefix_length, last_real_token, pack
 
@@ -50,11 +50,13 @@ class RewardScoring(nn.Module):
         def packed(rows: list[int]) -> Packed:
             return self._pack([input_ids[row, : lengths[row]].tolist() for row in rows], rows)
 
+        compared = batches[0][:NUM_COMPARED]
+
         def compare():
-            return in_rows(batches[0]).float(), self._scores(*packed(batches[0])).float()
+            return in_rows(compared).float(), self._scores(*packed(compared)).float()
 
         def shows():
-            return len({self.prompts[row] for row in batches[0]}) < len(batches[0])
+            return len({self.prompts[row] for row in compared}) < len(compared)
 
         packs = self.check is not None and self.check(self.model, compare, shows)
         logits = []
