@@ -20,6 +20,8 @@ from transformers import (
     MambaConfig,
     MistralConfig,
     Qwen3Config,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
 )
 from trl import GRPOConfig, GRPOTrainer
 from trl.trainer.utils import _ChunkedLogProbFunction
@@ -114,6 +116,33 @@ def test_the_loss_of_grpo_is_that_of_trl(policy_path, prompts, tmp_path):
     entropies = [[e["entropy"] for e in t.state.log_history if "entropy" in e] for t in (ours, theirs)]
     assert entropies[0][0] == pytest.approx(entropies[1][0], rel=0.2)  # means of micro-batches, cut in other ways
     assert ours.state.global_step == theirs.state.global_step == 3
+
+
+def test_experts_are_balanced_over_the_tokens_that_trl_balances(tokenizer, prompts, tmp_path):
+    """The balancing loss counts a prompt as often as it is completed, so that prompts are not shared then."""
+    own = {"decoder_sparse_step": 1, "moe_intermediate_size": 16, "num_experts": 4, "num_experts_per_tok": 1}
+    found = []
+    for options in (OFF | {"shared_prefix": "never"}, {}):
+        torch.manual_seed(0)
+        config = Qwen3MoeConfig(
+            **tiny_settings(tokenizer),
+            **own,
+            output_router_logits=True,
+            router_aux_loss_coef=1.0,
+            initializer_range=0.2,
+        )
+        common = {"num_generations": 4, "max_steps": 2, "gradient_checkpointing": False} | options
+        args = ReinforceConfig(**settings(tmp_path, **common))
+        model = Qwen3MoeForCausalLM(config)
+        trainer = ReinforceTrainer(model, length, args, prompts, processing_class=tokenizer, rollout_func=by_row)
+        trainer.train()
+        found.append(trainer)
+    plain, compact = found
+    routers = [name for name, _ in plain.model.named_parameters() if "mlp.gate.weight" in name]
+    assert plain.aux_loss_enabled and routers and compact._prefix_check.verdict is None  # never asked
+    for name in routers:
+        expected, actual = (trainer.model.get_parameter(name) for trainer in found)
+        torch.testing.assert_close(actual, expected, atol=2e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("case", ["ppo", "ppo, kl in the loss", "ppo, lora", "nlpo", "ppo, bootstrap"])

@@ -22,6 +22,17 @@ from trl_ext import NLPOConfig, NLPOTrainer, ReinforceConfig, ReinforceTrainer, 
 from trl_ext.decoding import can_decode, decode, settings_of
 
 
+@pytest.mark.parametrize("shards", [None, "is_fsdp_enabled", "is_deepspeed_enabled"])
+def test_processes_that_shard_weights_generate_as_trl_does(policy_path, prompts, tmp_path, shards):
+    """Each forward gathers weights from all: one that has no rows left must still take part."""
+    trainer = ReinforceTrainer(policy_path, count_good, ReinforceConfig(**settings(tmp_path)), prompts)
+    if shards is not None:
+        setattr(trainer, shards, True)
+    with trainer._compact_generate():
+        assert ("generate" in vars(trainer._policy)) is (shards is None)
+    assert "generate" not in vars(trainer._policy)
+
+
 def batch_of(tokenizer, prompts):
     return tokenizer(prompts, return_tensors="pt", padding=True, padding_side="left", return_token_type_ids=False)
 

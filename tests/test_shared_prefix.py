@@ -1,10 +1,13 @@
 """Completions after a shared prefix against each alone: scores, gradients, what sees what, and the way back."""
 
 import logging
+import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 import transformers.integrations.flex_attention as flex_integration
+from accelerate import Accelerator
 from conftest import RANKINGS, build_encoder, build_reward_model, ranking_settings, tiny_settings
 from datasets import Dataset
 from hypothesis import given
@@ -31,6 +34,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 import trl_ext.ranking_collator
 import trl_ext.ranking_trainer
 from trl_ext import RankingDPOConfig, RankingDPOTrainer, RankingRewardConfig, RankingRewardTrainer
+from trl_ext.prefix_check import PrefixCheck
 from trl_ext.ranking_collator import DataCollatorForRanking
 from trl_ext.shared_prefix import PADDING, attention_mask, common_prefix_length, pack, visible
 
@@ -238,6 +242,19 @@ def test_flex_attention_gives_what_eager_attention_gives(tokenizer, rankings, tm
         with torch.no_grad():
             values.append(trainer._values(trainer.model, batch, packed=True)[0][batch["ranks"] >= 0])
     torch.testing.assert_close(values[1], values[0], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("bf16", "difference", "verdict"),
+    [(False, 5e-4, True), (False, 2e-3, False), (True, 0.04, True), (True, 0.06, False), (False, math.nan, False)],
+)
+def test_how_exact_a_model_must_be_is_a_matter_of_its_precision(bf16, difference, verdict):
+    args = SimpleNamespace(shared_prefix="auto", bf16=bf16, fp16=False)
+    rows = torch.tensor([3.0, -4.0, 0.5])  # relative to the largest
+    model = torch.nn.Linear(1, 1)
+    model.dtype = torch.float32
+    check = PrefixCheck(args, Accelerator(cpu=True), model)
+    assert check(model, lambda: (rows, rows + torch.tensor([0.0, 0.0, 4 * difference]))) is verdict
 
 
 # --- Layout ---
