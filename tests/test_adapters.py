@@ -11,6 +11,8 @@ import trl
 from bitsandbytes.nn import Linear4bit
 from conftest import RANKINGS, build_encoder, build_policy, build_reward_model, count_good, ranking_settings, settings
 from datasets import Dataset
+from hub_server import HubServer, connect
+from huggingface_hub import HfApi
 from peft import AutoPeftModelForSequenceClassification, LoraConfig, PeftModel, get_peft_model
 from reload_script import IDS, quantization_config
 from safetensors.torch import load_file
@@ -28,8 +30,10 @@ from trl_ext import (
     RankingRewardConfig,
     RankingRewardTrainer,
     SFTTrainer,
+    merge_adapter,
 )
 from trl_ext.adapters import merged
+from trl_ext.reward_adapters import reward_model_of_its_own, reward_model_on_base
 
 
 OURS = {
@@ -570,3 +574,42 @@ def test_a_resumed_run_has_no_first_update(policy_path, prompts, tmp_path):
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     steps = [entry["step"] for entry in resumed.state.log_history if "first_step/ratio_deviation" in entry]
     assert steps == [1]  # of the run that was resumed
+
+
+# --- Revisions of the base ---
+
+
+@pytest.fixture
+def base_in_two_revisions(tokenizer, tmp_path, monkeypatch):
+    """`user/base` on a local Hub, with other weights on the branch `v2` than on `main`."""
+    with HubServer() as server:
+        connect(server, monkeypatch, tmp_path / "home")
+        HfApi().create_repo("user/base")
+        HfApi().create_branch("user/base", branch="v2")
+        for seed, revision in enumerate(("main", "v2")):
+            build_policy(tokenizer, seed=seed).save_pretrained(tmp_path / revision)
+            tokenizer.save_pretrained(tmp_path / revision)
+            HfApi().upload_folder(repo_id="user/base", folder_path=tmp_path / revision, revision=revision)
+        yield "user/base"
+
+
+def test_an_adapter_is_loaded_and_merged_on_the_revision_it_was_trained_on(base_in_two_revisions, prompts, tmp_path):
+    on_v2 = {"model_init_kwargs": {"revision": "v2"}}
+    trainer = make("reward", base_in_two_revisions, tmp_path / "adapter", prompts, max_steps=1, **on_v2)
+    trainer.train()
+    trainer.save_model()
+    batch = {"input_ids": IDS, "attention_mask": torch.ones_like(IDS)}
+    with torch.no_grad():
+        expected = trainer.model.eval()(**batch).logits
+        merge_adapter(str(tmp_path / "adapter"), str(tmp_path / "merged"), dtype="float32")
+        loaded = AutoPeftModelForSequenceClassification.from_pretrained(tmp_path / "adapter", num_labels=1)
+        merged = AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged")
+        of_its_own = reward_model_of_its_own(str(tmp_path / "adapter"), revision="main")  # a policy's
+        for model in (loaded, merged, of_its_own):
+            model.config.pad_token_id = trainer.model.config.pad_token_id
+            torch.testing.assert_close(model(**batch).logits, expected, atol=1e-5, rtol=1e-5)
+
+    # A policy on it shares that base, one on another revision does not
+    for overrides, shares in ((on_v2, True), ({}, False)):
+        policy = make("ppo", base_in_two_revisions, tmp_path, prompts, **overrides).model
+        assert (reward_model_on_base(policy, str(tmp_path / "adapter")) is not None) is shares

@@ -20,7 +20,7 @@ from torch import nn
 
 from .compat import has_transformers_adapter
 from .precision import keep_4bit_unpacked, keep_trainables_in_fp32, trainable_weights
-from .shared_base import is_quantized
+from .shared_base import MAIN, is_quantized
 
 
 logger = get_logger(__name__)
@@ -32,7 +32,8 @@ class AdapterMixin:
     """
     Comes right before the TRL trainer in a trainer's bases. What it changes for models with adapters:
 
-    - the adapter's task type is that of the model, whatever the `peft_config` says;
+    - the adapter's task type is that of the model, whatever the `peft_config` says, and it is saved with the revision
+      of its base, which whoever loads it needs;
     - under a base in 4 or 8 bits, what trains is kept in float32;
     - of a base in 4 bits on CPU, weights are never repacked, which would make gradients wrong;
     - the head of a classifier is saved with the adapter even if it is not trained with it.
@@ -46,9 +47,11 @@ class AdapterMixin:
         given = arguments.arguments
         peft_config = given.get("peft_config")
         check_trainable(model, given.get("quantization_config"), peft_config)
-        if isinstance(peft_config, PeftConfig) and peft_config.task_type != self._task_type:
-            given["peft_config"] = copy.deepcopy(peft_config)
-            given["peft_config"].task_type = self._task_type_of(peft_config, given.get("train_dataset"))
+        if isinstance(peft_config, PeftConfig):
+            own = given["peft_config"] = copy.deepcopy(peft_config)
+            if peft_config.task_type != self._task_type:
+                own.task_type = self._task_type_of(peft_config, given.get("train_dataset"))
+            own.revision = peft_config.revision or revision_of(model, given.get("args"))
         before = trainable_weights(model)
         try:
             super().__init__(*arguments.args[1:], **arguments.kwargs)
@@ -72,6 +75,13 @@ class AdapterMixin:
         super()._save(output_dir, state_dict)
         if self.args.should_save and isinstance(self.model, PeftModel):
             save_heads(self.model, output_dir or self.args.output_dir)
+
+
+def revision_of(model, args) -> str | None:
+    """The revision that `model_init_kwargs` has a model loaded from, if that is not the main one."""
+    init_kwargs = args.model_init_kwargs if isinstance(model, str) and args is not None else None
+    revision = (init_kwargs or {}).get("revision")
+    return None if revision == MAIN else revision
 
 
 def check_trainable(model, quantization_config, peft_config) -> None:

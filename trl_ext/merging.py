@@ -17,7 +17,9 @@ from .shared_base import base_of_adapter
 from .tie_parameters import TIE_PARAMETERS_FILE, read_config, write_to_config
 
 
-def merge_adapter(adapter: str, output_dir: str, dtype: str | torch.dtype = "bfloat16") -> dict[str, float]:
+def merge_adapter(
+    adapter: str, output_dir: str, dtype: str | torch.dtype = "bfloat16", trust_remote_code: bool = False
+) -> dict[str, float]:
     r"""
     Write an adapter and its base as one plain model: a policy with its critic and tokenizer, or a reward model with its
     score head and tie parameters.
@@ -31,6 +33,7 @@ def merge_adapter(adapter: str, output_dir: str, dtype: str | torch.dtype = "bfl
         adapter (`str`): Folder or Hub id.
         output_dir (`str`): A new or empty folder.
         dtype (`str` or `torch.dtype`, *optional*, defaults to `"bfloat16"`): Of the model that is written.
+        trust_remote_code (`bool`, *optional*, defaults to `False`): Whether code in the base's repository may be run.
 
     Returns:
         `dict[str, float]`: `precision_loss`, |round(W') - W'| / |W' - W| in Frobenius norms over all weights W that the
@@ -50,8 +53,9 @@ def merge_adapter(adapter: str, output_dir: str, dtype: str | torch.dtype = "bfl
     config = PeftConfig.from_pretrained(folder)
     if config.is_prompt_learning:
         raise ValueError(f"{adapter} is a learned prompt ({config.peft_type.value}), which no weight can take up.")
-    base_name = base_of_adapter(str(folder))
-    if getattr(AutoConfig.from_pretrained(base_name), "quantization_config", None) is not None:
+    base_name, revision = base_of_adapter(str(folder))
+    of_base = {"revision": revision, "trust_remote_code": trust_remote_code}
+    if getattr(AutoConfig.from_pretrained(base_name, **of_base), "quantization_config", None) is not None:
         raise ValueError(
             f"The base {base_name} is stored quantized, and merging into it would lose most of what the adapter "
             "learned. Set `base_model_name_or_path` in the adapter's config to the original it was quantized from."
@@ -60,13 +64,16 @@ def merge_adapter(adapter: str, output_dir: str, dtype: str | torch.dtype = "bfl
     is_reward_model = config.task_type == "SEQ_CLS" or (config.task_type is None and bool(head_names(str(folder))))
     if is_reward_model:
         check_reward_adapter(str(folder))
-        peft_model = AutoPeftModelForSequenceClassification.from_pretrained(folder, num_labels=1, dtype=torch.float32)
+        auto_class, settings = AutoPeftModelForSequenceClassification, {"num_labels": 1}
     else:
-        peft_model = AutoPeftModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        auto_class, settings = AutoPeftModelForCausalLM, {}
+    settings |= {"dtype": torch.float32, "trust_remote_code": trust_remote_code}
+    peft_model = auto_class.from_pretrained(folder, **settings)
+    if not is_reward_model:
         untie(peft_model)
     model, loss = merge(peft_model, dtype)
     losses = {"precision_loss": loss}
-    tokenizer = tokenizer_of_adapter(str(folder))
+    tokenizer = tokenizer_of_adapter(str(folder), trust_remote_code)
     if is_reward_model:
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
@@ -78,11 +85,11 @@ def merge_adapter(adapter: str, output_dir: str, dtype: str | torch.dtype = "bfl
         model.generation_config = GenerationConfig.from_pretrained(folder)
     model.save_pretrained(output)
     tokenizer.save_pretrained(output)
-    losses.update(merge_critic(folder, base_name, output, dtype))
+    losses.update(merge_critic(folder, base_name, output, dtype, **of_base))
     return losses
 
 
-def merge_critic(folder: Path, base_name: str, output: Path, dtype: torch.dtype) -> dict[str, float]:
+def merge_critic(folder: Path, base_name: str, output: Path, dtype: torch.dtype, **of_base) -> dict[str, float]:
     """Take over a critic: a head as it is, a model of its own as it is, an adapter merged into a model of its own."""
     if (folder / VALUE_HEAD_FILE).is_file():
         shutil.copy(folder / VALUE_HEAD_FILE, output)
@@ -91,7 +98,7 @@ def merge_critic(folder: Path, base_name: str, output: Path, dtype: torch.dtype)
         if source.is_dir():
             shutil.copytree(source, output / CRITIC_NAME)
         return {}
-    base = AutoModel.from_pretrained(base_name, dtype=torch.float32)
+    base = AutoModel.from_pretrained(base_name, dtype=torch.float32, **of_base)
     trunk, loss = merge(PeftModel.from_pretrained(base, source / ADAPTER_NAME), dtype)
     critic = Critic(trunk.config.get_text_config().hidden_size, trunk=trunk)
     read_value_head(critic, source)

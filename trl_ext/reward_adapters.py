@@ -12,6 +12,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreT
 from .compat import get_config_model_id
 from .precision import cast_input
 from .shared_base import (
+    MAIN,
     base_of_adapter,
     copy_quantization_flags,
     frozen_base,
@@ -53,7 +54,7 @@ class RewardAdapterMixin:
             logger.info(f"The reward adapter {path} shares the policy's base.")
             warn_of_other_quantization(self.model, path)
         else:
-            logger.info(f"The reward adapter {path} is loaded on a base of its own, {base_of_adapter(path)}.")
+            logger.info(f"The reward adapter {path} is loaded on a base of its own, {base_of_adapter(path)[0]}.")
             kwargs = {"trust_remote_code": self.args.trust_remote_code} | (self.args.model_init_kwargs or {})
             reward_model = reward_model_of_its_own(path, **kwargs)
             if not is_quantized(reward_model):
@@ -109,7 +110,7 @@ def reward_model_on_base(policy: PeftModel, path: str) -> PeftModel | None:
     """
     The reward adapter at `path`, with its score head, on the base that `policy` holds already.
 
-    Bases are told by their names: of weights that were changed in memory, nothing is known.
+    Bases are told by their names and revisions: of weights that were changed in memory, nothing is known.
 
     Args:
         policy (`PeftModel`): A language model with an adapter of its own.
@@ -123,7 +124,10 @@ def reward_model_on_base(policy: PeftModel, path: str) -> PeftModel | None:
         ValueError: if it has no head, or does not fit the base although it names it.
     """
     base = policy.get_base_model()
-    if not is_same_model(base_of_adapter(path), get_config_model_id(base.config)):
+    name, revision = base_of_adapter(path)
+    if not is_same_model(name, get_config_model_id(base.config)):
+        return None
+    if revision != (policy.active_peft_config.revision or MAIN):
         return None
     starts = [str(getattr(config, "init_lora_weights", "")) for config in policy.peft_config.values()]
     if any(start.startswith(CHANGES_BASE) for start in starts):
@@ -147,7 +151,9 @@ def reward_model_on_base(policy: PeftModel, path: str) -> PeftModel | None:
 def reward_model_of_its_own(path: str, **model_init_kwargs) -> PeftModel:
     """The reward adapter at `path`, with its head, on a base of its own."""
     check_reward_adapter(path)
-    base = AutoModelForSequenceClassification.from_pretrained(base_of_adapter(path), num_labels=1, **model_init_kwargs)
+    name, revision = base_of_adapter(path)
+    model_init_kwargs |= {"num_labels": 1, "revision": revision}
+    base = AutoModelForSequenceClassification.from_pretrained(name, **model_init_kwargs)
     return load_adapter(base, path).eval()
 
 
@@ -172,6 +178,5 @@ def load_adapter(model: PreTrainedModel, path: str) -> PeftModel:
 def tokenizer_of_adapter(path: str, trust_remote_code: bool = False):
     """The tokenizer saved with an adapter, or else that of its base."""
     has_own = (Path(path) / "tokenizer_config.json").is_file() or not Path(path).is_dir()
-    return AutoTokenizer.from_pretrained(
-        path if has_own else base_of_adapter(path), trust_remote_code=trust_remote_code
-    )
+    name, revision = (path, None) if has_own else base_of_adapter(path)
+    return AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)

@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 from transformers.utils import find_adapter_config_file
 
 
+MAIN = "main"  # the revision of a model where none is named
 # Flags by which PEFT tells how the base is quantized
 QUANTIZATION_FLAGS = ("is_loaded_in_4bit", "is_loaded_in_8bit")
 
@@ -122,15 +123,15 @@ def is_adapter(path: str) -> bool:
     return find_adapter_config_file(path) is not None
 
 
-def base_of_adapter(path: str) -> str:
-    """The base model that the adapter in a folder or Hub repository was trained on."""
-    name = PeftConfig.from_pretrained(path).base_model_name_or_path
-    if not name:
+def base_of_adapter(path: str) -> tuple[str, str]:
+    """The base model that the adapter in a folder or Hub repository was trained on, and its revision."""
+    config = PeftConfig.from_pretrained(path)
+    if not config.base_model_name_or_path:
         raise ValueError(
             f"The adapter {path} does not say what it was trained on. Set `base_model_name_or_path` in its "
             "adapter_config.json to the folder or Hub id of its base."
         )
-    return name
+    return config.base_model_name_or_path, config.revision or MAIN
 
 
 def is_same_model(name: str | None, other: str | None) -> bool:
