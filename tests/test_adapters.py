@@ -333,6 +333,10 @@ def test_vllm_on_a_base_quantized_by_model_init_kwargs_is_refused(policy_path, p
     quantized = {"quantization_config": quantization_config("4bit")}
     with pytest.raises(ValueError, match="Set `use_vllm=False`"):
         make("ppo", policy_path, tmp_path, prompts, use_vllm=True, model_init_kwargs=quantized)
+    stored = AutoModelForCausalLM.from_pretrained(policy_path, quantization_config=quantization_config("4bit"))
+    stored.save_pretrained(tmp_path / "stored")
+    with pytest.raises(ValueError, match="of a checkpoint that is stored quantized, take the original"):
+        make("ppo", str(tmp_path / "stored"), tmp_path, prompts, use_vllm=True)
 
 
 def test_what_is_no_peft_config_is_refused_as_in_trl(policy_path, prompts, tmp_path):

@@ -33,6 +33,7 @@ from .actor_critic_config import ActorCriticConfig
 from .adapters import AdapterMixin
 from .checkpointing import CheckpointingMixin, StartOfTraining
 from .checks import (
+    check_base_for_vllm,
     check_dataset_size,
     check_prefix_rewards,
     check_prompts,
@@ -136,15 +137,8 @@ class ActorCriticTrainer(
         self._num_given_rewards = (
             len(reward_funcs) if isinstance(reward_funcs, list) else int(reward_funcs is not None)
         )
-        quantization_config = kwargs.get("quantization_config") or (args.model_init_kwargs or {}).get(
-            "quantization_config"
-        )
-        if args.use_vllm and (is_quantized(model) or quantization_config is not None):
-            raise ValueError(
-                "`use_vllm=True` merges the adapter into its base for every sync, which on a quantized base loses much "
-                "of what it learned and wears the base. Set `use_vllm=False`, or load the base in bfloat16 (leave out "
-                "`quantization_config`, or `--load_in_4bit`)."
-            )
+        if args.use_vllm:
+            check_base_for_vllm(model, args, kwargs.get("quantization_config"))
         if kwargs.get("rollout_func") is not None:
             kwargs["rollout_func"] = checked_rollout(kwargs["rollout_func"])
         needs_reference = args.beta != 0.0 or args.kl_in_reward != 0.0

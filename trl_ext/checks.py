@@ -7,10 +7,11 @@ from collections.abc import Callable
 import torch
 from datasets import Dataset
 from peft import PeftModel
-from transformers import PreTrainedTokenizerBase
+from transformers import AutoConfig, PreTrainedTokenizerBase
 
 from .compat import get_config_model_id, is_async_callable
 from .score_head import has_score_head
+from .shared_base import is_quantized
 
 
 def checked_args(args, trainer_class, model):
@@ -26,6 +27,22 @@ def checked_args(args, trainer_class, model):
             f"`{parent}`."
         )
     return args
+
+
+def check_base_for_vllm(model, args, quantization_config) -> None:
+    """Refuse a policy in few bits, given so, loaded so, or stored so."""
+    init_kwargs = args.model_init_kwargs or {}
+    quantization_config = quantization_config or init_kwargs.get("quantization_config")
+    if isinstance(model, str) and quantization_config is None:
+        loading = {"revision": init_kwargs.get("revision"), "trust_remote_code": args.trust_remote_code}
+        config = AutoConfig.from_pretrained(model, **loading)
+        quantization_config = getattr(config, "quantization_config", None)  # absent from other models
+    if quantization_config is not None or (not isinstance(model, str) and is_quantized(model)):
+        raise ValueError(
+            "`use_vllm=True` merges the adapter into its base for every sync, which on a quantized base loses much of "
+            "what it learned and wears the base. Set `use_vllm=False`, or load the base in bfloat16 (leave out "
+            "`quantization_config`, or `--load_in_4bit`; of a checkpoint that is stored quantized, take the original)."
+        )
 
 
 def check_dataset_size(dataset: Dataset, prompts_per_rollout: int) -> None:
