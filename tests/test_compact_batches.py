@@ -139,6 +139,9 @@ def test_experts_are_balanced_over_the_tokens_that_trl_balances(tokenizer, promp
         found.append(trainer)
     plain, compact = found
     routers = [name for name, _ in plain.model.named_parameters() if "mlp.gate.weight" in name]
+    args = ReinforceConfig(**settings(tmp_path, shared_prefix="always"))
+    with pytest.raises(ValueError, match="the loss that balances experts.*Set `shared_prefix='auto'`"):
+        ReinforceTrainer(model, length, args, prompts, processing_class=tokenizer)
     assert plain.aux_loss_enabled and routers and compact._prefix_check.verdict is None  # never asked
     for name in routers:
         expected, actual = (trainer.model.get_parameter(name) for trainer in found)

@@ -22,6 +22,11 @@ class CompactBatchesMixin:
                 "`balance_tokens=True` gives micro-batches of different numbers of completions, and TRL gathers metrics "
                 "of equally many from each process. Leave it out, or train in one process."
             )
+        if self.args.shared_prefix == "always" and self.aux_loss_enabled:
+            raise ValueError(
+                "`shared_prefix='always'` runs a prompt once for all its completions, and the loss that balances experts "
+                "(`output_router_logits` of the model) counts it once for each. Set `shared_prefix='auto'`."
+            )
         self._prefix_check = PrefixCheck(self.args, self.accelerator, self._policy)
         self._critic_prefix_check = PrefixCheck(self.args, self.accelerator, self._policy, name="The critic")
 
