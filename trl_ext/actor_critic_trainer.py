@@ -20,7 +20,7 @@ The path of a batch:
 import math
 import textwrap
 import warnings
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 
 import torch
 from datasets import Dataset
@@ -44,9 +44,7 @@ from .checks import (
 from .child_modules import SyncReferenceCallback, give_learning_rate
 from .compact_batches import CompactBatchesMixin
 from .compat import (
-    MULTIMODAL_KEYS,
     disable_dropout_in_model,
-    disable_gradient_checkpointing,
     get_config_model_id,
 )
 from .critic import (
@@ -65,6 +63,7 @@ from .critic import (
 from .generation import PolicyGenerationMixin
 from .kl_controller import KLController
 from .losses import value_loss
+from .passes import PassesMixin
 from .policy_card import PolicyCardMixin
 from .pushing import PushMixin
 from .reporting import ReportingMixin
@@ -81,6 +80,7 @@ class ActorCriticTrainer(
     ReportingMixin,
     PolicyCardMixin,
     PolicyGenerationMixin,
+    PassesMixin,
     CompactBatchesMixin,
     RecordingMixin,
     RewardsMixin,
@@ -306,49 +306,6 @@ class ActorCriticTrainer(
         self._add_advantages(batch, logps, values)
         return batch
 
-    @property
-    def _parent_scores(self) -> bool:
-        """Whether the parent scores a rollout with the policy before it trains on it."""
-        rollout_steps = self.args.steps_per_generation * self.num_iterations
-        corrects_sampling = self.use_vllm and self.vllm_importance_sampling_correction
-        return self.args.gradient_accumulation_steps % rollout_steps != 0 or corrects_sampling
-
-    @property
-    def _first_epoch_scores(self) -> bool:
-        """
-        Whether the first of several epochs trains on the whole rollout with the weights that sampled it: its forward
-        then gives the old log-probabilities and the values, and the pass that the parent makes for them is left out.
-        """
-        args = self.args
-        is_one_update = args.gradient_accumulation_steps % args.steps_per_generation == 0
-        is_sampled_here = not (self.use_vllm and self.vllm_importance_sampling_correction)
-        spans_micro_batches = args.steps_per_generation > 1 and self._has_batch_statistics and self._needs_pass
-        return self._parent_scores and is_one_update and is_sampled_here and not spans_micro_batches
-
-    @property
-    def _needs_pass(self) -> bool:
-        """Whether advantages depend on the policy's forward over the rollout."""
-        return self.critic is not None or self.args.kl_in_reward != 0.0
-
-    @property
-    def _has_batch_statistics(self) -> bool:
-        """Whether a completion's advantages depend on the other completions of the generation batch."""
-        return self.args.whiten_advantages
-
-    def _score_rollout(self, batch):
-        """Log-probabilities and values of a rollout, from a pass of our own."""
-        self._passes, self._records_values = [], True
-        with torch.no_grad(), disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs):
-            self._get_per_token_logps_and_entropies(
-                self.model,
-                torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1),
-                torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1),
-                batch["completion_ids"].size(1),
-                batch_size=self.args.per_device_train_batch_size,
-                **{key: batch[key] for key in MULTIMODAL_KEYS if key in batch},
-            )
-        return self._passes[-1]
-
     @staticmethod
     def _own_tokens(batch) -> torch.Tensor:
         """`(B, T)` bool: the tokens the policy chose, of completions that have a score."""
@@ -430,31 +387,6 @@ class ActorCriticTrainer(
         return token_mdp.combine_moments(moments)
 
     # --- Update ---
-
-    def _get_per_token_logps_and_entropies(
-        self, model, input_ids, attention_mask, logits_to_keep, batch_size=None, *args, **kwargs
-    ):
-        if self._skips_pass:
-            self._skips_pass = False
-            return None, None, None
-        # Of the passes over a rollout the policy's is the first, if there is one; the reference's needs no values
-        is_recorded, self._records_values = self.critic is not None and self._records_values, False
-        order = self._scoring_order(input_ids, attention_mask, logits_to_keep, batch_size, kwargs)
-        input_ids, attention_mask = input_ids[order], attention_mask[order]
-        scoring = self._compact_scoring(model, input_ids, attention_mask, logits_to_keep, batch_size, kwargs)
-        # Before each of the T tokens, and after the last one
-        recording = self.critic.recording(num_states=logits_to_keep + 1) if is_recorded else nullcontext([])
-        with recording as values:
-            logps, entropies, aux_loss = super()._get_per_token_logps_and_entropies(
-                scoring, input_ids, attention_mask, logits_to_keep, batch_size, *args, **kwargs
-            )
-        back = order.argsort()
-        outputs = logps[back], None if entropies is None else entropies[back], aux_loss
-        self._passes.append((outputs[0], torch.cat(values)[back] if values else None))
-        if self._awaiting is not None:
-            batch, self._awaiting = self._awaiting, None
-            self._add_advantages(batch, *self._passes[-1])
-        return outputs
 
     def _compute_loss(self, model, inputs):
         self._passes, self._records_values = [], True
