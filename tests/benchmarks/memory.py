@@ -33,8 +33,9 @@ run. Activations, logits, autocast's copies and whatever else lasts for less tha
 checkpointing and `beta=0.05` (PPO: `kl_in_reward=0.05`), in bf16 (float32 on a CPU). The peak is
 `torch.cuda.max_memory_allocated`, or on a CPU (Linux) the highest resident memory less what is resident after imports.
 On a CPU that holds libraries at their first use, too (`--shapes tiny` shows how much), but not the copy of a base that
-is kept in host memory for merged generation (`generate_merged=False`). A random model of each shape is first written to
-the temporary folder (`TMPDIR`), with 4 bytes per parameter (8 on a CPU).
+is kept in host memory for merged generation (`generate_merged=False`), nor loading. A random model of each shape is first
+written to the temporary folder (`TMPDIR`), with 2 bytes per parameter (`tiny` and `60m` on a CPU: 4), and a reward model
+of the same size if a setup needs one.
 
 `time` lets the models on a 4-bit base generate, too, and takes the contenders in turns. Seconds per rollout with its
 update are wall-clock seconds between synchronizations, or CPU seconds of all threads. A run's first rollout does not
@@ -67,7 +68,8 @@ from actor_critic_vs_grpo import (
     time_sections,
 )
 from datasets import Dataset
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
+from safetensors.torch import save_file
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
@@ -261,21 +263,58 @@ def build_models(args: argparse.Namespace) -> None:
     """Write a random language model, a reward model and a reward adapter on that language model."""
     shape = MEASURED[args.run_shape]
     tokenizer = build_tokenizer(shape.vocab_size)
-    folders = {name: args.run_folder / name for name in ("base", "reward", "reward_adapter")}
+    config = shape.config(args.prompt_length + args.completion_length)
+    config.num_labels = 1
+    config.dtype = torch.bfloat16 if shape in PUBLISHED.values() else base_dtype()
     torch.manual_seed(0)
-    with torch.device("cuda" if ON_GPU else "cpu"):
-        config = shape.config(args.prompt_length + args.completion_length)
-        base = AutoModelForCausalLM.from_config(config, dtype=base_dtype())
-    base.save_pretrained(folders["base"])
-    del base
-    reward_model = AutoModelForSequenceClassification.from_pretrained(
-        folders["base"], num_labels=1, dtype=base_dtype(), **placement()
-    )
-    reward_model.save_pretrained(folders["reward"])
-    # As it was loaded, which is how the adapter knows its base
-    get_peft_model(reward_model, lora_config("SEQ_CLS")).save_pretrained(folders["reward_adapter"])
-    for folder in folders.values():
+    write_random(AutoModelForCausalLM, config, args.run_folder / "base")
+    if not all(SETUPS[name].has_reward_adapter for name in args.setups):
+        write_random(AutoModelForSequenceClassification, config, args.run_folder / "reward")
+    write_random_adapter(config, args.run_folder / "base", args.run_folder / "reward_adapter")
+    for folder in args.run_folder.iterdir():
         tokenizer.save_pretrained(folder)
+
+
+def write_random(auto_class: type, config: PretrainedConfig, folder: Path) -> None:
+    """A model with random weights, one file for each module that holds some: never all of them in memory."""
+    with torch.device("meta"):
+        model = auto_class.from_config(config)
+    folder.mkdir()
+    config.architectures = [type(model).__name__]
+    config.save_pretrained(folder)
+    modules = {name.rpartition(".")[0]: {} for name, _ in model.named_parameters()}
+    for name, weight in model.named_parameters():  # tied ones once
+        modules[name.rpartition(".")[0]][name] = weight
+    files = {}
+    for number, weights in enumerate(modules.values()):
+        file = f"model-{number:05d}-of-{len(modules):05d}.safetensors"
+        save_file(
+            {name: random_weight(w, config.dtype) for name, w in weights.items()}, folder / file, {"format": "pt"}
+        )
+        files |= dict.fromkeys(weights, file)
+    size = sum(w.numel() * config.dtype.itemsize for w in model.parameters())
+    index = {"metadata": {"total_size": size}, "weight_map": files}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def write_random_adapter(config: PretrainedConfig, base: Path, folder: Path) -> None:
+    """A reward adapter on the model in `base`."""
+    with torch.device("meta"):
+        adapted = get_peft_model(AutoModelForSequenceClassification.from_config(config), lora_config("SEQ_CLS"))
+    weights = get_peft_model_state_dict(adapted)
+    folder.mkdir()
+    save_file(
+        {name: random_weight(w, torch.float32) for name, w in weights.items()}, folder / "adapter_model.safetensors"
+    )
+    adapted.peft_config["default"].base_model_name_or_path = str(base)
+    adapted.peft_config["default"].save_pretrained(folder)
+
+
+def random_weight(weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Of the shape of `weight`; a norm's are 1."""
+    return (
+        torch.ones(weight.shape, dtype=dtype) if weight.dim() == 1 else torch.randn(weight.shape).mul_(0.02).to(dtype)
+    )
 
 
 def build_prompts(args: argparse.Namespace) -> Dataset:
@@ -382,6 +421,8 @@ def train(args: argparse.Namespace) -> dict:
     with tempfile.TemporaryDirectory() as output_dir:
         try:
             trainer = build_trainer(args, setup, output_dir)
+            if not ON_GPU:  # what was mapped to be loaded is not what training takes
+                Path("/proc/self/clear_refs").write_text("5")
             stopwatch = Stopwatch(synchronized_time if ON_GPU else time.process_time)
             time_sections(trainer, stopwatch)
             trainer.add_callback(SkipFirstRollout(stopwatch, args.epochs))
