@@ -96,7 +96,7 @@ class RankingDPOTrainer(RankingMixin, PushMixin, RankingCardMixin, AdapterMixin,
         # Accelerate would cut the tensors of a streamed batch, which have not all a row per prompt
         args.accelerator_config.dispatch_batches = False
         super().__init__(model, ref_model, args, data_collator, *other_args, **kwargs)
-        if self._is_vision_dataset and is_ranking(get_dataset_column_names(self.train_dataset)):
+        if self._is_vision_dataset and any(is_ranking(get_dataset_column_names(data)) for data in self._datasets()):
             raise ValueError(
                 "Rankings with images are not supported. Remove the columns `image` and `images`, or convert the "
                 "dataset with `to_pairs`."
