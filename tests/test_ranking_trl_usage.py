@@ -61,6 +61,10 @@ def chats(prompt="explicit"):
     return data.remove_columns("prompt")
 
 
+def as_ranking(row):
+    return {"completions": [row["chosen"], row["rejected"]], "ranks": [1, 2]}
+
+
 def comparable(log_history):
     """Without what the clock says."""
     left_out = ("runtime", "per_second", "preparation_time")
@@ -482,12 +486,7 @@ def test_dpo_of_experts(tokenizer, tmp_path):
 
     same = {"router_aux_loss_coef": 0.5, "optim": "sgd", "learning_rate": 0.1}
     theirs, _ = assert_the_same("dpo", tmp_path, tokenizer, pairs(), lambda: {"ref_model": model(7)}, model, **same)
-    rankings = Dataset.from_list(
-        [
-            {"prompt": row["prompt"], "completions": [row["chosen"], row["rejected"]], "ranks": [1, 2]}
-            for row in pairs()
-        ]
-    )
+    rankings = pairs().map(as_ranking, remove_columns=["chosen", "rejected"])
     kwargs = {"processing_class": tokenizer, "ref_model": model(7)}
     ours = run("dpo", 1, model(), tmp_path, rankings, kwargs, **same)
     for first, second in zip(theirs.state.log_history[:-1], ours.state.log_history[:-1], strict=True):
@@ -541,11 +540,18 @@ def test_dpo_of_pairs_with_images(vision_model_path, illustrated, tokenizer, tmp
     assert comparable([theirs.evaluate(illustrated)]) == comparable([ours.evaluate(illustrated)])
 
 
+@pytest.mark.parametrize("data", [pairs, chats])
+def test_dpo_of_text_with_a_vision_model(vision_model_path, tokenizer, tmp_path, data):
+    """Rankings of two are pairs, for its processor too."""
+    theirs, _ = assert_the_same("dpo", tmp_path, tokenizer, data(), model=vision_model_path)
+    ours = run("dpo", 1, vision_model_path, tmp_path, data().map(as_ranking, remove_columns=["chosen", "rejected"]))
+    for first, second in zip(theirs.state.log_history[:-1], ours.state.log_history[:-1], strict=True):
+        for name in ("loss", "entropy", "rewards/margins"):
+            assert first[name] == pytest.approx(second[name], rel=1e-4, abs=1e-6), name
+
+
 @pytest.mark.parametrize("where", ["train_dataset", "eval_dataset"])
 def test_rankings_with_images_are_refused(vision_model_path, illustrated, tmp_path, where):
-    def as_ranking(row):
-        return {"completions": [row["chosen"], row["rejected"]], "ranks": [1, 2]}
-
     rankings = illustrated.map(as_ranking, remove_columns=["chosen", "rejected"])
     data = {"train_dataset": illustrated, "eval_dataset": illustrated} | {where: rankings}
     with pytest.raises(ValueError, match="Rankings with images are not supported"):

@@ -168,6 +168,11 @@ class RankingMixin:
             return loss, ModelOutput(**{name: value for name, value in outputs.items() if name != "log_tie"})
         scores, outputs = self._scores(model, inputs)
         log_tie = outputs["log_tie"] if self.ties is not None else None
+        if log_tie is not None and not log_tie.isfinite().all():
+            raise ValueError(
+                "A gradient was not finite, and has made the tie parameters so too. Lower `learning_rate`, or train a "
+                "model that is in float32 or bfloat16, not in float16."
+            )
         loss = self._ranking_loss(scores, inputs, log_tie) + self._further_loss(scores, outputs, inputs)
         self._log_rankings(scores.detach(), inputs, None if log_tie is None else log_tie.detach())
         return (loss, ModelOutput(logits=scores, ranks=inputs["ranks"])) if return_outputs else loss
