@@ -24,9 +24,15 @@ from transformers import (
     MixtralConfig,
     TrainerCallback,
 )
-from trl import DPOConfig, DPOTrainer, RewardConfig, RewardTrainer
+from trl import BEMACallback, DPOConfig, DPOTrainer, RewardConfig, RewardTrainer
 
-from trl_ext import RankingDPOConfig, RankingDPOTrainer, RankingRewardConfig, RankingRewardTrainer
+from trl_ext import (
+    RankingDPOConfig,
+    RankingDPOTrainer,
+    RankingRewardConfig,
+    RankingRewardTrainer,
+    tie_parameters,
+)
 
 
 CLASSES = {
@@ -591,6 +597,21 @@ def test_rankings_are_evaluated_beside_pairs(tokenizer, rankings, tmp_path):
     assert comparable([trainer.evaluate()]) == comparable([alone.evaluate(rankings)])
     trainer.train()  # by TRL's loss, which knows of no ties
     assert trainer.ties.raw.grad is None and trainer.state.log_history[0]["accuracy"] is not None
+
+
+@pytest.mark.parametrize("task", ["reward", "dpo"])
+def test_averaging_the_weights_of_a_model_of_rankings(
+    policy_path, reward_model_path, tokenizer, rankings, tmp_path, task
+):
+    """By TRL's callback, whose average of the newest weights alone is the model itself, on disk a plain one."""
+    newest = BEMACallback(update_freq=1, min_ema_multiplier=1.0, bias_power=1000.0)
+    path = reward_model_path if task == "reward" else policy_path
+    trainer = run(task, 1, path, tmp_path, rankings, {"callbacks": [newest]})
+    averaged = type(trainer.model).from_pretrained(tmp_path / "1" / "bema").state_dict()
+    trained = {name: weight for name, weight in trainer.model.state_dict().items() if "tie" not in name}
+    assert averaged.keys() == trained.keys()
+    assert all(torch.equal(averaged[name], weight) for name, weight in trained.items())
+    assert torch.equal(tie_parameters(tmp_path / "1" / "bema")[1], trainer.ties().detach())
 
 
 def test_a_model_of_rankings_is_a_plain_module(tokenizer, rankings, tmp_path):

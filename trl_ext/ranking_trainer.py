@@ -13,7 +13,13 @@ from transformers.modeling_outputs import ModelOutput
 from trl import SyncRefModelCallback
 from trl.data_utils import get_dataset_column_names, is_conversational
 
-from .child_modules import SyncReferenceCallback, give_learning_rate, split_state_dict, without_child
+from .child_modules import (
+    SyncReferenceCallback,
+    averaged_without_child,
+    give_learning_rate,
+    split_state_dict,
+    without_child,
+)
 from .compat import disable_gradient_checkpointing
 from .prefix_check import PrefixCheck
 from .ranking import PAIRWISE_MODELS, judged_items, judgements_nll, ranking_nll
@@ -97,7 +103,7 @@ class RankingMixin:
         if log_tie:
             self.ties = TieParameters(self.args.ranking_model, log_tie).requires_grad_(self.args.learn_ties)
             attach_tie_parameters(self._model, self.ties)
-            self.add_callback(KeepConfig(self))
+            self.callback_handler.callbacks.insert(0, KeepConfig(self))  # before those of users, which may save
             if getattr(self.args, "sync_ref_model", False):  # of DPO
                 self.remove_callback(SyncRefModelCallback)
                 self.add_callback(SyncReferenceCallback(self.ref_model, self.accelerator, TIE_PARAMETERS_NAME))
@@ -151,6 +157,12 @@ class RankingMixin:
                 self._signature_columns.append(column)
 
     # --- Optimization ---
+
+    def train(self, *args, **kwargs):
+        if self.ties is None:
+            return super().train(*args, **kwargs)
+        with averaged_without_child(self.callback_handler.callbacks, self.accelerator, TIE_PARAMETERS_NAME):
+            return super().train(*args, **kwargs)
 
     def create_optimizer(self, model=None):
         is_ours = self.optimizer is None
