@@ -379,6 +379,22 @@ def test_reward_from_a_causal_model(policy_path, tokenizer, tmp_path):
     assert ours.model.config.num_labels == 1
 
 
+@pytest.mark.parametrize("modules_to_save", [None, ["score"]])
+def test_reward_lora_says_whether_its_head_stays(tokenizer, tmp_path, caplog, modules_to_save):
+    config = LoraConfig(target_modules=["q_proj"], modules_to_save=modules_to_save)
+    trainer = run(
+        "reward",
+        1,
+        build_reward_model(tokenizer),
+        tmp_path,
+        pairs(),
+        {"peft_config": config, "processing_class": tokenizer},
+    )
+    is_trained = any("score" in name for name, weight in trainer.model.named_parameters() if weight.requires_grad)
+    assert is_trained == (modules_to_save is not None)
+    assert is_trained != ("the score head stays as it is" in caplog.text)
+
+
 def test_reward_with_an_optimizer_class(tokenizer, tmp_path):
     kwargs = {
         "optimizer_cls_and_kwargs": (torch.optim.SGD, {"lr": 0.1}),

@@ -87,10 +87,11 @@ class RankingRewardTrainer(RankingMixin, PushMixin, RankingCardMixin, AdapterMix
         is_dataset = isinstance(train_dataset, Dataset | IterableDataset)  # the parent refuses what is none
         columns = get_dataset_column_names(train_dataset) if is_dataset else []
         if peft_config.task_type is None and "chosen" in columns and not has_tied_pairs(columns):
-            logger.warning(
-                "`peft_config` has no `task_type`, so that the score head stays as it is, as in TRL. Set "
-                "`task_type='SEQ_CLS'` to train it with the adapter. It is saved either way."
-            )
+            if "score" not in (peft_config.to_dict().get("modules_to_save") or []):
+                logger.warning(
+                    "`peft_config` has no `task_type`, so that the score head stays as it is, as in TRL. Set "
+                    "`task_type='SEQ_CLS'` to train it with the adapter. It is saved either way."
+                )
             return None
         return self._task_type
 
