@@ -508,6 +508,15 @@ def test_scores_that_are_no_numbers_are_an_error(tokenizer, rankings, tmp_path, 
         trainer.train()
 
 
+@pytest.mark.parametrize("task", ["reward", "dpo"])
+@pytest.mark.parametrize("ranking_model", ["davidson_luce", "davidson", "rao_kupper"])
+def test_gradients_that_are_no_numbers_are_an_error(tokenizer, rankings, tmp_path, task, ranking_model):
+    trainer = make(task, tokenizer, tmp_path, rankings, ranking_model=ranking_model, max_steps=3)
+    trainer.ties.raw.register_hook(lambda gradient: gradient * math.nan)
+    with pytest.raises(ValueError, match="gradient was not finite.*Lower `learning_rate`"):
+        trainer.train()
+
+
 # --- The likelihood on disk ---
 
 

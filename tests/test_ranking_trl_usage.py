@@ -5,21 +5,34 @@ import json
 import warnings
 from dataclasses import dataclass
 
+import datasets
 import pytest
 import torch
-from conftest import build_policy, build_reward_model, make_rankings, ranking_settings
+from conftest import build_policy, build_reward_model, make_rankings, ranking_settings, tiny_config
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
+from PIL import Image
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
+    CLIPImageProcessor,
+    CLIPVisionConfig,
     HfArgumentParser,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
     MixtralConfig,
     TrainerCallback,
 )
-from trl import DPOConfig, DPOTrainer, RewardConfig, RewardTrainer
+from trl import BEMACallback, DPOConfig, DPOTrainer, RewardConfig, RewardTrainer
 
-from trl_ext import RankingDPOConfig, RankingDPOTrainer, RankingRewardConfig, RankingRewardTrainer
+from trl_ext import (
+    RankingDPOConfig,
+    RankingDPOTrainer,
+    RankingRewardConfig,
+    RankingRewardTrainer,
+    tie_parameters,
+)
 
 
 CLASSES = {
@@ -52,6 +65,10 @@ def chats(prompt="explicit"):
         return data
     data = data.map(lambda row: {name: row["prompt"] + row[name] for name in ("chosen", "rejected")})
     return data.remove_columns("prompt")
+
+
+def as_ranking(row):
+    return {"completions": [row["chosen"], row["rejected"]], "ranks": [1, 2]}
 
 
 def comparable(log_history):
@@ -89,6 +106,7 @@ def assert_the_same(task, tmp_path, tokenizer, dataset, kwargs=None, model=None,
     for name, weight in first.items():
         assert torch.equal(weight, second[name]), name
     assert ours.ties is None and "ranking_model" not in ours.model.config.to_dict()
+    assert type(theirs.data_collator) is type(ours.data_collator)
     return theirs, ours
 
 
@@ -172,6 +190,49 @@ def test_streams(tokenizer, tmp_path, task):
     kwargs = {"eval_dataset": pairs().to_iterable_dataset()}
     stream = pairs().to_iterable_dataset()
     assert_the_same(task, tmp_path, tokenizer, stream, kwargs, eval_strategy="steps", eval_steps=3)
+
+
+@pytest.mark.parametrize("task", ["reward", "dpo"])
+@pytest.mark.parametrize("column", ["ranks", "ranking", "pairs", "completions"])
+def test_columns_that_are_about_something_else(tokenizer, tmp_path, task, column):
+    """TRL ignores what it does not know, and pairs are no ranking for a name alone."""
+    values = [[["a", "b"], ["c"]][row % 2] for row in range(8)]
+    data = pairs().add_column(column, values)
+    kwargs = {"eval_dataset": data.to_iterable_dataset()}
+    assert_the_same(task, tmp_path, tokenizer, data, kwargs, eval_strategy="steps", eval_steps=3)
+
+
+@pytest.mark.parametrize("task", ["reward", "dpo"])
+def test_the_loss_by_hand(tokenizer, tmp_path, task):
+    results = []
+    for trainer in assert_the_same(task, tmp_path, tokenizer, pairs(), max_steps=1):
+        batch = trainer.data_collator([trainer.train_dataset[row] for row in range(3)])
+        with warnings.catch_warnings(), torch.no_grad():
+            warnings.simplefilter("ignore", FutureWarning)  # TRL's, of `return_outputs` for DPO
+            results.append(trainer.compute_loss(trainer.model, batch, return_outputs=True))
+    (their_loss, theirs), (our_loss, ours) = results
+    assert their_loss == our_loss and type(theirs) is type(ours) and torch.equal(theirs.logits, ours.logits)
+
+
+@pytest.mark.parametrize("task", ["reward", "dpo"])
+@pytest.mark.parametrize(
+    "kwargs",
+    [
+        {"train_dataset": None},
+        {"train_dataset": list(pairs())},
+        {"train_dataset": list(pairs()), "peft_config": LoraConfig()},
+        {"train_dataset": pairs(), "tokenizer": None},
+    ],
+    ids=["nothing", "list", "list with adapter", "old name"],
+)
+def test_errors_are_trls(tokenizer, tmp_path, task, kwargs):
+    errors = []
+    for trainer_class, config_class in CLASSES[task]:
+        model = build_reward_model(tokenizer) if task == "reward" else build_policy(tokenizer)
+        with pytest.raises((TypeError, ValueError)) as error:
+            trainer_class(model, args=config_class(**ranking_settings(tmp_path)), **kwargs)
+        errors.append((error.type, str(error.value).replace("Ranking", "")))
+    assert errors[0] == errors[1]
 
 
 @pytest.mark.parametrize("task", ["reward", "dpo"])
@@ -318,6 +379,22 @@ def test_reward_from_a_causal_model(policy_path, tokenizer, tmp_path):
     assert ours.model.config.num_labels == 1
 
 
+@pytest.mark.parametrize("modules_to_save", [None, ["score"]])
+def test_reward_lora_says_whether_its_head_stays(tokenizer, tmp_path, caplog, modules_to_save):
+    config = LoraConfig(target_modules=["q_proj"], modules_to_save=modules_to_save)
+    trainer = run(
+        "reward",
+        1,
+        build_reward_model(tokenizer),
+        tmp_path,
+        pairs(),
+        {"peft_config": config, "processing_class": tokenizer},
+    )
+    is_trained = any("score" in name for name, weight in trainer.model.named_parameters() if weight.requires_grad)
+    assert is_trained == (modules_to_save is not None)
+    assert is_trained != ("the score head stays as it is" in caplog.text)
+
+
 def test_reward_with_an_optimizer_class(tokenizer, tmp_path):
     kwargs = {
         "optimizer_cls_and_kwargs": (torch.optim.SGD, {"lr": 0.1}),
@@ -431,17 +508,76 @@ def test_dpo_of_experts(tokenizer, tmp_path):
 
     same = {"router_aux_loss_coef": 0.5, "optim": "sgd", "learning_rate": 0.1}
     theirs, _ = assert_the_same("dpo", tmp_path, tokenizer, pairs(), lambda: {"ref_model": model(7)}, model, **same)
-    rankings = Dataset.from_list(
-        [
-            {"prompt": row["prompt"], "completions": [row["chosen"], row["rejected"]], "ranks": [1, 2]}
-            for row in pairs()
-        ]
-    )
+    rankings = pairs().map(as_ranking, remove_columns=["chosen", "rejected"])
     kwargs = {"processing_class": tokenizer, "ref_model": model(7)}
     ours = run("dpo", 1, model(), tmp_path, rankings, kwargs, **same)
     for first, second in zip(theirs.state.log_history[:-1], ours.state.log_history[:-1], strict=True):
         for name in ("loss", "aux_loss", "rewards/margins"):
             assert first[name] == pytest.approx(second[name], rel=1e-4, abs=1e-6), name
+
+
+IMAGE_TEMPLATE = """\
+{% for m in messages %}{{ '<|' + m['role'] + '|> ' }}{% for part in m['content'] %}\
+{{ '<image> ' if part['type'] == 'image' else part['text'] + ' ' }}{% endfor %}{% endfor %}\
+{% if add_generation_prompt %}{{ '<|assistant|> ' }}{% endif %}"""
+
+
+@pytest.fixture(scope="module")
+def vision_model_path(tokenizer, tmp_path_factory):
+    path = str(tmp_path_factory.mktemp("vision_model"))
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.add_tokens(["<image>"], special_tokens=True)
+    vision = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = LlavaConfig(
+        vision_config=CLIPVisionConfig(**vision, image_size=28, patch_size=14),
+        text_config=tiny_config(tokenizer),
+        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
+        dtype="float32",
+    )
+    torch.manual_seed(0)
+    LlavaForConditionalGeneration(config).save_pretrained(path)
+    images = CLIPImageProcessor(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28})
+    LlavaProcessor(
+        images,
+        tokenizer,
+        patch_size=14,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        chat_template=IMAGE_TEMPLATE,
+    ).save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def illustrated():
+    pictures = [Image.new("RGB", (28, 28), (30 * i, 100, 255 - 30 * i)) for i in range(8)]
+    images = Dataset.from_dict({"image": pictures}, features=datasets.Features({"image": datasets.Image()}))
+    return datasets.concatenate_datasets([chats(), images], axis=1)
+
+
+def test_dpo_of_pairs_with_images(vision_model_path, illustrated, tokenizer, tmp_path):
+    overrides = {"max_length": None, "per_device_train_batch_size": 2, "eval_strategy": "steps", "eval_steps": 3}
+    kwargs = {"eval_dataset": illustrated.select(range(3))}
+    theirs, ours = assert_the_same("dpo", tmp_path, tokenizer, illustrated, kwargs, vision_model_path, **overrides)
+    assert comparable([theirs.evaluate(illustrated)]) == comparable([ours.evaluate(illustrated)])
+
+
+@pytest.mark.parametrize("data", [pairs, chats])
+def test_dpo_of_text_with_a_vision_model(vision_model_path, tokenizer, tmp_path, data):
+    """Rankings of two are pairs, for its processor too."""
+    theirs, _ = assert_the_same("dpo", tmp_path, tokenizer, data(), model=vision_model_path)
+    ours = run("dpo", 1, vision_model_path, tmp_path, data().map(as_ranking, remove_columns=["chosen", "rejected"]))
+    for first, second in zip(theirs.state.log_history[:-1], ours.state.log_history[:-1], strict=True):
+        for name in ("loss", "entropy", "rewards/margins"):
+            assert first[name] == pytest.approx(second[name], rel=1e-4, abs=1e-6), name
+
+
+@pytest.mark.parametrize("where", ["train_dataset", "eval_dataset"])
+def test_rankings_with_images_are_refused(vision_model_path, illustrated, tmp_path, where):
+    rankings = illustrated.map(as_ranking, remove_columns=["chosen", "rejected"])
+    data = {"train_dataset": illustrated, "eval_dataset": illustrated} | {where: rankings}
+    with pytest.raises(ValueError, match="Rankings with images are not supported"):
+        RankingDPOTrainer(vision_model_path, args=RankingDPOConfig(**ranking_settings(tmp_path)), **data)
 
 
 # --- Both kinds of data ---
@@ -477,6 +613,21 @@ def test_rankings_are_evaluated_beside_pairs(tokenizer, rankings, tmp_path):
     assert comparable([trainer.evaluate()]) == comparable([alone.evaluate(rankings)])
     trainer.train()  # by TRL's loss, which knows of no ties
     assert trainer.ties.raw.grad is None and trainer.state.log_history[0]["accuracy"] is not None
+
+
+@pytest.mark.parametrize("task", ["reward", "dpo"])
+def test_averaging_the_weights_of_a_model_of_rankings(
+    policy_path, reward_model_path, tokenizer, rankings, tmp_path, task
+):
+    """By TRL's callback, whose average of the newest weights alone is the model itself, on disk a plain one."""
+    newest = BEMACallback(update_freq=1, min_ema_multiplier=1.0, bias_power=1000.0)
+    path = reward_model_path if task == "reward" else policy_path
+    trainer = run(task, 1, path, tmp_path, rankings, {"callbacks": [newest]})
+    averaged = type(trainer.model).from_pretrained(tmp_path / "1" / "bema").state_dict()
+    trained = {name: weight for name, weight in trainer.model.state_dict().items() if "tie" not in name}
+    assert averaged.keys() == trained.keys()
+    assert all(torch.equal(averaged[name], weight) for name, weight in trained.items())
+    assert torch.equal(tie_parameters(tmp_path / "1" / "bema")[1], trainer.ties().detach())
 
 
 def test_a_model_of_rankings_is_a_plain_module(tokenizer, rankings, tmp_path):

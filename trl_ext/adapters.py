@@ -43,7 +43,10 @@ class AdapterMixin:
 
     def __init__(self, model, *args, **kwargs):
         trl_class = next(base for base in type(self).__mro__ if base.__module__.startswith("trl."))
-        arguments = inspect.signature(trl_class.__init__).bind(self, model, *args, **kwargs)
+        try:
+            arguments = inspect.signature(trl_class.__init__).bind(self, model, *args, **kwargs)
+        except TypeError as error:
+            raise TypeError(f"{type(self).__name__}.__init__() {error}") from None
         given = arguments.arguments
         peft_config = given.get("peft_config")
         check_trainable(model, given.get("quantization_config"), peft_config)

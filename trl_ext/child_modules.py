@@ -4,12 +4,13 @@ that one optimizer, one gradient clipping and one distributed wrapper hold both,
 saved, loaded or served, so that what is on disk stays the plain model.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
 from torch import nn
-from trl import SyncRefModelCallback
+from transformers import TrainerCallback
+from trl import BEMACallback, SyncRefModelCallback
 
 
 def keep_out_of_saves(model: nn.Module, name: str) -> None:
@@ -61,3 +62,27 @@ class SyncReferenceCallback(SyncRefModelCallback):
     def on_step_end(self, args, state, control, model=None, **kwargs):
         with without_child(self.accelerator.unwrap_model(model), self.name):
             super().on_step_end(args, state, control, model=model, **kwargs)
+
+
+@contextmanager
+def averaged_without_child(callbacks: list[TrainerCallback], accelerator, name: str) -> Iterator[None]:
+    """
+    Within the context TRL's `BEMACallback`, which makes another model of the same class as training begins and averages
+    into it, does so of the model without the child `name`.
+    """
+
+    def without(on_train_begin: Callable) -> Callable:
+        def begin(args, state, control, model=None, **kwargs):
+            with without_child(accelerator.unwrap_model(model), name):
+                return on_train_begin(args, state, control, model=model, **kwargs)
+
+        return begin
+
+    averaging = [callback for callback in callbacks if isinstance(callback, BEMACallback)]
+    for callback in averaging:
+        callback.on_train_begin = without(callback.on_train_begin)
+    try:
+        yield
+    finally:
+        for callback in averaging:
+            del callback.on_train_begin

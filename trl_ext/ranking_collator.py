@@ -69,7 +69,7 @@ class DataCollatorForRanking(DataCollatorMixin):
     return_tensors: str = "pt"
 
     def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
-        if "ranks" not in examples[0]:
+        if examples[0].keys().isdisjoint(("group_ids", "completion_ids")):
             return self.pair_collator(examples)
         items = [judged_indices(example["ranks"], example.get("pairs")) for example in examples]
         groups = [[self._sequence(example, i) for i in kept] for example, kept in zip(examples, items, strict=True)]

@@ -20,23 +20,6 @@ from .ranking_preparation import tokenize_for_dpo
 from .ranking_trainer import RankingMixin
 
 
-@dataclass
-class RankingDPOConfig(RankingArguments, DPOConfig):
-    __doc__ = f"""
-    Configuration of [`RankingDPOTrainer`]: [`~trl.DPOConfig`] and
-    {RankingArguments.__doc__.partition("beside the TRL config they are mixed with.")[2]}
-    """
-
-    overlong: str = field(
-        default="truncate",
-        metadata={
-            "help": "What happens to completions that exceed `max_length` with their prompt: 'truncate' them as TRL "
-            "does, 'prune' them from the ranking, or 'drop' the row. Counted in a warning.",
-            "choices": ["truncate", "prune", "drop"],
-        },
-    )
-
-
 # Arguments that say something of a chosen and a rejected completion, with the only value that rankings go with
 PAIR_ARGUMENTS = {
     "loss_type": ["sigmoid"],
@@ -49,6 +32,28 @@ PAIR_ARGUMENTS = {
     "padding_free": False,
     "truncation_mode": "keep_start",
 }
+
+
+@dataclass
+class RankingDPOConfig(RankingArguments, DPOConfig):
+    __doc__ = f"""
+    Configuration of [`RankingDPOTrainer`]: [`~trl.DPOConfig`] and
+    {RankingArguments.__doc__.partition("beside the TRL config they are mixed with.")[2].rstrip()}
+
+        > Of [`~trl.DPOConfig`], for pairs only
+
+        {", ".join(f"`{name}`" for name in PAIR_ARGUMENTS)}:
+            They are about a chosen and a rejected completion. With rankings anything but the default is an error.
+    """
+
+    overlong: str = field(
+        default="truncate",
+        metadata={
+            "help": "What happens to completions that exceed `max_length` with their prompt: 'truncate' them as TRL "
+            "does, 'prune' them from the ranking, or 'drop' the row. Counted in a warning.",
+            "choices": ["truncate", "prune", "drop"],
+        },
+    )
 
 
 class RankingDPOTrainer(RankingMixin, PushMixin, RankingCardMixin, AdapterMixin, DPOTrainer):
@@ -96,7 +101,7 @@ class RankingDPOTrainer(RankingMixin, PushMixin, RankingCardMixin, AdapterMixin,
         # Accelerate would cut the tensors of a streamed batch, which have not all a row per prompt
         args.accelerator_config.dispatch_batches = False
         super().__init__(model, ref_model, args, data_collator, *other_args, **kwargs)
-        if self._is_vision_dataset and is_ranking(get_dataset_column_names(self.train_dataset)):
+        if self._is_vision_dataset and any(is_ranking(get_dataset_column_names(data)) for data in self._datasets()):
             raise ValueError(
                 "Rankings with images are not supported. Remove the columns `image` and `images`, or convert the "
                 "dataset with `to_pairs`."

@@ -5,6 +5,7 @@ from collections.abc import Callable
 
 from accelerate.logging import get_logger
 from datasets import Dataset, IterableDataset
+from transformers import ProcessorMixin
 from trl.data_utils import extract_prompt, get_dataset_column_names, is_conversational
 
 from .compat import global_then_local_main_first, tokenize
@@ -57,7 +58,7 @@ def prepare_ranking_dataset(
 
     Args:
         dataset: Of the ranking type, see [`ranking_data`], or of the preference type with a `tie` column.
-        processing_class: The tokenizer.
+        processing_class: The tokenizer, or the processor that has it.
         args ([`RankingArguments`]): The trainer's.
         dataset_name (`str`): What messages call it.
         tokenize_row (`Callable`): Gives the `tokenized_columns` of a row, one list of ids for each completion in the
@@ -122,7 +123,8 @@ def tokenize_completion(row: dict, completion, processing_class) -> list[int]:
     if is_conversational(row):
         return tokenize(processing_class, row["prompt"] + completion, **tokenize_kwargs(row))["input_ids"]
     text = row["prompt"] + completion
-    eos_token = processing_class.eos_token
+    is_processor = isinstance(processing_class, ProcessorMixin)  # of a model that could see images
+    eos_token = (processing_class.tokenizer if is_processor else processing_class).eos_token
     return tokenize(processing_class, text if text.endswith(eos_token) else text + eos_token)["input_ids"]
 
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 
 import torch
 from accelerate.logging import get_logger
+from datasets import Dataset, IterableDataset
 from trl import RewardConfig, RewardTrainer
 from trl.data_utils import get_dataset_column_names
 
@@ -83,12 +84,14 @@ class RankingRewardTrainer(RankingMixin, PushMixin, RankingCardMixin, AdapterMix
 
     def _task_type_of(self, peft_config, train_dataset):
         # Pairs without ties are trained on just as the parent does, which leaves the head as it is
-        columns = [] if train_dataset is None else get_dataset_column_names(train_dataset)
+        is_dataset = isinstance(train_dataset, Dataset | IterableDataset)  # the parent refuses what is none
+        columns = get_dataset_column_names(train_dataset) if is_dataset else []
         if peft_config.task_type is None and "chosen" in columns and not has_tied_pairs(columns):
-            logger.warning(
-                "`peft_config` has no `task_type`, so that the score head stays as it is, as in TRL. Set "
-                "`task_type='SEQ_CLS'` to train it with the adapter. It is saved either way."
-            )
+            if "score" not in (peft_config.to_dict().get("modules_to_save") or []):
+                logger.warning(
+                    "`peft_config` has no `task_type`, so that the score head stays as it is, as in TRL. Set "
+                    "`task_type='SEQ_CLS'` to train it with the adapter. It is saved either way."
+                )
             return None
         return self._task_type
 

@@ -13,11 +13,18 @@ from transformers.modeling_outputs import ModelOutput
 from trl import SyncRefModelCallback
 from trl.data_utils import get_dataset_column_names, is_conversational
 
-from .child_modules import SyncReferenceCallback, give_learning_rate, split_state_dict, without_child
+from .child_modules import (
+    SyncReferenceCallback,
+    averaged_without_child,
+    give_learning_rate,
+    split_state_dict,
+    without_child,
+)
 from .compat import disable_gradient_checkpointing
 from .prefix_check import PrefixCheck
 from .ranking import PAIRWISE_MODELS, judged_items, judgements_nll, ranking_nll
 from .ranking_collator import DataCollatorForRanking
+from .ranking_data import is_ranking
 from .ranking_metrics import baseline_nll, means_of_sums, ranking_sums
 from .ranking_preparation import has_tied_pairs, prepare_ranking_dataset, ranks_of, starting_log_tie
 from .shared_prefix import attention_mask
@@ -68,17 +75,25 @@ class RankingMixin:
         self.ties = None
         self._prefix_check = PrefixCheck(self.args, self.accelerator, self._model)
         self._sums = {"train": defaultdict(list), "eval": defaultdict(list)}
+        rankings = [dataset for dataset in self._datasets() if self._holds_rankings(dataset)]
+        self._has_rankings = bool(rankings)
+        if not rankings:  # and never will: see `_prepare_dataset`
+            return
         if data_collator is None:
             self.data_collator = DataCollatorForRanking(
                 pad_token_id=self.data_collator.pad_token_id,
                 pair_collator=self.data_collator,
                 pad_to_multiple_of=self.args.pad_to_multiple_of,
             )
-        datasets = list(self.eval_dataset.values()) if isinstance(self.eval_dataset, dict) else [self.eval_dataset]
-        prepared = [d for d in [self.train_dataset, *datasets] if d is not None and _is_prepared(d)]
-        self._has_rankings = bool(prepared)
-        if prepared:
-            self._set_up_ties(prepared)
+        self._set_up_ties(rankings)
+
+    def _datasets(self) -> list[Dataset | IterableDataset]:
+        evaluated = list(self.eval_dataset.values()) if isinstance(self.eval_dataset, dict) else [self.eval_dataset]
+        return [dataset for dataset in [self.train_dataset, *evaluated] if dataset is not None]
+
+    def _holds_rankings(self, prepared: Dataset | IterableDataset) -> bool:
+        # Pairs may have a column `ranks` that is about something else
+        return {"ranks", *self._tokenized_columns} <= set(get_dataset_column_names(prepared))
 
     def _set_up_ties(self, datasets: list[Dataset | IterableDataset]) -> None:
         ranks = [ranks_of(dataset) for dataset in datasets]
@@ -88,7 +103,7 @@ class RankingMixin:
         if log_tie:
             self.ties = TieParameters(self.args.ranking_model, log_tie).requires_grad_(self.args.learn_ties)
             attach_tie_parameters(self._model, self.ties)
-            self.add_callback(KeepConfig(self))
+            self.callback_handler.callbacks.insert(0, KeepConfig(self))  # before those of users, which may save
             if getattr(self.args, "sync_ref_model", False):  # of DPO
                 self.remove_callback(SyncRefModelCallback)
                 self.add_callback(SyncReferenceCallback(self.ref_model, self.accelerator, TIE_PARAMETERS_NAME))
@@ -115,7 +130,9 @@ class RankingMixin:
         if dataset_name == "train":
             self._is_chat = is_conversational(next(iter(dataset), {}))
         is_tokenized = set(self._tokenized_columns) <= set(columns)
-        if not ("completions" in columns or has_tied_pairs(columns) or is_tokenized):
+        # Pairs may have a column `completions` that nobody ranked
+        has_completions = is_ranking(columns) or ("completions" in columns and "chosen" not in columns)
+        if not (has_completions or has_tied_pairs(columns) or is_tokenized):
             return super()._prepare_dataset(dataset, processing_class, args, dataset_name)
         if self._has_rankings is False:
             raise ValueError(
@@ -141,6 +158,12 @@ class RankingMixin:
 
     # --- Optimization ---
 
+    def train(self, *args, **kwargs):
+        if self.ties is None:
+            return super().train(*args, **kwargs)
+        with averaged_without_child(self.callback_handler.callbacks, self.accelerator, TIE_PARAMETERS_NAME):
+            return super().train(*args, **kwargs)
+
     def create_optimizer(self, model=None):
         is_ours = self.optimizer is None
         optimizer = super().create_optimizer(model)
@@ -151,12 +174,17 @@ class RankingMixin:
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         if "ranks" not in inputs:
             result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-            if not return_outputs:
+            if not return_outputs or self.ties is None:
                 return result
             loss, outputs = result  # which `compute_metrics` is given
             return loss, ModelOutput(**{name: value for name, value in outputs.items() if name != "log_tie"})
         scores, outputs = self._scores(model, inputs)
         log_tie = outputs["log_tie"] if self.ties is not None else None
+        if log_tie is not None and not log_tie.isfinite().all():
+            raise ValueError(
+                "A gradient was not finite, and has made the tie parameters so too. Lower `learning_rate`, or train a "
+                "model that is in float32 or bfloat16, not in float16."
+            )
         loss = self._ranking_loss(scores, inputs, log_tie) + self._further_loss(scores, outputs, inputs)
         self._log_rankings(scores.detach(), inputs, None if log_tie is None else log_tie.detach())
         return (loss, ModelOutput(logits=scores, ranks=inputs["ranks"])) if return_outputs else loss
@@ -320,7 +348,3 @@ class RankingMixin:
     def _load_ties(self, checkpoint: str) -> None:
         if self.ties is not None:
             self.ties.set(read_config(checkpoint)["log_tie"])
-
-
-def _is_prepared(dataset: Dataset | IterableDataset) -> bool:
-    return "ranks" in get_dataset_column_names(dataset)
