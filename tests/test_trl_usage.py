@@ -109,6 +109,22 @@ def test_reward_models_functions_and_weights(policy_path, reward_model_path, pro
     assert trainer.reward_funcs[2] is count_good and trainer.reward_funcs[3] is length
 
 
+@pytest.mark.parametrize("trainer_class, config_class, overrides", MATRIX)
+def test_batches_without_any_reward_teach_nothing(
+    policy_path, prompts, tmp_path, caplog, trainer_class, config_class, overrides
+):
+    """As TRL, a warning: of several tasks, a batch may hold only rows that no reward function applies to."""
+    args = config_class(**settings(tmp_path, max_steps=4, weight_decay=0.0, **overrides))
+    reward_funcs = [lambda completions, **kwargs: [None] * len(completions)]
+    trainer = trainer_class(policy_path, reward_funcs, args, prompts, eval_dataset=prompts)
+    start = {n: p.detach().clone() for n, p in trainer.model.named_parameters()}
+    trainer.train()
+    trainer.evaluate()
+    assert all(torch.equal(start[n], p) for n, p in trainer.model.named_parameters())
+    assert trainer.state.log_history[0]["loss"] == 0 and trainer.state.global_step == 4
+    assert "All reward functions returned None" in caplog.text
+
+
 @pytest.mark.parametrize("loss_type", ["grpo", "dr_grpo", "dapo", "bnpo", "cispo", "sapo", "luspo"])
 def test_loss_types(policy_path, prompts, tmp_path, loss_type):
     overrides = {"epsilon_high": 5.0} if loss_type == "cispo" else {}
