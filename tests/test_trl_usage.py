@@ -175,6 +175,17 @@ def test_streaming_dataset(policy_path, prompts, tmp_path):
     train(ppo(policy_path, tmp_path, prompts.to_iterable_dataset(), max_steps=4))
 
 
+def test_prompts_in_the_order_of_the_dataset(policy_path, prompts, tmp_path):
+    seen = []
+
+    def see(prompts, **kwargs):
+        seen.extend(prompts)
+        return [float(len(p)) for p in prompts]
+
+    ppo(policy_path, tmp_path, prompts, see, shuffle_dataset=False, num_iterations=1, max_steps=4).train()
+    assert seen == [*prompts["prompt"], *prompts["prompt"]]
+
+
 def test_extra_columns_reach_the_reward(policy_path, prompts, tmp_path):
     def expects(prompts, answer, **kwargs):
         assert all(a == f"answer to {p}" for p, a in zip(prompts, answer, strict=True))
