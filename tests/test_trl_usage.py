@@ -1,6 +1,8 @@
 """What TRL's users do with `GRPOTrainer`, done with its subclasses."""
 
+from collections import defaultdict
 from dataclasses import dataclass
+from types import SimpleNamespace
 from unittest.mock import MagicMock
 
 import pytest
@@ -301,6 +303,30 @@ def test_environment_tokens_are_not_time_steps(policy, tokenizer, prompts, tmp_p
         returns.append([batch["returns"][i][own[i]] for i in order])
     for without, with_tool in zip(*returns, strict=True):
         torch.testing.assert_close(without, with_tool)
+
+
+@pytest.mark.parametrize("use_vllm", [False, True])
+def test_a_rollout_func_is_given_prompts_by_half_a_trainer(use_vllm):
+    """As TRL's own tests of the dispatch do: with no more of the trainer than `GRPOTrainer` needs there."""
+    trainer = object.__new__(PPOTrainer)
+    trainer.accelerator = SimpleNamespace(device=torch.device("cpu"), is_main_process=True, gather=lambda x: x)
+    trainer.args = SimpleNamespace(report_to=[])
+    trainer.model, trainer.tools = SimpleNamespace(training=True), None
+    trainer.state = SimpleNamespace(global_step=2, num_input_tokens_seen=0)
+    trainer.use_vllm, trainer._last_loaded_step = use_vllm, 1
+    trainer.vllm_generation = MagicMock()
+    trainer.processing_class = MagicMock(**{"batch_decode.return_value": ["decoded"]})
+    trainer._tokenizer, trainer.eos_token_ids = SimpleNamespace(pad_token_id=0), [2]
+    trainer._metrics = {"train": defaultdict(list)}
+    rollout = {"prompt_ids": [[1]], "completion_ids": [[2]], "logprobs": [[-0.1]], "env_mask": [[1]]}
+    trainer.rollout_func = MagicMock(return_value=rollout)
+    prompt_ids, completion_ids, tool_mask, completions, logprobs, *_ = trainer._generate(["prompt"])
+    assert (prompt_ids, completion_ids, tool_mask, logprobs) == ([[1]], [[2]], [[1]], [[-0.1]])
+    assert completions == ["decoded"] and trainer.vllm_generation.sync_weights.called == use_vllm
+    trainer.rollout_func.assert_called_once_with(["prompt"], trainer)
+    trainer.rollout_func.return_value = {"prompt_ids": [[1]], "completion_ids": [[2]]}
+    with pytest.raises(ValueError, match="rollout_func must return keys"):
+        trainer._generate(["prompt"])
 
 
 # --- Engines: up to the call ---

@@ -50,7 +50,7 @@ class RewardsMixin:
         for func, name, weight in names_and_weights:
             if isinstance(func, nn.Module) and self.args.prefix_rewards:
                 func = self._prefix_reward(func)
-            elif self.args.turn_rewards and len(self.reward_funcs) >= self._num_given_rewards:
+            elif self.turn_rewards and len(self.reward_funcs) >= self._num_given_rewards:
                 func = self._turn_reward(name)
             if isinstance(func, nn.Module):
                 func = (
