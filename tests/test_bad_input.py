@@ -196,17 +196,6 @@ def test_a_reward_function_without_a_result_is_refused(policy, tokenizer, tmp_pa
         trainer.train()
 
 
-def test_an_evaluation_batch_without_any_reward_passes(policy, tokenizer, tmp_path):
-    trainer = make(policy, tokenizer, tmp_path, lambda completions, **kwargs: [None] * len(completions))
-    trainer.evaluate(trainer.train_dataset)
-
-
-def test_a_batch_without_any_reward_is_refused(policy, tokenizer, tmp_path):
-    trainer = make(policy, tokenizer, tmp_path, lambda completions, **kwargs: [None] * len(completions))
-    with pytest.raises(ValueError, match="returned None for every completion"):
-        trainer.train()
-
-
 def test_empty_completion_is_refused(policy, tokenizer, tmp_path):
     def one_empty(prompts, trainer):
         output = scripted_rollout(prompts, trainer)

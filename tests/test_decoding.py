@@ -216,6 +216,14 @@ def test_a_generate_of_the_users_is_used(policy_path, prompts, tmp_path):
     assert generate.called
 
 
+def test_a_generate_put_on_the_class_is_used(policy_path, prompts, tmp_path):
+    args = ReinforceConfig(**settings(tmp_path, max_steps=1))
+    with patch("transformers.generation.utils.GenerationMixin.generate") as generate:
+        generate.side_effect = lambda input_ids, **kwargs: torch.cat([input_ids, input_ids[:, -1:]], dim=1)
+        _, forward = rollout_of(ReinforceTrainer, args, policy_path, prompts)
+    assert generate.called and not forward.called
+
+
 def test_the_policy_keeps_its_own_generate(policy_path, prompts, tmp_path):
     args = ReinforceConfig(**settings(tmp_path, max_steps=1))
     trainer, _ = rollout_of(ReinforceTrainer, args, policy_path, prompts)

@@ -326,6 +326,7 @@ def test_it_runs_in_bf16(policy_path, prompts, tmp_path, dtype):
             {"use_transformers_continuous_batching": True},
             "`use_transformers_continuous_batching` samples in an engine",
         ),
+        ({"generation_kwargs": {"num_beams": 2}}, "num_beams=2. Remove it, or use PPO"),
     ],
 )
 def test_config_is_refused(tmp_path, overrides, message):

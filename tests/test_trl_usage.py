@@ -1,6 +1,8 @@
 """What TRL's users do with `GRPOTrainer`, done with its subclasses."""
 
+from collections import defaultdict
 from dataclasses import dataclass
+from types import SimpleNamespace
 from unittest.mock import MagicMock
 
 import pytest
@@ -109,6 +111,22 @@ def test_reward_models_functions_and_weights(policy_path, reward_model_path, pro
     assert trainer.reward_funcs[2] is count_good and trainer.reward_funcs[3] is length
 
 
+@pytest.mark.parametrize("trainer_class, config_class, overrides", MATRIX)
+def test_batches_without_any_reward_teach_nothing(
+    policy_path, prompts, tmp_path, caplog, trainer_class, config_class, overrides
+):
+    """As TRL, a warning: of several tasks, a batch may hold only rows that no reward function applies to."""
+    args = config_class(**settings(tmp_path, max_steps=4, weight_decay=0.0, **overrides))
+    reward_funcs = [lambda completions, **kwargs: [None] * len(completions)]
+    trainer = trainer_class(policy_path, reward_funcs, args, prompts, eval_dataset=prompts)
+    start = {n: p.detach().clone() for n, p in trainer.model.named_parameters()}
+    trainer.train()
+    trainer.evaluate()
+    assert all(torch.equal(start[n], p) for n, p in trainer.model.named_parameters())
+    assert trainer.state.log_history[0]["loss"] == 0 and trainer.state.global_step == 4
+    assert "All reward functions returned None" in caplog.text
+
+
 @pytest.mark.parametrize("loss_type", ["grpo", "dr_grpo", "dapo", "bnpo", "cispo", "sapo", "luspo"])
 def test_loss_types(policy_path, prompts, tmp_path, loss_type):
     overrides = {"epsilon_high": 5.0} if loss_type == "cispo" else {}
@@ -157,6 +175,17 @@ def test_group_scaling_is_grpos_own(policy_path, prompts, tmp_path):
 
 def test_streaming_dataset(policy_path, prompts, tmp_path):
     train(ppo(policy_path, tmp_path, prompts.to_iterable_dataset(), max_steps=4))
+
+
+def test_prompts_in_the_order_of_the_dataset(policy_path, prompts, tmp_path):
+    seen = []
+
+    def see(prompts, **kwargs):
+        seen.extend(prompts)
+        return [float(len(p)) for p in prompts]
+
+    ppo(policy_path, tmp_path, prompts, see, shuffle_dataset=False, num_iterations=1, max_steps=4).train()
+    assert seen == [*prompts["prompt"], *prompts["prompt"]]
 
 
 def test_extra_columns_reach_the_reward(policy_path, prompts, tmp_path):
@@ -274,6 +303,30 @@ def test_environment_tokens_are_not_time_steps(policy, tokenizer, prompts, tmp_p
         returns.append([batch["returns"][i][own[i]] for i in order])
     for without, with_tool in zip(*returns, strict=True):
         torch.testing.assert_close(without, with_tool)
+
+
+@pytest.mark.parametrize("use_vllm", [False, True])
+def test_a_rollout_func_is_given_prompts_by_half_a_trainer(use_vllm):
+    """As TRL's own tests of the dispatch do: with no more of the trainer than `GRPOTrainer` needs there."""
+    trainer = object.__new__(PPOTrainer)
+    trainer.accelerator = SimpleNamespace(device=torch.device("cpu"), is_main_process=True, gather=lambda x: x)
+    trainer.args = SimpleNamespace(report_to=[])
+    trainer.model, trainer.tools = SimpleNamespace(training=True), None
+    trainer.state = SimpleNamespace(global_step=2, num_input_tokens_seen=0)
+    trainer.use_vllm, trainer._last_loaded_step = use_vllm, 1
+    trainer.vllm_generation = MagicMock()
+    trainer.processing_class = MagicMock(**{"batch_decode.return_value": ["decoded"]})
+    trainer._tokenizer, trainer.eos_token_ids = SimpleNamespace(pad_token_id=0), [2]
+    trainer._metrics = {"train": defaultdict(list)}
+    rollout = {"prompt_ids": [[1]], "completion_ids": [[2]], "logprobs": [[-0.1]], "env_mask": [[1]]}
+    trainer.rollout_func = MagicMock(return_value=rollout)
+    prompt_ids, completion_ids, tool_mask, completions, logprobs, *_ = trainer._generate(["prompt"])
+    assert (prompt_ids, completion_ids, tool_mask, logprobs) == ([[1]], [[2]], [[1]], [[-0.1]])
+    assert completions == ["decoded"] and trainer.vllm_generation.sync_weights.called == use_vllm
+    trainer.rollout_func.assert_called_once_with(["prompt"], trainer)
+    trainer.rollout_func.return_value = {"prompt_ids": [[1]], "completion_ids": [[2]]}
+    with pytest.raises(ValueError, match="rollout_func must return keys"):
+        trainer._generate(["prompt"])
 
 
 # --- Engines: up to the call ---

@@ -24,6 +24,8 @@ class ActorCriticConfig(GRPOConfig):
         scale_rewards (`str` or `bool`, *optional*, defaults to `"none"`):
             `"none"`: the completion's score is its weighted reward. `"group"` or `"batch"`: GRPO's normalized one,
             the reward less its prompt's mean over a standard deviation, which takes `num_generations >= 2`.
+        loss_type (`str`, *optional*, defaults to `"dapo"`):
+            Any of TRL's but `"vespo"`, which picks its weights by the sign of the sequence's one advantage.
 
         > The token MDP
 
@@ -130,6 +132,13 @@ class ActorCriticConfig(GRPOConfig):
         metadata={
             "help": "'none': the score is the weighted reward. 'group' or 'batch': GRPO's normalized reward; takes at "
             "least 2 generations per prompt."
+        },
+    )
+    loss_type: str = field(
+        default=GRPOConfig.loss_type,
+        metadata={
+            "help": f"The policy's loss, one of TRL's: {', '.join(map(repr, TOKEN_LOSS_TYPES))}. 'vespo', which picks its "
+            "weights by the sign of the sequence's one advantage, is refused: here each token has its own."
         },
     )
 
@@ -331,8 +340,8 @@ class ActorCriticConfig(GRPOConfig):
             )
         if self.loss_type not in TOKEN_LOSS_TYPES:
             raise ValueError(
-                f"`loss_type={self.loss_type!r}` is defined for one advantage per sequence and cannot take token-level "
-                f"advantages. Use one of {', '.join(map(repr, TOKEN_LOSS_TYPES))}."
+                f"`loss_type={self.loss_type!r}` cannot take token-level advantages. Use one of "
+                f"{', '.join(map(repr, TOKEN_LOSS_TYPES))}."
             )
         if self.num_generations == 1 and not self.uses_raw_rewards:
             raise ValueError(

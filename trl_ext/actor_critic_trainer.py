@@ -123,6 +123,9 @@ class ActorCriticTrainer(
     _method = ""  # of `compute_advantages` nothing more is known
     config_class = ActorCriticConfig
     _task_type = "CAUSAL_LM"
+    # Until `__init__` has made or read them
+    critic: Critic | None = None
+    turn_rewards = False
 
     def __init__(
         self, model, reward_funcs=None, args=None, *other_args, critic_model: PreTrainedModel | None = None, **kwargs
@@ -169,7 +172,8 @@ class ActorCriticTrainer(
         self._reward_adapters = reward_adapters  # paths by their index in `reward_funcs`
         for index, path in reward_adapters.items():
             self._load_reward_adapter(index, path)
-        if args.turn_rewards:
+        self.turn_rewards = args.turn_rewards
+        if self.turn_rewards:
             check_turn_rewards(self.reward_func_names[self._num_given_rewards :], self.rollout_func)
         if args.prefix_rewards:
             check_prefix_rewards(self.reward_funcs, self.reward_processing_classes, self._tokenizer)

@@ -33,7 +33,7 @@ class StartOfTraining(TrainerCallback):
         self.trainer._begin_recording(state.global_step)
 
     def on_epoch_begin(self, args, state, control, **kwargs):
-        if self.trainer._train_sampler is not None:
+        if self.trainer._train_sampler is not None and args.shuffle_dataset:
             epoch = math.floor((state.epoch or 0) + 1e-6)  # `state.epoch` counts in fractions
             self.trainer._train_sampler.generator.manual_seed(args.seed + epoch)
 

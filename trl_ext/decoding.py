@@ -27,6 +27,10 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from .lm_head import base_causal_lm
 
 
+# As they were on import: what somebody puts in their place on the class does something else than [`decode`]
+GENERATE = GenerationMixin.generate
+PREPARE_INPUTS = GenerationMixin.prepare_inputs_for_generation
+
 # What transformers takes where neither the call nor the model's own configuration says anything
 DEFAULTS = {"do_sample": False, "temperature": 1.0, "top_k": 50, "top_p": 1.0, "repetition_penalty": 1.0}
 HANDLED = {*DEFAULTS, "max_new_tokens", "min_p", "eos_token_id", "pad_token_id"}
@@ -87,10 +91,7 @@ def can_decode(model: PreTrainedModel | PeftModel, settings: dict, model_inputs:
     if isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning:
         return False
     base = base_causal_lm(model)
-    is_usual = (
-        type(base).generate is GenerationMixin.generate
-        and type(base).prepare_inputs_for_generation is GenerationMixin.prepare_inputs_for_generation
-    )
+    is_usual = type(base).generate is GENERATE and type(base).prepare_inputs_for_generation is PREPARE_INPUTS
     if not is_usual or set(model_inputs) != {"input_ids", "attention_mask"}:
         return False
     if not {"max_new_tokens", "eos_token_id", "pad_token_id"} <= set(settings):

@@ -87,19 +87,20 @@ class PolicyGenerationMixin:
         return merged(self._policy, self._base_weights) if self._merges else nullcontext()
 
     def _should_merge(self) -> bool:
+        if self.use_vllm or self.rollout_func is not None:  # then it is not generated here
+            return False
         is_adapter = isinstance(self._policy, PeftModel) and not self._policy.active_peft_config.is_prompt_learning
         is_whole = not (self.is_fsdp_enabled or self.is_deepspeed_enabled or is_quantized(self._policy))
-        is_generated_here = not self.use_vllm and self.rollout_func is None
         is_wanted = self.args.generate_merged
         if is_wanted is None:  # where rounding the sum loses nothing of the adapter
             is_wanted = self._policy.dtype == torch.float32
-        return is_wanted and is_adapter and is_whole and is_generated_here
+        return is_wanted and is_adapter and is_whole
 
     # --- Turns ---
 
     def _ask_environments(self) -> None:
         """Before each turn, and after the last one: what would each environment's reward be now?"""
-        if not self.args.turn_rewards:
+        if not self.turn_rewards:
             return
         with_rewards = self.reward_func_names[self._num_given_rewards :]
         for environment, totals in zip(self.environments, self._turn_totals, strict=True):

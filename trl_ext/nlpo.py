@@ -72,6 +72,12 @@ class NLPOConfig(PPOConfig):
                     f"NLPO masks what is sampled by another model's distribution, token by token, and `{name}` samples "
                     "in an engine that takes no such mask. Remove it, or use PPO."
                 )
+        num_beams = (self.generation_kwargs or {}).get("num_beams", 1)
+        if num_beams > 1:
+            raise ValueError(
+                f"NLPO masks one continuation of each prompt, and `generation_kwargs` has num_beams={num_beams}. Remove "
+                "it, or use PPO."
+            )
 
 
 class NLPOTrainer(PPOTrainer):

@@ -27,7 +27,7 @@ class RewardsMixin:
         for func, name, weight in names_and_weights:
             if isinstance(func, nn.Module) and self.args.prefix_rewards:
                 func = self._prefix_reward(func)
-            elif self.args.turn_rewards and len(self.reward_funcs) >= self._num_given_rewards:
+            elif self.turn_rewards and len(self.reward_funcs) >= self._num_given_rewards:
                 func = self._turn_reward(name)
             if isinstance(func, nn.Module):
                 if self.args.length_batches:
@@ -44,11 +44,6 @@ class RewardsMixin:
             if isinstance(func, nn.Module) and not rewards.isfinite().all():
                 raise ValueError(f"The reward model '{name}' in `reward_funcs` returned nan or an infinite reward.")
         unscorable = rewards_per_func.isnan().all(dim=1)
-        if unscorable.all() and self.model.training:
-            raise ValueError(
-                "Every reward function returned None for every completion of the batch, so there is nothing to learn "
-                f"from. Make one of {self.reward_func_names} apply, or filter such rows out of the dataset."
-            )
         scores = (rewards_per_func * self.reward_weights.to(rewards_per_func.device)).nansum(dim=1)
         first = self.accelerator.process_index * len(prompts)
         self._scores = scores.masked_fill(unscorable, math.nan)[first : first + len(prompts)]
