@@ -15,7 +15,7 @@ from transformers import (
     BitsAndBytesConfig,
     TrainerCallback,
 )
-from trl import GRPOConfig, GRPOTrainer
+from trl import BEMACallback, GRPOConfig, GRPOTrainer
 
 from trl_ext import (
     A2CConfig,
@@ -392,3 +392,45 @@ def test_a_shared_critic_adds_no_forward_and_no_logits(policy_path, prompts, tmp
     # for the first rollout, whose pass shows whether anything differs between the two
     counts[1]["trunk"] += num_iterations > 1
     assert counts[0] == counts[1] and counts[1]["logits"] == 0 and counts[1]["trunk"] > 0
+
+
+@pytest.mark.parametrize("critic", ["shared", "separate"])
+def test_the_averaged_weights_are_those_of_the_plain_policy(policy_path, prompts, tmp_path, critic):
+    """By TRL's callback, whose average of the newest weights alone is the model itself."""
+    newest = BEMACallback(update_freq=1, min_ema_multiplier=1.0, bias_power=1000.0)
+    trainer = ppo(policy_path, tmp_path, prompts, critic=critic, trainer_kwargs={"callbacks": [newest]})
+    trainer.train()
+    averaged = type(trainer.model).from_pretrained(tmp_path / "bema").state_dict()
+    trained = {name: weight for name, weight in trainer.model.state_dict().items() if not name.startswith("critic.")}
+    assert averaged.keys() == trained.keys()
+    assert all(torch.equal(averaged[name], weight) for name, weight in trained.items())
+
+
+@pytest.mark.parametrize("loss_type", ["dapo", "luspo"])
+def test_the_loss_of_a_batch_made_by_hand_is_the_parents(policy_path, prompts, tmp_path, loss_type):
+    """One advantage per completion, and nothing of a rollout."""
+    batch = {
+        "prompt_ids": torch.tensor([[5, 6, 7], [8, 9, 10]]),
+        "completion_ids": torch.tensor([[11, 12, 13, 1], [14, 1, 0, 0]]),
+        "completion_mask": torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]]),
+        "advantages": torch.tensor([1.0, -1.0]),
+        "num_items_in_batch": torch.tensor(6),
+    }
+    batch["prompt_mask"] = torch.ones_like(batch["prompt_ids"])
+    own = settings(tmp_path, loss_type=loss_type, importance_sampling_level="sequence")
+    ours = PPOTrainer(policy_path, variety, PPOConfig(**own), prompts)
+    del own["critic_learning_rate"]
+    theirs = GRPOTrainer(policy_path, variety, GRPOConfig(**own, num_generations=2), prompts)
+    losses = []
+    for trainer in (ours, theirs):
+        trainer.model.eval()
+        with torch.no_grad():
+            start, _, _ = trainer._get_per_token_logps_and_entropies(
+                trainer.model,
+                torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1),
+                torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1),
+                4,
+            )
+        losses.append(trainer._compute_loss(trainer.model, batch | {"old_per_token_logps": start + 0.05}))
+    torch.testing.assert_close(*losses)
+    assert losses[0].abs() > 1e-3

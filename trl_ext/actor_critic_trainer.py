@@ -393,6 +393,8 @@ class ActorCriticTrainer(
     # --- Update ---
 
     def _compute_loss(self, model, inputs):
+        if "scores" not in inputs:  # of no rollout of this trainer's: the surrogate alone
+            return super()._compute_loss(model, inputs)
         self._passes, self._records_values = [], True
         self._awaiting = inputs if inputs["advantages"] is None else None
         in_warmup = self._in_critic_warmup and self.model.training

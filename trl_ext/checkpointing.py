@@ -8,7 +8,7 @@ from dataclasses import asdict
 import torch
 from transformers import TrainerCallback
 
-from .child_modules import split_state_dict, without_child
+from .child_modules import averaged_without_child, split_state_dict, without_child
 from .critic import CRITIC_NAME, VALUE_HEAD_FILE, restore_critic, save_critic
 
 
@@ -51,6 +51,12 @@ class CheckpointingMixin:
     def _get_train_sampler(self, dataset=None):
         self._train_sampler = super()._get_train_sampler(dataset)
         return self._train_sampler
+
+    def train(self, *args, **kwargs):
+        if self.critic is None:
+            return super().train(*args, **kwargs)
+        with averaged_without_child(self.callback_handler.callbacks, self.accelerator, CRITIC_NAME):
+            return super().train(*args, **kwargs)
 
     def _without_critic(self):
         """The plain policy within the context, for the parent to save or load."""
