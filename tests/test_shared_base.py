@@ -39,7 +39,9 @@ from transformers import (
 from trl.trainer.utils import use_adapter
 
 from trl_ext import A2CConfig, A2CTrainer, PPOConfig, PPOTrainer, RankingRewardConfig, RankingRewardTrainer
-from trl_ext.critic import Critic, critic_as_adapter, load_critic, restore_critic, save_critic, token_values
+from trl_ext.critic import Critic, token_values
+from trl_ext.critic_files import restore_critic, save_critic
+from trl_ext.critic_sources import critic_as_adapter, load_critic
 from trl_ext.layouts import last_states
 from trl_ext.shared_base import frozen_base
 

@@ -4,7 +4,8 @@ from .a2c import A2CConfig, A2CTrainer
 from .actor_critic_config import ActorCriticConfig
 from .actor_critic_trainer import ActorCriticTrainer
 from .best_of_n import CompletionSampler, keep_best
-from .critic import Critic, load_critic, token_action_values, token_values
+from .critic import Critic, token_action_values, token_values
+from .critic_sources import load_critic
 from .merging import merge_adapter
 from .nlpo import NLPOConfig, NLPOTrainer
 from .ppo import PPOConfig, PPOTrainer

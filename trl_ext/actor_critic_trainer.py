@@ -47,19 +47,9 @@ from .compat import (
     disable_dropout_in_model,
     get_config_model_id,
 )
-from .critic import (
-    CRITIC_NAME,
-    Critic,
-    attach_critic,
-    check_vocabulary,
-    critic_as_adapter,
-    critic_from_model,
-    critic_from_policy,
-    detach_critic,
-    local_folder,
-    read_value_head,
-    shared_critic,
-)
+from .critic import CRITIC_NAME, Critic, attach_critic, detach_critic
+from .critic_files import local_folder, read_value_head
+from .critic_sources import check_vocabulary, critic_as_adapter, critic_from_model, critic_from_policy, shared_critic
 from .generation import PolicyGenerationMixin
 from .kl_controller import KLController
 from .losses import value_loss

@@ -9,7 +9,8 @@ import torch
 from transformers import TrainerCallback
 
 from .child_modules import averaged_without_child, split_state_dict, without_child
-from .critic import CRITIC_NAME, VALUE_HEAD_FILE, restore_critic, save_critic
+from .critic import CRITIC_NAME
+from .critic_files import VALUE_HEAD_FILE, restore_critic, save_critic
 
 
 KL_CONTROLLER_FILE = "kl_controller.pt"

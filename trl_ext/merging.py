@@ -11,7 +11,8 @@ from peft.utils import AuxiliaryTrainingWrapper
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModel, GenerationConfig
 
-from .critic import ADAPTER_CONFIG, ADAPTER_NAME, CRITIC_NAME, VALUE_HEAD_FILE, Critic, read_value_head, save_critic
+from .critic import CRITIC_NAME, Critic
+from .critic_files import ADAPTER_CONFIG, ADAPTER_NAME, VALUE_HEAD_FILE, read_value_head, save_critic
 from .reward_adapters import check_reward_adapter, head_names, tokenizer_of_adapter
 from .shared_base import base_of_adapter
 from .tie_parameters import TIE_PARAMETERS_FILE, read_config, write_to_config
