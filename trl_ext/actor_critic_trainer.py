@@ -211,6 +211,12 @@ class ActorCriticTrainer(
                 read_value_head(critic, local_folder(path))
             return critic
         if self.args.critic == "adapter":
+            if self._shards_base:
+                raise ValueError(
+                    "`critic='adapter'` shares the policy's frozen base, whose weights FSDP and DeepSpeed ZeRO-3 split "
+                    "over the processes and gather only where the policy itself runs. Use DDP (or ZeRO-2), or "
+                    "`critic='shared'` or 'separate'."
+                )
             if path == "reward_model":
                 path = next(iter(self._reward_adapters.values()), None)
                 if path is None:
