@@ -30,7 +30,13 @@ PPO = {
 }
 CASES = {
     "ppo-shared": PPO,
-    "ppo-separate": PPO | {"critic": "separate", "critic_model_name_or_path": "reward_model"},
+    "ppo-separate": {
+        **PPO,
+        "critic": "separate",
+        "critic_model_name_or_path": "reward_model",
+        "num_generations": 2,
+        "shared_prefix": "always",
+    },
     "ppo-lora": PPO,
     "reward": {"ranking_model": "davidson"},
     "reward-lora": {},
@@ -47,9 +53,10 @@ def make_trainer(case, output_dir, policy, rewards, batch_size):
         torch.manual_seed(0)
         peft_config = LoraConfig(r=4, target_modules="all-linear", init_lora_weights="reward" in case)
     if "ppo" in case:
-        prompts = Dataset.from_dict({"prompt": conftest.PROMPTS})
         args = PPOConfig(**conftest.settings(output_dir, **sizes, **saving, **CASES[case]))
-        return PPOTrainer(policy, rewards, args, prompts, eval_dataset=prompts.select(range(4)), peft_config=peft_config)
+        prompts = Dataset.from_dict({"prompt": conftest.PROMPTS})
+        evaluation = prompts.select(range(4))
+        return PPOTrainer(policy, rewards, args, prompts, eval_dataset=evaluation, peft_config=peft_config)
     trainer_class, config_class = (
         (RankingRewardTrainer, RankingRewardConfig) if "reward" in case else (RankingDPOTrainer, RankingDPOConfig)
     )
@@ -90,6 +97,10 @@ if __name__ == "__main__":
         }
         if trainer.is_fsdp_enabled:
             again = make_trainer(case, f"{output_dir}/{case}-again", *inputs)
+            with torch.no_grad():
+                for parameter in again.model.parameters():
+                    if parameter.requires_grad:
+                        parameter.zero_()  # which only the checkpoint mends
             again.train(resume_from_checkpoint=f"{output_dir}/{case}/checkpoint-{RESUMED_FROM}")
             result["resumed"], _ = whole_weights(again.accelerator.unwrap_model(again.model))
         if trainer.accelerator.is_main_process:

@@ -6,13 +6,12 @@ from accelerate.utils import DistributedType
 from conftest import FSDP2, count_good, launch, settings
 from fsdp_script import CASES, RESUMED_FROM
 from peft import AutoPeftModelForCausalLM, AutoPeftModelForSequenceClassification, LoraConfig, get_peft_model
-from reload_script import IDS, outputs_of
+from reload_script import outputs_of
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from trl_ext import PPOConfig, PPOTrainer, load_critic, reward_adapters, tie_parameters
 
 
-POLICY_CASES = [case for case in CASES if "ppo" in case]
 EXACT = {"loss", "reward", "eval_reward", "kl/k1", "values/mean", "returns/mean", "eval_loss", "eval_log_likelihood"}
 EXACT |= {"rewards/count_good/mean", "log_likelihood", "kendall_tau_b", "tie/nu", "tie/theta", "tie/delta_2"}
 
@@ -57,7 +56,7 @@ def test_trains_and_evaluates_like_one_process(folders, case):
 
 @pytest.mark.parametrize("case", CASES)
 def test_resumes_where_it_was(folders, case):
-    """The checkpoint's optimizer and, of PPO, the rollout that it interrupted, too."""
+    """From weights of 0: with the checkpoint's, its optimizer and, of PPO, the rollout that it interrupted."""
     result = torch.load(folders[1] / f"{case}.pt", weights_only=False)
     for name, weight in result["weights"].items():
         assert torch.equal(weight, result["resumed"][name]), name
@@ -80,10 +79,24 @@ def test_what_is_saved_is_the_plain_model_that_was_trained(folders, case):
         outputs.append(outputs_of(model, load_critic(model, str(folder / case)) if "ppo" in case else None))
     for name, expected in outputs[0].items():
         torch.testing.assert_close(outputs[1][name], expected, atol=1e-4, rtol=1e-4)
-    # Another three steps on than the checkpoint, which is a plain model as well
+    # Some steps before, the checkpoint is a plain model, too
     checkpoint = outputs_of(load(case, folders[1] / case / f"checkpoint-{RESUMED_FROM}"))
     assert (checkpoint["logits"] - outputs[1]["logits"]).abs().max() > 1e-3
     if "ppo" not in case:
         assert tie_parameters(str(folders[0] / case))[1].tolist() == pytest.approx(
             tie_parameters(str(folders[1] / case))[1].tolist(), abs=1e-6
         )
+
+
+def test_an_adapter_critic_is_refused(folders):
+    for process in range(2):
+        message = torch.load(folders[1] / f"refused_{process}.pt")
+        assert "FSDP" in message and "`critic='shared'`" in message and "DDP" in message
+
+
+def test_zero3_does_not_share_a_base(policy_path, reward_adapter_path, prompts, tmp_path, monkeypatch):
+    monkeypatch.setattr(reward_adapters, "is_deepspeed_zero3_enabled", lambda: True)
+    for reward, critic in ((reward_adapter_path, "shared"), (count_good, "adapter")):
+        args = PPOConfig(**settings(tmp_path, critic=critic))
+        with pytest.raises(ValueError, match="ZeRO-3 split.*DDP"):
+            PPOTrainer(policy_path, reward, args, prompts, peft_config=LoraConfig(target_modules="all-linear"))

@@ -1253,3 +1253,14 @@ def test_the_cards_snippets_run(tokenizer, rankings, tmp_path):
     weights = [math.exp((1.2 - 0.3) / 2), trainer.ties().exp()[0].item(), math.exp((0.3 - 1.2) / 2)]
     predicted = [scope[name].item() for name in ("win", "tie", "lose")]
     assert predicted == pytest.approx([w / sum(weights) for w in weights], rel=1e-5)
+
+
+def test_the_card_of_a_checkpoint_has_its_tie_parameters(tokenizer, rankings, tmp_path):
+    """Whether or not they have been logged."""
+    saving = {"save_strategy": "steps", "save_steps": 2, "logging_strategy": "no", "tie_learning_rate": 0.5}
+    trainer = make("reward", tokenizer, tmp_path, rankings, ranking_model="davidson", **saving)
+    start = trainer.ties().exp().item()
+    trainer.train()
+    nu = trainer.ties().exp().item()
+    card = (tmp_path / "README.md").read_text()
+    assert f"| tie/nu | {nu:.4g} |" in card and abs(nu - start) > 0.1

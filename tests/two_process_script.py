@@ -65,8 +65,8 @@ if __name__ == "__main__":
         trainer.train()
         weights, num_sharded = whole_weights(trainer._policy)
         if trainer.accelerator.is_main_process:
-            logs, coef, num_processes = trainer.state.log_history, trainer.kl_controller.coef, trainer.accelerator.num_processes
-            torch.save((weights, logs, coef, num_processes, num_sharded), f"{output_dir}/{case}.pt")
+            result = weights, trainer.state.log_history, trainer.kl_controller.coef, trainer.accelerator.num_processes
+            torch.save((*result, num_sharded), f"{output_dir}/{case}.pt")
     # Without teardown: torch 2.13's gloo can deadlock there, joining a thread that waits for the interpreter's lock
     sys.stdout.flush()
     os._exit(0)

@@ -97,7 +97,8 @@ class ActorCriticTrainer(
     - the KL to the reference may be taken off the reward (`kl_in_reward`) instead of added to the loss;
     - padding, repeated prompts, positions without a token and completions that have ended are not run
       ([`CompactBatchesMixin`], [`decoding`]);
-    - a reward model may be an adapter, by path or Hub id; it shares the policy's base if both were trained on the same.
+    - a reward model may be an adapter, by path or Hub id; it shares the policy's base if both were trained on the same
+      and FSDP does not shard it.
 
     Args:
         critic_model ([`~transformers.PreTrainedModel`], *optional*):

@@ -67,8 +67,9 @@ class RewardAdapterMixin:
             logger.info(f"The reward adapter {path} shares the policy's base.")
             warn_of_other_quantization(self.model, path)
         else:
-            reason = " (FSDP shards the policy's)" if self._shards_base else ""
-            logger.info(f"The reward adapter {path} is loaded on a base of its own, {base_of_adapter(path)[0]}{reason}.")
+            reason = ", as FSDP shards the policy's" if self._shards_base else ""
+            name, _ = base_of_adapter(path)
+            logger.info(f"The reward adapter {path} is loaded on a base of its own, {name}{reason}.")
             kwargs = {"trust_remote_code": self.args.trust_remote_code} | (self.args.model_init_kwargs or {})
             # Not by the first process alone, which would send it to the others only if it trained
             with patch_environment(FSDP_CPU_RAM_EFFICIENT_LOADING="false"):
