@@ -70,8 +70,8 @@ def make_trainer(case, output_dir, policy, rewards, batch_size):
     )
 
 
-def adapter_critic_refused(policy, rewards):
-    args = PPOConfig(**conftest.settings("refused", critic="adapter"))
+def why_an_adapter_critic_is_refused(output_dir, policy, rewards):
+    args = PPOConfig(**conftest.settings(output_dir, critic="adapter"))
     prompts = Dataset.from_dict({"prompt": conftest.PROMPTS})
     try:
         PPOTrainer(policy, rewards, args, prompts, peft_config=LoraConfig(target_modules="all-linear"))
@@ -106,7 +106,7 @@ if __name__ == "__main__":
         if trainer.accelerator.is_main_process:
             torch.save(result, f"{output_dir}/{case}.pt")
     if trainer.is_fsdp_enabled:
-        message = adapter_critic_refused(policy, rewards)
+        message = why_an_adapter_critic_is_refused(output_dir, policy, rewards)
         torch.save(message, f"{output_dir}/refused_{trainer.accelerator.process_index}.pt")
     # Without teardown: torch 2.13's gloo can deadlock there, joining a thread that waits for the interpreter's lock
     sys.stdout.flush()

@@ -9,7 +9,7 @@ from peft import AutoPeftModelForCausalLM, AutoPeftModelForSequenceClassificatio
 from reload_script import outputs_of
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-from trl_ext import PPOConfig, PPOTrainer, load_critic, reward_adapters, tie_parameters
+from trl_ext import PPOConfig, PPOTrainer, actor_critic_trainer, load_critic, reward_adapters, tie_parameters
 
 
 EXACT = {"loss", "reward", "eval_reward", "kl/k1", "values/mean", "returns/mean", "eval_loss", "eval_log_likelihood"}
@@ -95,7 +95,8 @@ def test_an_adapter_critic_is_refused(folders):
 
 
 def test_zero3_does_not_share_a_base(policy_path, reward_adapter_path, prompts, tmp_path, monkeypatch):
-    monkeypatch.setattr(reward_adapters, "is_deepspeed_zero3_enabled", lambda: True)
+    for module in (reward_adapters, actor_critic_trainer):
+        monkeypatch.setattr(module, "is_deepspeed_zero3_enabled", lambda: True)
     for reward, critic in ((reward_adapter_path, "shared"), (count_good, "adapter")):
         args = PPOConfig(**settings(tmp_path, critic=critic))
         with pytest.raises(ValueError, match="ZeRO-3 split.*DDP"):

@@ -212,7 +212,7 @@ class ActorCriticTrainer(
                 read_value_head(critic, local_folder(path))
             return critic
         if self.args.critic == "adapter":
-            if self._shards_base:
+            if self.is_fsdp_enabled or is_deepspeed_zero3_enabled():
                 raise ValueError(
                     "`critic='adapter'` shares the policy's frozen base, whose weights FSDP and DeepSpeed ZeRO-3 split "
                     "over the processes and gather only where the policy itself runs. Use DDP (or ZeRO-2), or "

@@ -50,24 +50,20 @@ def split_reward_adapters(reward_funcs) -> tuple[list, dict[int, str]]:
 class RewardAdapterMixin:
     """Loads the reward models among `reward_funcs` that are adapters, once the policy is there."""
 
-    @property
-    def _shards_base(self) -> bool:
-        """Whether the policy's frozen weights are split over the processes, and gathered in its own forward only."""
-        return self.is_fsdp_enabled or is_deepspeed_zero3_enabled()
-
     def _load_reward_adapter(self, index: int, path: str) -> None:
         if is_deepspeed_zero3_enabled():
             raise ValueError(
                 f"The reward model {path} is an adapter, and DeepSpeed ZeRO-3 splits its base over the processes. Merge "
                 "it into its base first (`merge_adapter`), or use ZeRO-2 or DDP."
             )
-        shares = isinstance(self.model, PeftModel) and not self._shards_base
+        has_base = isinstance(self.model, PeftModel)
+        shares = has_base and not self.is_fsdp_enabled
         reward_model = reward_model_on_base(self.model, path) if shares else None
         if reward_model is not None:
             logger.info(f"The reward adapter {path} shares the policy's base.")
             warn_of_other_quantization(self.model, path)
         else:
-            reason = ", as FSDP shards the policy's" if self._shards_base else ""
+            reason = ", as FSDP shards the policy's" if has_base and self.is_fsdp_enabled else ""
             name, _ = base_of_adapter(path)
             logger.info(f"The reward adapter {path} is loaded on a base of its own, {name}{reason}.")
             kwargs = {"trust_remote_code": self.args.trust_remote_code} | (self.args.model_init_kwargs or {})
