@@ -263,11 +263,17 @@ def recorded(trainer_class):
     return type(f"Recorded{trainer_class.__name__}", (Rollouts, trainer_class), {})
 
 
-def launch(num_processes, script, *arguments, **environment):
+FSDP2 = Path(__file__).parents[1] / "recipes" / "accelerate_configs" / "fsdp2.yaml"
+
+
+def launch(num_processes, script, *arguments, config_file=None, **environment):
     """Runs a script of this folder on the CPU as `accelerate launch` does."""
-    # `--cpu --num_processes 2` starts one process (accelerate 1.15 without mpirun); the scripts set `use_cpu`
     command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", str(num_processes)]
-    command += ["--multi_gpu"] if num_processes > 1 else ["--cpu"]
+    if config_file is not None:
+        command += ["--config_file", str(config_file)]
+    else:
+        # `--cpu --num_processes 2` starts one process (accelerate 1.15 without mpirun); the scripts set `use_cpu`
+        command += ["--multi_gpu"] if num_processes > 1 else ["--cpu"]
     command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
     run = subprocess.run(
         [*command, str(Path(__file__).with_name(script)), *map(str, arguments)],

@@ -6,6 +6,7 @@ import sys
 import conftest
 import torch
 from datasets import Dataset
+from fsdp_on_cpu import allow_fsdp_on_cpu, whole_weights
 from peft import LoraConfig
 
 from trl_ext import RankingDPOConfig, RankingDPOTrainer, RankingRewardConfig, RankingRewardTrainer
@@ -33,6 +34,7 @@ def peft_config(case):
 
 
 if __name__ == "__main__":
+    allow_fsdp_on_cpu()
     policy, reward_model, output_dir, batch_size = sys.argv[1:]
     dataset = Dataset.from_dict(conftest.make_rankings(8))
     evaluation = Dataset.from_dict(conftest.make_rankings(5, seed=1))
@@ -58,9 +60,11 @@ if __name__ == "__main__":
             peft_config=peft_config(case),
         )
         trainer.train()
+        weights, num_sharded = whole_weights(trainer._model)
         if trainer.accelerator.is_main_process:
             result = {
-                "weights": {name: p.detach() for name, p in trainer._model.named_parameters() if p.requires_grad},
+                "weights": weights,
+                "num_sharded": num_sharded,
                 "log_history": trainer.state.log_history,
                 "num_processes": trainer.accelerator.num_processes,
                 "packs": trainer._packs,

@@ -178,6 +178,7 @@ def test_fused_output_is_what_the_scoring_forward_returns():
 @pytest.mark.parametrize(
     "name, expected",
     [
+        ("_save_checkpoint", ["self", "model", "trial"]),
         ("_save", ["self", "output_dir", "state_dict"]),
         ("_load_from_checkpoint", ["self", "resume_from_checkpoint", "model"]),
         ("_load_best_model", ["self"]),

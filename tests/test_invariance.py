@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import build_policy, count_good, launch, recorded, scripted_rollout, settings
+from conftest import FSDP2, build_policy, count_good, launch, recorded, scripted_rollout, settings
 from peft import LoraConfig
 from two_process_script import CASES
 
@@ -23,7 +23,7 @@ from trl_ext import (
 def by_processes(policy_path, tmp_path_factory):
     """
     (one process with batch 4, two processes with batch 2) for every case: weights, logs, KL coefficient, number of
-    processes, rollouts.
+    processes, number of sharded weights, rollouts.
     """
     results = []
     for num_processes, batch_size in ((1, 4), (2, 2)):
@@ -33,9 +33,18 @@ def by_processes(policy_path, tmp_path_factory):
     return results
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_two_processes_train_like_one(by_processes, case):
-    one, two = (result[case] for result in by_processes)
+FSDP_CASES = [case for case in CASES if case not in ("ppo-lora-adapter", "q-all-actions-lora")]  # which are refused
+
+
+@pytest.fixture(scope="module")
+def sharded(policy_path, tmp_path_factory):
+    """Two processes with batch 2, between which FSDP2 shards."""
+    output = tmp_path_factory.mktemp("sharded")
+    launch(2, "two_process_script.py", policy_path, output, *FSDP_CASES, 2, config_file=FSDP2)
+    return {case: torch.load(output / f"{case}.pt") for case in FSDP_CASES}
+
+
+def assert_trained_alike(one, two):
     assert (one[3], two[3]) == (1, 2)
     assert one[0].keys() == two[0].keys()
     for name, weight in one[0].items():
@@ -48,9 +57,21 @@ def test_two_processes_train_like_one(by_processes, case):
             assert first[name] == pytest.approx(second[name], rel=1e-3, abs=1e-5), name
 
 
+@pytest.mark.parametrize("case", CASES)
+def test_two_processes_train_like_one(by_processes, case):
+    assert_trained_alike(*(result[case] for result in by_processes))
+
+
+@pytest.mark.parametrize("case", FSDP_CASES)
+def test_two_processes_under_fsdp_train_like_one(by_processes, sharded, case):
+    one, two = by_processes[0][case], sharded[case]
+    assert one[4] == 0 and two[4] == len(two[0])  # every weight that trains was sharded
+    assert_trained_alike(one, two)
+
+
 @pytest.mark.parametrize("case", ["ppo", "a2c-lora-checkpointing", "reinforce"])
 def test_two_processes_record_what_one_does(by_processes, case):
-    one, two = (result[case][4]["train"].to_list() for result in by_processes)
+    one, two = (result[case][-1]["train"].to_list() for result in by_processes)
     assert len(one) == len(two) > 4
     for first, second in zip(one, two, strict=True):
         for name, expected in first.items():

@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 from conftest import (
+    FSDP2,
     PROMPTS,
     RANKINGS,
     build_policy,
@@ -1005,9 +1006,15 @@ def by_processes(policy_path, reward_model_path, tmp_path_factory):
     return results
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_two_processes_train_like_one(by_processes, case):
-    one, two = (result[case] for result in by_processes)
+@pytest.fixture(scope="module")
+def sharded(policy_path, reward_model_path, tmp_path_factory):
+    """Two processes with batch 2, between which FSDP2 shards."""
+    output = tmp_path_factory.mktemp("sharded")
+    launch(2, "ranking_process_script.py", policy_path, reward_model_path, output, 2, config_file=FSDP2)
+    return {case: torch.load(output / f"{case}.pt") for case in CASES}
+
+
+def assert_trained_alike(one, two):
     assert (one["num_processes"], two["num_processes"]) == (1, 2)
     assert one["packs"] and two["packs"]
     assert one["weights"].keys() == two["weights"].keys()
@@ -1026,6 +1033,18 @@ def test_two_processes_train_like_one(by_processes, case):
             assert ours[name] == pytest.approx(theirs[name], rel=1e-4, abs=1e-6), name
     # Of five rows, which two processes fill up to eight
     assert sum("eval_log_likelihood" in logs for logs in first) == 2
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_two_processes_train_like_one(by_processes, case):
+    assert_trained_alike(*(result[case] for result in by_processes))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_two_processes_under_fsdp_train_like_one(by_processes, sharded, case):
+    one, two = by_processes[0][case], sharded[case]
+    assert one["num_sharded"] == 0 and two["num_sharded"] == len(two["weights"])  # every one that trains
+    assert_trained_alike(one, two)
 
 
 # --- Data ---
@@ -1234,3 +1253,14 @@ def test_the_cards_snippets_run(tokenizer, rankings, tmp_path):
     weights = [math.exp((1.2 - 0.3) / 2), trainer.ties().exp()[0].item(), math.exp((0.3 - 1.2) / 2)]
     predicted = [scope[name].item() for name in ("win", "tie", "lose")]
     assert predicted == pytest.approx([w / sum(weights) for w in weights], rel=1e-5)
+
+
+def test_the_card_of_a_checkpoint_has_its_tie_parameters(tokenizer, rankings, tmp_path):
+    """Whether or not they have been logged."""
+    saving = {"save_strategy": "steps", "save_steps": 2, "logging_strategy": "no", "tie_learning_rate": 0.5}
+    trainer = make("reward", tokenizer, tmp_path, rankings, ranking_model="davidson", **saving)
+    start = trainer.ties().exp().item()
+    trainer.train()
+    nu = trainer.ties().exp().item()
+    card = (tmp_path / "README.md").read_text()
+    assert f"| tie/nu | {nu:.4g} |" in card and abs(nu - start) > 0.1

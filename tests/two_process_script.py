@@ -6,6 +6,7 @@ import sys
 import conftest
 import torch
 from datasets import Dataset
+from fsdp_on_cpu import allow_fsdp_on_cpu, whole_weights
 from peft import LoraConfig
 
 from trl_ext import (
@@ -46,6 +47,7 @@ def score_length(completion_ids, **kwargs):
 
 
 if __name__ == "__main__":
+    allow_fsdp_on_cpu()
     model, output_dir, *cases, batch_size = sys.argv[1:]
     for case in cases:
         trainer_class, config_class, overrides = CASES[case]
@@ -61,10 +63,10 @@ if __name__ == "__main__":
             rollout_func=conftest.scripted_rollout,
         )
         trainer.train()
+        weights, num_sharded = whole_weights(trainer._policy)
         if trainer.accelerator.is_main_process:
-            state = {name: p.detach() for name, p in trainer._policy.named_parameters() if p.requires_grad}
-            result = state, trainer.state.log_history, trainer.kl_controller.coef, trainer.accelerator.num_processes
-            torch.save(result, f"{output_dir}/{case}.pt")
+            result = weights, trainer.state.log_history, trainer.kl_controller.coef, trainer.accelerator.num_processes
+            torch.save((*result, num_sharded), f"{output_dir}/{case}.pt")
     # Without teardown: torch 2.13's gloo can deadlock there, joining a thread that waits for the interpreter's lock
     sys.stdout.flush()
     os._exit(0)

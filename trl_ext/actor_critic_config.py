@@ -190,7 +190,8 @@ class ActorCriticConfig(GRPOConfig):
         default="shared",
         metadata={
             "help": "'shared': a value head on the policy's trunk. 'adapter': on an adapter of its own, on the "
-            "policy's frozen base (with `peft_config`). 'separate': a model of its own.",
+            "policy's frozen base (with `peft_config`; not under FSDP or DeepSpeed ZeRO-3). 'separate': a model of its "
+            "own.",
             "choices": ["shared", "adapter", "separate"],
         },
     )

@@ -87,7 +87,8 @@ class ActorCriticTrainer(
     - the KL to the reference may be taken off the reward (`kl_in_reward`) instead of added to the loss;
     - padding, repeated prompts, positions without a token and completions that have ended are not run
       ([`CompactBatchesMixin`], [`decoding`]);
-    - a reward model may be an adapter, by path or Hub id; it shares the policy's base if both were trained on the same.
+    - a reward model may be an adapter, by path or Hub id; it shares the policy's base if both were trained on the same
+      and FSDP does not shard it.
 
     Args:
         critic_model ([`~transformers.PreTrainedModel`], *optional*):
@@ -205,6 +206,12 @@ class ActorCriticTrainer(
                 read_value_head(critic, local_folder(path))
             return critic
         if self.args.critic == "adapter":
+            if self.is_fsdp_enabled or is_deepspeed_zero3_enabled():
+                raise ValueError(
+                    "`critic='adapter'` shares the policy's frozen base, whose weights FSDP and DeepSpeed ZeRO-3 split "
+                    "over the processes and gather only where the policy itself runs. Use DDP (or ZeRO-2), or "
+                    "`critic='shared'` or 'separate'."
+                )
             if path == "reward_model":
                 path = next(iter(self._reward_adapters.values()), None)
                 if path is None:

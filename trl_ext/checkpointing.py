@@ -6,6 +6,7 @@ from contextlib import nullcontext
 from dataclasses import asdict
 
 import torch
+from accelerate.utils import send_to_device
 from transformers import TrainerCallback
 
 from .child_modules import averaged_without_child, split_state_dict, without_child
@@ -125,9 +126,9 @@ class CheckpointingMixin:
             if self.args.kl_target is not None:  # else the coefficient is the configuration's
                 self.kl_controller.coef = saved["coef"]
         if os.path.isfile(rollout_file):
-            rollout = torch.load(rollout_file, weights_only=True, map_location=self.accelerator.device)
+            rollout = torch.load(rollout_file, weights_only=True, map_location="cpu")
             # A rollout is cut for one layout; under another the next step samples anew
             if rollout["layout"] == self._rollout_layout:
                 self._step = rollout["step"]
                 self._epochs_ended = rollout["epochs_ended"]
-                self._buffered_inputs = rollout["buffered_inputs"]
+                self._buffered_inputs = send_to_device(rollout["buffered_inputs"], self.accelerator.device)

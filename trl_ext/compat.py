@@ -29,9 +29,10 @@ of `RewardTrainer` and `DPOTrainer`:
 
 of all of them, for their model cards: `create_model_card`, `_template_file`, `_name`, `_paper`, `_tag_names`;
 
-and of `transformers.Trainer`: `_save`, `_load_from_checkpoint`, `_load_best_model`, `_save_rng_state`,
-`_load_rng_state`, and of its pushing `init_hf_repo`, `push_to_hub`, `_push_from_checkpoint`, `hub_model_id` (None until
-there is a repository, and in processes that do not push) and `push_in_progress.jobs` (of the model, then the checkpoint).
+and of `transformers.Trainer`: `_save_checkpoint`, `_save`, `_load_from_checkpoint`, `_load_best_model`,
+`_save_rng_state`, `_load_rng_state`, and of its pushing `init_hf_repo`, `push_to_hub`, `_push_from_checkpoint`,
+`hub_model_id` (None until there is a repository, and in processes that do not push) and `push_in_progress.jobs` (of the
+model, then the checkpoint).
 """
 
 from trl.data_utils import _tokenize as tokenize

@@ -283,6 +283,7 @@ class RankingMixin:
             self._sums[mode].clear()
             logs.update({f"{prefix}{name}": value for name, value in self._means(sums).items()})
         if mode == "train" and self.ties is not None:
+            self._write_ties_to_config()
             logs.update(self._named_ties())
         super().log(logs, start_time)
 
@@ -305,15 +306,21 @@ class RankingMixin:
 
     # --- Saving ---
 
-    @torch.no_grad()
     def _log_tie(self) -> torch.Tensor:
-        return self.ties().cpu()
+        """As last written to the config: a card is written by one process, which cannot gather what is sharded."""
+        return torch.tensor(self._model.config.log_tie)
 
     def _write_ties_to_config(self) -> None:
+        """To be called in every process."""
         write_to_config(self._model, self.args.ranking_model, self.ties.tolist())
 
     def _without_ties(self):
         return nullcontext() if self.ties is None else without_child(self._model, TIE_PARAMETERS_NAME)
+
+    def _save_checkpoint(self, model, trial):
+        if self.ties is not None:  # for the card, which the parent writes first
+            self._write_ties_to_config()
+        super()._save_checkpoint(model, trial)
 
     def _save(self, output_dir=None, state_dict=None):
         if self.ties is not None:

@@ -5,9 +5,11 @@ from pathlib import Path
 
 import torch
 from accelerate.logging import get_logger
+from accelerate.utils import patch_environment
 from peft import PeftModel, load_peft_weights
 from peft.utils.constants import SEQ_CLS_HEAD_NAMES
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
+from transformers.integrations import is_deepspeed_zero3_enabled
 
 from .compat import get_config_model_id
 from .precision import cast_input
@@ -49,14 +51,25 @@ class RewardAdapterMixin:
     """Loads the reward models among `reward_funcs` that are adapters, once the policy is there."""
 
     def _load_reward_adapter(self, index: int, path: str) -> None:
-        reward_model = reward_model_on_base(self.model, path) if isinstance(self.model, PeftModel) else None
+        if is_deepspeed_zero3_enabled():
+            raise ValueError(
+                f"The reward model {path} is an adapter, and DeepSpeed ZeRO-3 splits its base over the processes. Merge "
+                "it into its base first (`merge_adapter`), or use ZeRO-2 or DDP."
+            )
+        has_base = isinstance(self.model, PeftModel)
+        shares = has_base and not self.is_fsdp_enabled
+        reward_model = reward_model_on_base(self.model, path) if shares else None
         if reward_model is not None:
             logger.info(f"The reward adapter {path} shares the policy's base.")
             warn_of_other_quantization(self.model, path)
         else:
-            logger.info(f"The reward adapter {path} is loaded on a base of its own, {base_of_adapter(path)[0]}.")
+            reason = ", as FSDP shards the policy's" if has_base and self.is_fsdp_enabled else ""
+            name, _ = base_of_adapter(path)
+            logger.info(f"The reward adapter {path} is loaded on a base of its own, {name}{reason}.")
             kwargs = {"trust_remote_code": self.args.trust_remote_code} | (self.args.model_init_kwargs or {})
-            reward_model = reward_model_of_its_own(path, **kwargs)
+            # Not by the first process alone, which would send it to the others only if it trained
+            with patch_environment(FSDP_CPU_RAM_EFFICIENT_LOADING="false"):
+                reward_model = reward_model_of_its_own(path, **kwargs)
             if not is_quantized(reward_model):
                 reward_model.to(self.accelerator.device)
         tokenizer = self.reward_processing_classes[index]

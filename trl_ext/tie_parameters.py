@@ -17,6 +17,7 @@ import torch
 from huggingface_hub import snapshot_download
 from peft import PeftModel
 from torch import nn
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import ModelOutput
 
@@ -65,8 +66,12 @@ class TieParameters(nn.Module):
         self.raw.copy_(values)
 
     def tolist(self) -> list[float]:
-        """In double precision, so that [`set`] finds the very same parameters again."""
-        raw = self.raw.detach().double().cpu()
+        """
+        In double precision, so that [`set`] finds the very same parameters again. Where FSDP shards them, every
+        process has to ask.
+        """
+        raw = self.raw.detach()
+        raw = (raw.full_tensor() if isinstance(raw, DTensor) else raw).double().cpu()
         return (nn.functional.softplus(raw) + MIN_LOG_THETA if self.ranking_model == "rao_kupper" else raw).tolist()
 
     def add_to_output(self, module, args, output):
