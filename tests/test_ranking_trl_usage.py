@@ -630,7 +630,9 @@ def test_averaging_the_weights_of_a_model_of_rankings(
     """By TRL's callback, whose average of the newest weights alone is the model itself, on disk a plain one."""
     newest = BEMACallback(update_freq=1, min_ema_multiplier=1.0, bias_power=1000.0)
     path = reward_model_path if task == "reward" else policy_path
-    trainer = run(task, 1, path, tmp_path, rankings, {"callbacks": [newest]}, logging_steps=100)
+    # After an evaluation nothing is logged of the training, in which its config is written, too
+    kwargs, late = {"callbacks": [newest], "eval_dataset": rankings}, {"eval_strategy": "steps", "eval_steps": 3}
+    trainer = run(task, 1, path, tmp_path, rankings, kwargs, logging_steps=100, **late)
     assert "on_train_begin" not in vars(newest)  # as it was
     averaged = type(trainer.model).from_pretrained(tmp_path / "1" / "bema").state_dict()
     trained = {name: weight for name, weight in trainer.model.state_dict().items() if "tie" not in name}
