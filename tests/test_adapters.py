@@ -17,6 +17,7 @@ from peft import AutoPeftModelForSequenceClassification, LoraConfig, PeftModel, 
 from reload_script import IDS, quantization_config
 from safetensors.torch import load_file
 from transformers import (
+    AutoModel,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
 )
@@ -617,3 +618,20 @@ def test_an_adapter_is_loaded_and_merged_on_the_revision_it_was_trained_on(base_
     for overrides, shares in ((on_v2, True), ({}, False)):
         policy = make("ppo", base_in_two_revisions, tmp_path, prompts, **overrides).model
         assert (reward_model_on_base(policy, str(tmp_path / "adapter")) is not None) is shares
+
+
+def test_an_adapter_critic_is_merged_on_the_revision_it_was_trained_on(base_in_two_revisions, prompts, tmp_path):
+    on_v2 = {"model_init_kwargs": {"revision": "v2"}}
+    make("ppo", base_in_two_revisions, tmp_path / "policy", prompts, critic="adapter", **on_v2).save_model()
+    merge_adapter(str(tmp_path / "policy"), str(tmp_path / "merged"), dtype="float32")
+    critic, base = (AutoModel.from_pretrained(tmp_path / folder) for folder in ("merged/critic", "v2"))
+    assert torch.equal(critic.get_input_embeddings().weight, base.get_input_embeddings().weight)
+
+
+def test_the_revision_of_a_model_loaded_before_is_the_adapters(tokenizer, policy_path, prompts, tmp_path):
+    kwargs = {"peft_config": LoraConfig(target_modules=["q_proj"], revision="v2")}
+    data = {"kwargs": kwargs | {"processing_class": tokenizer}, "dataset": Dataset.from_dict(RANKINGS)}
+    trainer = make("reward", build_reward_model(tokenizer), tmp_path, prompts, **data)
+    assert trainer.model.active_peft_config.revision == "v2"
+    with pytest.raises(ValueError, match="its base is of revision 'v2', and `model_init_kwargs` loads 'main'"):
+        make("ppo", policy_path, tmp_path, prompts, kwargs=kwargs)

@@ -193,7 +193,7 @@ def test_streams(tokenizer, tmp_path, task):
 
 
 @pytest.mark.parametrize("task", ["reward", "dpo"])
-@pytest.mark.parametrize("column", ["ranks", "ranking", "pairs", "completions"])
+@pytest.mark.parametrize("column", ["ranks", "ranking", "pairs", "completions", "group_ids"])
 def test_columns_that_are_about_something_else(tokenizer, tmp_path, task, column):
     """TRL ignores what it does not know, and pairs are no ranking for a name alone."""
     values = [[["a", "b"], ["c"]][row % 2] for row in range(8)]
@@ -379,19 +379,25 @@ def test_reward_from_a_causal_model(policy_path, tokenizer, tmp_path):
     assert ours.model.config.num_labels == 1
 
 
-@pytest.mark.parametrize("modules_to_save", [None, ["score"]])
-def test_reward_lora_says_whether_its_head_stays(tokenizer, tmp_path, caplog, modules_to_save):
-    config = LoraConfig(target_modules=["q_proj"], modules_to_save=modules_to_save)
+@pytest.mark.parametrize(
+    ("own", "trains_head"),
+    [
+        ({"target_modules": ["q_proj"]}, False),
+        ({"target_modules": ["q_proj"], "modules_to_save": ["score"]}, True),
+        ({"target_modules": "all-linear"}, True),  # without a task type PEFT takes the head for one of the layers
+    ],
+)
+def test_reward_lora_says_whether_its_head_stays(tokenizer, tmp_path, caplog, own, trains_head):
     trainer = run(
         "reward",
         1,
         build_reward_model(tokenizer),
         tmp_path,
         pairs(),
-        {"peft_config": config, "processing_class": tokenizer},
+        {"peft_config": LoraConfig(**own), "processing_class": tokenizer},
     )
     is_trained = any("score" in name for name, weight in trainer.model.named_parameters() if weight.requires_grad)
-    assert is_trained == (modules_to_save is not None)
+    assert is_trained == trains_head
     assert is_trained != ("the score head stays as it is" in caplog.text)
 
 
@@ -602,10 +608,12 @@ def test_pairs_are_evaluated_as_trl_does_beside_rankings(tokenizer, rankings, tm
     assert (seen[0] == seen[1]).all()
 
 
-def test_rankings_are_evaluated_beside_pairs(tokenizer, rankings, tmp_path):
+@pytest.mark.parametrize("column", [None, "ranks"])
+def test_rankings_are_evaluated_beside_pairs(tokenizer, rankings, tmp_path, column):
     """Of a trainer on pairs: with likelihood and tie parameters of the rankings it was given at the start."""
     args = RankingRewardConfig(**ranking_settings(tmp_path, per_device_eval_batch_size=3))
-    kwargs = {"train_dataset": pairs(), "eval_dataset": rankings, "processing_class": tokenizer}
+    data = pairs() if column is None else pairs().add_column(column, [[1, 2]] * 8)
+    kwargs = {"train_dataset": data, "eval_dataset": rankings, "processing_class": tokenizer}
     trainer = RankingRewardTrainer(build_reward_model(tokenizer), args, **kwargs)
     alone = RankingRewardTrainer(
         build_reward_model(tokenizer), args, train_dataset=rankings, processing_class=tokenizer
@@ -622,7 +630,10 @@ def test_averaging_the_weights_of_a_model_of_rankings(
     """By TRL's callback, whose average of the newest weights alone is the model itself, on disk a plain one."""
     newest = BEMACallback(update_freq=1, min_ema_multiplier=1.0, bias_power=1000.0)
     path = reward_model_path if task == "reward" else policy_path
-    trainer = run(task, 1, path, tmp_path, rankings, {"callbacks": [newest]})
+    # After an evaluation nothing is logged of the training, in which its config is written, too
+    kwargs, late = {"callbacks": [newest], "eval_dataset": rankings}, {"eval_strategy": "steps", "eval_steps": 3}
+    trainer = run(task, 1, path, tmp_path, rankings, kwargs, logging_steps=100, **late)
+    assert "on_train_begin" not in vars(newest)  # as it was
     averaged = type(trainer.model).from_pretrained(tmp_path / "1" / "bema").state_dict()
     trained = {name: weight for name, weight in trainer.model.state_dict().items() if "tie" not in name}
     assert averaged.keys() == trained.keys()

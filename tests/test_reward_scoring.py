@@ -154,6 +154,48 @@ def test_texts_that_are_equal_score_the_same(tokenizer):
     )
 
 
+@pytest.mark.parametrize("shared_prefix", ["always", "never"])
+def test_a_text_without_tokens_is_one_of_padding(tokenizer, shared_prefix):
+    """As an empty completion is of a prompt that the reward model's tokenizer drops."""
+    model = build_reward_model(tokenizer).eval()
+    texts = [("", " good and great story"), ("", ""), ("", " bad and good"), ("", "")]
+    check = check_of(model, shared_prefix)
+    expected = one_by_one(model, tokenizer, [(prompt, text or tokenizer.pad_token) for prompt, text in texts])
+    for batch_size in (4, 2):
+        logits = score(model, tokenizer, batch_size, check, texts)
+        torch.testing.assert_close(logits, expected, atol=2e-5, rtol=1e-4)
+    assert check.verdict is (shared_prefix == "always")
+
+
+def test_what_is_of_one_prompt_is_scored_together(tokenizer):
+    """Whatever the lengths of its texts."""
+    model = build_reward_model(tokenizer).eval()
+    prompts = ["the film was a good and great story and", "it is a bad and dull plot but the actor is"]
+    texts = [(prompts[row % 2], " good" * number) for row, number in enumerate((6, 5, 1, 2))]
+    check = check_of(model)
+    score(model, tokenizer, 2, check, texts)
+    shapes = shapes_run(model)
+    logits = score(model, tokenizer, 2, check, texts)
+    assert [rows for rows, _ in shapes] == [1, 1]
+    torch.testing.assert_close(logits, one_by_one(model, tokenizer, texts), atol=2e-5, rtol=1e-4)
+
+
+def test_prompts_of_one_text_each_show_nothing(tokenizer):
+    model = build_reward_model(tokenizer).eval()
+    check = check_of(model)
+    score(model, tokenizer, 4, check, [("the film was a", " bad"), ("it", " is bad")])
+    assert check.verdict is None
+    score(model, tokenizer, 4, check)
+    assert check.verdict is True
+
+
+def test_four_texts_are_compared(tokenizer):
+    model = build_reward_model(tokenizer).eval()
+    shapes = shapes_run(model)
+    score(model, tokenizer, 7, check_of(model))
+    assert shapes[0][0] == 4 and len(shapes) == 3
+
+
 def test_messages_are_prompts_too(tokenizer):
     model = build_reward_model(tokenizer).eval()
     expected = one_by_one(model, tokenizer)
@@ -193,6 +235,15 @@ def test_a_training_has_the_rewards_of_the_model(policy_path, tokenizer, tmp_pat
     assert verdicts == [True]
     torch.testing.assert_close(packed, plain, atol=2e-5, rtol=1e-4)
     assert plain.std() > 0.01
+
+
+def test_each_reward_model_is_compared_once(policy_path, tokenizer, tmp_path):
+    models = [build_reward_model(tokenizer, seed) for seed in (0, 1)]
+    shapes = [shapes_run(model) for model in models]
+    _, verdicts = rewards_of(models, [tokenizer] * 2, policy_path, tmp_path, max_steps=4, num_iterations=1)
+    assert verdicts == [True, True]
+    # Four in rows and packed, then both batches of four rollouts
+    assert [[rows for rows, _ in of_model] for of_model in shapes] == [[4] + [1] * 9] * 2
 
 
 def test_a_model_that_reads_both_ways_scores_in_rows(policy_path, tokenizer, tmp_path):

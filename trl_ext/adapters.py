@@ -54,7 +54,7 @@ class AdapterMixin:
             own = given["peft_config"] = copy.deepcopy(peft_config)
             if peft_config.task_type != self._task_type:
                 own.task_type = self._task_type_of(peft_config, given.get("train_dataset"))
-            own.revision = peft_config.revision or revision_of(model, given.get("args"))
+            own.revision = revision_of(model, given.get("args"), peft_config)
         before = trainable_weights(model)
         try:
             super().__init__(*arguments.args[1:], **arguments.kwargs)
@@ -80,10 +80,17 @@ class AdapterMixin:
             save_heads(self.model, output_dir or self.args.output_dir)
 
 
-def revision_of(model, args) -> str | None:
-    """The revision that `model_init_kwargs` has a model loaded from, if that is not the main one."""
+def revision_of(model, args, peft_config: PeftConfig) -> str | None:
+    """The base's, if that is not the main one. Of a model that was loaded before only `peft_config` can tell."""
+    given = peft_config.revision or MAIN
     init_kwargs = args.model_init_kwargs if isinstance(model, str) and args is not None else None
-    revision = (init_kwargs or {}).get("revision")
+    loaded = (init_kwargs or {}).get("revision") or MAIN
+    if isinstance(model, str) and given not in (MAIN, loaded):
+        raise ValueError(
+            f"`peft_config` says that its base is of revision {given!r}, and `model_init_kwargs` loads {loaded!r}. Set "
+            "`revision` in `model_init_kwargs`, and leave it out of the `peft_config`."
+        )
+    revision = loaded if isinstance(model, str) else given
     return None if revision == MAIN else revision
 
 

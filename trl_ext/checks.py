@@ -34,8 +34,8 @@ def check_base_for_vllm(model, args, quantization_config) -> None:
     init_kwargs = args.model_init_kwargs or {}
     quantization_config = quantization_config or init_kwargs.get("quantization_config")
     if isinstance(model, str) and quantization_config is None:
-        loading = {"revision": init_kwargs.get("revision"), "trust_remote_code": args.trust_remote_code}
-        config = AutoConfig.from_pretrained(model, **loading)
+        loading = {name: init_kwargs[name] for name in ("revision", "trust_remote_code") if name in init_kwargs}
+        config = AutoConfig.from_pretrained(model, **{"trust_remote_code": args.trust_remote_code} | loading)
         quantization_config = getattr(config, "quantization_config", None)  # absent from other models
     if quantization_config is not None or (not isinstance(model, str) and is_quantized(model)):
         raise ValueError(

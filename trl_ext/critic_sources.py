@@ -104,7 +104,8 @@ def critic_from_model(source: str | PreTrainedModel, dtype: torch.dtype, trust_r
                 f"{source} is an adapter, which a separate critic cannot start from. Use `critic='adapter'`, or merge "
                 "it into its base first (`merge_adapter`)."
             )
-        architectures = AutoConfig.from_pretrained(source).architectures or [""]
+        config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
+        architectures = config.architectures or [""]
         is_reward_model = architectures[0].endswith("ForSequenceClassification")
         auto_class = AutoModelForSequenceClassification if is_reward_model else AutoModel
         model = auto_class.from_pretrained(source, **model_init_kwargs)

@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 import torch
 from accelerate.logging import get_logger
 from datasets import Dataset, IterableDataset
+from peft import PeftModel
+from peft.utils.constants import SEQ_CLS_HEAD_NAMES
 from trl import RewardConfig, RewardTrainer
 from trl.data_utils import get_dataset_column_names
 
@@ -80,20 +82,25 @@ class RankingRewardTrainer(RankingMixin, PushMixin, RankingCardMixin, AdapterMix
         # Accelerate would cut the tensors of a streamed batch, which have not all a row per prompt
         args.accelerator_config.dispatch_batches = False
         super().__init__(model, args, data_collator, *other_args, **kwargs)
+        if isinstance(self.model, PeftModel) and not self._trains_head:
+            logger.warning(
+                "The adapter has no `task_type`, so that the score head stays as it is, as in TRL. Set "
+                "`task_type='SEQ_CLS'` in the `peft_config` to train it with the adapter. It is saved either way."
+            )
         self._set_up_rankings(data_collator)
+
+    @property
+    def _trains_head(self) -> bool:
+        heads = tuple(f".{name}." for name in SEQ_CLS_HEAD_NAMES)
+        trained = (name for name, weight in self.model.named_parameters() if weight.requires_grad)
+        return any(head in name for name in trained for head in heads)
 
     def _task_type_of(self, peft_config, train_dataset):
         # Pairs without ties are trained on just as the parent does, which leaves the head as it is
         is_dataset = isinstance(train_dataset, Dataset | IterableDataset)  # the parent refuses what is none
         columns = get_dataset_column_names(train_dataset) if is_dataset else []
-        if peft_config.task_type is None and "chosen" in columns and not has_tied_pairs(columns):
-            if "score" not in (peft_config.to_dict().get("modules_to_save") or []):
-                logger.warning(
-                    "`peft_config` has no `task_type`, so that the score head stays as it is, as in TRL. Set "
-                    "`task_type='SEQ_CLS'` to train it with the adapter. It is saved either way."
-                )
-            return None
-        return self._task_type
+        is_of_pairs = "chosen" in columns and not has_tied_pairs(columns)
+        return None if peft_config.task_type is None and is_of_pairs else self._task_type
 
     def _scores(self, model, inputs):
         return self._values(model, inputs, packed=self._use_shared_prefix(model, inputs))

@@ -129,10 +129,10 @@ class RankingMixin:
         columns = get_dataset_column_names(dataset)
         if dataset_name == "train":
             self._is_chat = is_conversational(next(iter(dataset), {}))
-        is_tokenized = set(self._tokenized_columns) <= set(columns)
-        # Pairs may have a column `completions` that nobody ranked
-        has_completions = is_ranking(columns) or ("completions" in columns and "chosen" not in columns)
-        if not (has_completions or has_tied_pairs(columns) or is_tokenized):
+        # Without ranks they are an error, unless they are pairs, whose column of that name is about something else
+        has_completions = "completions" in columns or set(self._tokenized_columns) <= set(columns)
+        holds_rankings = is_ranking(columns) or self._holds_rankings(dataset)
+        if not (holds_rankings or has_tied_pairs(columns) or (has_completions and "chosen" not in columns)):
             return super()._prepare_dataset(dataset, processing_class, args, dataset_name)
         if self._has_rankings is False:
             raise ValueError(

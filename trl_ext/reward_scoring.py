@@ -37,6 +37,9 @@ class RewardScoring(nn.Module):
     def forward(
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor, **inputs: torch.Tensor
     ) -> SequenceClassifierOutput:
+        # A text without tokens is one of padding: with nothing to see, its score would hang on how long others are
+        attention_mask = attention_mask.clone()
+        attention_mask[:, 0] = 1
         inputs |= {"input_ids": input_ids, "attention_mask": attention_mask}
         lengths = attention_mask.sum(dim=1).tolist()
         order = grouped_by_length(self.prompts, lengths)
@@ -44,7 +47,7 @@ class RewardScoring(nn.Module):
         batches = [order[start : start + self.batch_size] for start in range(0, len(order), self.batch_size)]
 
         def in_rows(rows: list[int]) -> torch.Tensor:
-            length = max(1, *(lengths[row] for row in rows))
+            length = max(lengths[row] for row in rows)
             return self.model(**{name: x[rows, :length] for name, x in inputs.items()}).logits
 
         def packed(rows: list[int]) -> Packed:
