@@ -112,7 +112,9 @@ def test_the_critic_sees_the_image(seeing, pictures, tmp_path, critic):
         )
         trainer._records_values = True
         with torch.no_grad():
-            trainer._get_per_token_logps_and_entropies(trainer.model.eval(), **inputs, num_images=[1], logits_to_keep=2)
+            trainer._get_per_token_logps_and_entropies(
+                trainer.model.eval(), **inputs, num_images=[1], logits_to_keep=2
+            )
             layout = last_states(**inputs, num_states=3)
             states = policy.base_model(**inputs).last_hidden_state if saved.reads_policy else None
             from_disk.append(saved(policy, states, layout))
