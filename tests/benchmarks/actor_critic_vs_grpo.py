@@ -394,7 +394,7 @@ def measure(args: argparse.Namespace) -> dict:
         profiler = profile(activities=activities) if args.profile else nullcontext()
         with profiler, stopwatch.section("other"):
             trainer.train()
-    by = f"self_{'cuda' if on_gpu else 'cpu'}_time_total"
+    by = f"self_{'device' if on_gpu else 'cpu'}_time_total"
     return {
         "profile": profiler.key_averages().table(sort_by=by, row_limit=15) if args.profile else None,
         "positions": positions,
