@@ -79,8 +79,7 @@ class CompactBatchesMixin:
         if kwargs.get("compute_aux_loss") or self.num_generations == 1:
             return rows
         packed = CompactScoring(model, unwrapped, completion_length, "packed")
-        few = min(NUM_COMPARED, batch_size or NUM_COMPARED)
-        ids, mask = input_ids[:few], attention_mask[:few]
+        ids, mask = (x[:batch_size][:NUM_COMPARED] for x in (input_ids, attention_mask))
 
         @functools.cache  # asked for until a batch has shown it, and then no more
         def layouts():

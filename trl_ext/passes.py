@@ -17,8 +17,7 @@ class PassesMixin:
     def _parent_scores(self) -> bool:
         """Whether the parent scores a rollout with the policy before it trains on it."""
         rollout_steps = self.args.steps_per_generation * self.num_iterations
-        corrects_sampling = self.use_vllm and self.vllm_importance_sampling_correction
-        return self.args.gradient_accumulation_steps % rollout_steps != 0 or corrects_sampling
+        return self.args.gradient_accumulation_steps % rollout_steps != 0 or self._corrects_sampling
 
     @property
     def _first_epoch_scores(self) -> bool:
@@ -28,9 +27,13 @@ class PassesMixin:
         """
         args = self.args
         is_one_update = args.gradient_accumulation_steps % args.steps_per_generation == 0
-        is_sampled_here = not (self.use_vllm and self.vllm_importance_sampling_correction)
         spans_micro_batches = args.steps_per_generation > 1 and self._has_batch_statistics and self._needs_pass
-        return self._parent_scores and is_one_update and is_sampled_here and not spans_micro_batches
+        return self._parent_scores and is_one_update and not self._corrects_sampling and not spans_micro_batches
+
+    @property
+    def _corrects_sampling(self) -> bool:
+        """Whether the parent compares the log-probabilities of the engine that sampled with the policy's."""
+        return self.use_vllm and self.vllm_importance_sampling_correction
 
     @property
     def _needs_pass(self) -> bool:
