@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import build_policy, count_good, recorded, scripted_rollout, settings
 from peft import LoraConfig
-from transformers import AutoModelForCausalLM, TrainerCallback
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, TrainerCallback
 
 from trl_ext import (
     A2CConfig,
@@ -18,7 +18,9 @@ from trl_ext import (
     ReinforceConfig,
     ReinforceTrainer,
 )
-from trl_ext.critic import token_values
+from trl_ext.critic import token_action_values, token_values
+from trl_ext.critic_sources import critic_from_policy, shared_critic
+from trl_ext.value_heads import ActionValueHead
 
 
 def by_length(completion_ids, **kwargs):
@@ -77,6 +79,32 @@ def test_values_are_those_of_the_unpadded_prefixes(policy, tokenizer, prompts, t
         expected = hidden @ trainer.critic.value_head.weight[0]
         n = len(completion)
         torch.testing.assert_close(batch["values"][i, :n], expected[len(prompt) - 1 : -1], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("critic", ["shared", "separate", "q"])
+def test_padding_on_the_left_changes_no_value(tokenizer, critic):
+    """Though GPT-2 has learned what each position is."""
+    torch.manual_seed(0)
+    sizes = {"n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 32}
+    policy = GPT2LMHeadModel(GPT2Config(vocab_size=len(tokenizer), bos_token_id=1, eos_token_id=1, **sizes)).eval()
+    for parameter in policy.parameters():
+        torch.nn.init.normal_(parameter, 0, 0.3)
+    critic_model = critic_from_policy(policy) if critic == "separate" else shared_critic(policy)
+    torch.nn.init.normal_(critic_model.value_head.weight)
+    f = token_values
+    if critic == "q":
+        critic_model.value_head = ActionValueHead(critic_model.value_head, len(tokenizer), rank=4)
+        f = token_action_values
+    texts = [[5, 6, 7, 8, 9], [5, 6], [10, 11, 12]]
+    width = 7
+    ids = torch.tensor([[0] * (width - len(text)) + text for text in texts])
+    mask = torch.tensor([[0] * (width - len(text)) + [1] * len(text) for text in texts])
+    padded = f(policy, critic_model, ids, mask)
+    assert padded.nan_to_num().std() > 0.2
+    for row, text in zip(padded, texts, strict=True):
+        (alone,) = f(policy, critic_model, torch.tensor([text]), torch.ones(1, len(text), dtype=torch.long))
+        first = 1 if critic == "q" else 0  # the first token has no state before it
+        torch.testing.assert_close(row[width - len(text) + first :], alone[first:], atol=1e-5, rtol=1e-5)
 
 
 def test_a_cut_completion_is_worth_the_value_of_its_last_state(policy, tokenizer, prompts, tmp_path):

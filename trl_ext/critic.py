@@ -228,5 +228,6 @@ def all_estimates(model, critic, input_ids, attention_mask) -> torch.Tensor:
     if critic.reads_policy:
         if isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning:
             raise ValueError("`token_values` does not see the virtual tokens of a prompt-tuned policy.")
-        hidden_states = base_causal_lm(model).base_model(**layout.inputs, use_cache=False).last_hidden_state
+        trunk = base_causal_lm(model).base_model
+        hidden_states = trunk(**layout.inputs_of(trunk), use_cache=False).last_hidden_state
     return critic(model, hidden_states, layout)

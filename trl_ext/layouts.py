@@ -25,6 +25,7 @@ from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel
 
+from .compat import MULTIMODAL_KEYS
 from .shared_prefix import PADDING, attention_mask, pack
 
 
@@ -94,8 +95,13 @@ def rows_layout(input_ids: torch.Tensor, attention_mask: torch.Tensor, num_state
     index = index.clamp(max=end - first - 1)
     rows = torch.arange(len(input_ids), device=input_ids.device).unsqueeze(1) * (end - first)
     inputs = {"input_ids": input_ids[:, first:end], "attention_mask": attention_mask[:, first:end]}
-    inputs["position_ids"] = (inputs["attention_mask"].cumsum(dim=1) - 1).clamp(min=0)
+    inputs["position_ids"] = positions_of(inputs["attention_mask"])
     return Layout(inputs, rows + index, mask, actions)
+
+
+def positions_of(attention_mask: torch.Tensor) -> torch.Tensor:
+    """`(B, L)`: the position of each real token; padding, on either side, counts for nothing."""
+    return (attention_mask.long().cumsum(dim=1) - 1).clamp(min=0)
 
 
 def packed_layout(input_ids: torch.Tensor, attention_mask: torch.Tensor, num_states: int) -> Layout:
@@ -135,7 +141,9 @@ def packed_layout(input_ids: torch.Tensor, attention_mask: torch.Tensor, num_sta
 
 
 def last_states(input_ids: torch.Tensor, attention_mask: torch.Tensor, num_states: int, **inputs) -> Layout:
-    """The last states of rows that are run as they are."""
+    """The last states of rows that are run as they are, with the positions that [`rows_layout`] gives them."""
+    if not inputs.keys() & {"position_ids", *MULTIMODAL_KEYS}:  # models that see images count positions in their way
+        inputs["position_ids"] = positions_of(attention_mask)
     actions = nn.functional.pad(input_ids[:, 1:], (0, 1))[:, -num_states:]
     mask = attention_mask[:, -num_states:].bool()
     return Layout({"input_ids": input_ids, "attention_mask": attention_mask, **inputs}, None, mask, actions)
