@@ -2,8 +2,10 @@
 
 import inspect
 import re
+import warnings
 
 import pytest
+import torch
 from transformers import Trainer
 from trl import DPOTrainer, GRPOConfig, GRPOTrainer, RewardTrainer
 from trl.trainer import grpo_trainer, utils
@@ -101,6 +103,19 @@ def test_the_scoring_forward_names_its_arguments():
     assert "outputs = model(**model_inputs, labels=labels, fused_lm_head=True)" in source
 
 
+def test_the_cache_has_one_name_in_the_model_its_trunk_and_its_output(policy):
+    """And is taken by it without a warning of what will go."""
+    trunk = policy.base_model
+    name = compat.cache_argument(policy)
+    assert name == compat.cache_argument(trunk), f"{type(policy).__name__} and its trunk name the cache differently"
+    ids = torch.tensor([[5, 6, 7, 8]])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        first = trunk(input_ids=ids[:, :3], use_cache=True)
+        second = policy(input_ids=ids[:, 3:], use_cache=True, **{name: first[name]})
+    torch.testing.assert_close(second.logits[:, -1], policy(input_ids=ids).logits[:, -1])
+
+
 def test_attributes_we_read():
     source = inspect.getsource(GRPOTrainer.__init__)
     for name in ("_tokenizer", "eos_token_ids", "_step", "_buffered_inputs", "reward_func_names", "reward_weights"):
@@ -126,8 +141,6 @@ def test_rollout_buffer():
 
 def test_reused_rollouts_survive_shuffling_and_splitting():
     """What we put into the batch: (B, T), (B,), 0-d and None."""
-    import torch
-
     batch = {
         "prompt_ids": torch.arange(4)[:, None],
         "returns": torch.arange(4)[:, None] * torch.ones(4, 3),

@@ -35,6 +35,8 @@ and of `transformers.Trainer`: `_save_checkpoint`, `_save`, `_load_from_checkpoi
 model, then the checkpoint).
 """
 
+import inspect
+
 from trl.data_utils import _tokenize as tokenize
 from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.utils import (
@@ -56,10 +58,20 @@ def has_transformers_adapter(model) -> bool:
     return getattr(model, "_hf_peft_config_loaded", False)
 
 
+def cache_argument(model) -> str:
+    """
+    The name by which a model's forward takes, and its output gives, the states of the tokens read so far.
+
+    `past_key_values` became `cache` in transformers 5.24; models whose code comes from the Hub keep the older name.
+    """
+    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+
+
 __all__ = [
     "MULTIMODAL_KEYS",
     "FusedCausalLMOutput",
     "OneGeneration",
+    "cache_argument",
     "disable_dropout_in_model",
     "disable_gradient_checkpointing",
     "get_comet_experiment_url",

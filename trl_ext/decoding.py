@@ -24,6 +24,7 @@ from transformers import (
 )
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
+from .compat import cache_argument
 from .lm_head import base_causal_lm
 
 
@@ -70,7 +71,7 @@ NEUTRAL = {
     "renormalize_logits": False,
     "remove_invalid_values": False,
 }
-NEEDED = {"input_ids", "attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep"}
+NEEDED = {"input_ids", "attention_mask", "position_ids", "logits_to_keep"}
 
 
 def settings_of(model: PreTrainedModel | PeftModel, generation_config: GenerationConfig) -> dict:
@@ -98,7 +99,7 @@ def can_decode(model: PreTrainedModel | PeftModel, settings: dict, model_inputs:
         return False
     if any(NEUTRAL.get(name) != value for name, value in settings.items() if name not in HANDLED | IRRELEVANT):
         return False
-    if not set(inspect.signature(base.forward).parameters) >= NEEDED:
+    if not set(inspect.signature(base.forward).parameters) >= NEEDED | {cache_argument(base)}:
         return False
     # States of other kinds of layers cannot be picked by row
     layers = DynamicCache(config=base.config.get_text_config()).layers
@@ -179,8 +180,8 @@ def next_logits(model, sequences, mask, cache: DynamicCache, num_new: int) -> to
         input_ids=sequences[:, -num_new:],
         attention_mask=mask,
         position_ids=positions,
-        past_key_values=cache,
         use_cache=True,
         logits_to_keep=1,
+        **{cache_argument(base_causal_lm(model)): cache},
     )
     return outputs.logits[:, -1]

@@ -15,6 +15,7 @@ from peft import PeftModel
 from torch.utils.checkpoint import checkpoint
 from transformers import LogitsProcessor, PreTrainedModel
 
+from .compat import cache_argument
 from .critic import trunk_inputs
 from .layouts import current, last_states
 from .lm_head import CHUNK_SIZE, base_causal_lm, logits_of
@@ -97,14 +98,15 @@ class MaskingProcessor(LogitsProcessor):
         new = self.attention_mask.new_ones(len(input_ids), missing)
         self.attention_mask = torch.cat([self.attention_mask, new], dim=1)
         positions = (self.attention_mask.cumsum(dim=1) - 1).clamp(min=0)
+        cache_name = cache_argument(base_causal_lm(self.mask.model).base_model)
         outputs = self.mask.read(
             input_ids=input_ids[:, self.num_read :],
             attention_mask=self.attention_mask,
             position_ids=positions[:, self.num_read :],
-            past_key_values=self.cache,
             use_cache=True,
+            **{cache_name: self.cache},
         )
-        self.cache, self.num_read = outputs.past_key_values, input_ids.size(1)
+        self.cache, self.num_read = outputs[cache_name], input_ids.size(1)
         return scores.masked_fill(~self.mask.allowed(outputs.last_hidden_state[:, -1]), -torch.inf)
 
 
