@@ -26,7 +26,7 @@ def make(model, tokenizer, tmp_path, reward_funcs=count_good, prompts=PROMPTS, c
     "overrides, message",
     [
         ({"beta": 0.1, "kl_in_reward": 0.1}, "asked for twice"),
-        ({"loss_type": "vespo"}, "cannot take token-level advantages. Use one of 'grpo'"),
+        ({"loss_type": "vesbo"}, "none that is known to take token-level advantages. Use one of 'grpo'"),
         ({"kl_target": 6.0}, "Set `kl_in_reward`"),
         ({"truncation": "drop"}, "'bootstrap', 'penalty' or 'mask'"),
         ({"truncation": "bootstrap", "missing_eos_penalty": 1.0}, "Set `truncation='penalty'`"),

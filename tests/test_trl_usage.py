@@ -127,7 +127,7 @@ def test_batches_without_any_reward_teach_nothing(
     assert "All reward functions returned None" in caplog.text
 
 
-@pytest.mark.parametrize("loss_type", ["grpo", "dr_grpo", "dapo", "bnpo", "cispo", "sapo", "luspo"])
+@pytest.mark.parametrize("loss_type", ["grpo", "dr_grpo", "dapo", "bnpo", "cispo", "sapo", "luspo", "vespo"])
 def test_loss_types(policy_path, prompts, tmp_path, loss_type):
     overrides = {"epsilon_high": 5.0} if loss_type == "cispo" else {}
     train(ppo(policy_path, tmp_path, prompts, loss_type=loss_type, gradient_accumulation_steps=2, **overrides))

@@ -7,8 +7,10 @@ from trl import GRPOConfig
 from .compat import OneGeneration
 
 
-# `vespo` picks its weights by the sign of *the sequence's* advantage; with one advantage per token it has none.
-TOKEN_LOSS_TYPES = ("grpo", "dr_grpo", "dapo", "bnpo", "cispo", "sapo", "luspo")
+# Those of TRL 1.16, each of which was seen to take advantages of shape `(B, T)`
+TOKEN_LOSS_TYPES = ("grpo", "dr_grpo", "dapo", "bnpo", "cispo", "sapo", "luspo", "vespo")
+# Those whose divisor is the number of tokens of the whole optimizer step
+STEP_LOSS_TYPES = ("dapo", "cispo", "vespo")
 
 
 @dataclass
@@ -25,7 +27,8 @@ class ActorCriticConfig(GRPOConfig):
             `"none"`: the completion's score is its weighted reward. `"group"` or `"batch"`: GRPO's normalized one,
             the reward less its prompt's mean over a standard deviation, which takes `num_generations >= 2`.
         loss_type (`str`, *optional*, defaults to `"dapo"`):
-            Any of TRL's but `"vespo"`, which picks its weights by the sign of the sequence's one advantage.
+            Any of TRL's. `"vespo"` weighs a token by the ratio of its whole completion, and picks its `vespo_k_*` and
+            `vespo_lambda_*` by the sign of the token's own advantage.
 
         > The token MDP
 
@@ -94,7 +97,7 @@ class ActorCriticConfig(GRPOConfig):
         balance_tokens (`bool`, *optional*, defaults to `False`):
             With `length_batches`, put about as many tokens into each micro-batch of an optimizer step in place of as
             many completions, so that its peak of memory is lower. Only for a `loss_type` that is normalized over the
-            whole step: `"dapo"` or `"cispo"`.
+            whole step: `"dapo"`, `"cispo"` or `"vespo"`.
         compact_scoring (`bool`, *optional*, defaults to `True`):
             Run the LM head only where a token is scored. Not done with images or prompt tuning.
         shared_prefix (`str`, *optional*, defaults to `"auto"`):
@@ -137,8 +140,8 @@ class ActorCriticConfig(GRPOConfig):
     loss_type: str = field(
         default=GRPOConfig.loss_type,
         metadata={
-            "help": f"The policy's loss, one of TRL's: {', '.join(map(repr, TOKEN_LOSS_TYPES))}. 'vespo', which picks its "
-            "weights by the sign of the sequence's one advantage, is refused: here each token has its own."
+            "help": f"The policy's loss, one of TRL's: {', '.join(map(repr, TOKEN_LOSS_TYPES))}. 'vespo' picks its "
+            "weights by the sign of each token's own advantage."
         },
     )
 
@@ -253,7 +256,8 @@ class ActorCriticConfig(GRPOConfig):
         default=False,
         metadata={
             "help": "With `length_batches`, put about as many tokens into each micro-batch of an optimizer step in place "
-            "of as many completions. Only for `loss_type` 'dapo' or 'cispo', which are normalized over the whole step."
+            "of as many completions. Only for `loss_type` 'dapo', 'cispo' or 'vespo', which are normalized over the "
+            "whole step."
         },
     )
     compact_scoring: bool = field(
@@ -319,11 +323,11 @@ class ActorCriticConfig(GRPOConfig):
             )
         if self.shared_prefix not in ("auto", "always", "never"):
             raise ValueError(f"`shared_prefix` must be 'auto', 'always' or 'never', got {self.shared_prefix!r}.")
-        if self.balance_tokens and (self.loss_type not in ("dapo", "cispo") or not self.length_batches):
+        if self.balance_tokens and (self.loss_type not in STEP_LOSS_TYPES or not self.length_batches):
             raise ValueError(
                 "`balance_tokens=True` needs `length_batches=True` and a loss that is normalized over the optimizer "
                 f"step, and `loss_type={self.loss_type!r}`, `length_batches={self.length_batches}`. Use "
-                "`loss_type='dapo'` or 'cispo', or leave it out."
+                "`loss_type='dapo'`, 'cispo' or 'vespo', or leave it out."
             )
         if self.critic not in ("shared", "adapter", "separate"):
             raise ValueError(f"`critic` must be 'shared', 'adapter' or 'separate', got {self.critic!r}.")
@@ -341,7 +345,7 @@ class ActorCriticConfig(GRPOConfig):
             )
         if self.loss_type not in TOKEN_LOSS_TYPES:
             raise ValueError(
-                f"`loss_type={self.loss_type!r}` cannot take token-level advantages. Use one of "
+                f"`loss_type={self.loss_type!r}` is none that is known to take token-level advantages. Use one of "
                 f"{', '.join(map(repr, TOKEN_LOSS_TYPES))}."
             )
         if self.num_generations == 1 and not self.uses_raw_rewards:
