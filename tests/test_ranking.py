@@ -515,6 +515,54 @@ def test_initial_log_tie_is_finite(rows):
         assert model != "rao_kupper" or log_tie[0] > 0
 
 
+ROWS_OF_FOUR = (
+    [[1, 2, 3, 4]] * 53 + [[1, 2, 2, 3]] * 30 + [[1, 1, 2, 3]] * 10 + [[1, 2, 2, 2]] * 5 + [[1, 1, 1, 1]] * 2
+)
+
+
+@pytest.mark.parametrize("num_tied", [1, 3, 50, 100_000])
+def test_a_tie_of_a_rare_size_is_bounded_by_the_prior(num_tied):
+    """The penalised likelihood's own gradient is 0 there, and the smaller orders are what they were."""
+    rows = ROWS_OF_FOUR + [[1] * 6] * num_tied
+    log_tie, before = initial_log_tie(rows, "davidson_luce"), initial_log_tie(ROWS_OF_FOUR, "davidson_luce")
+    assert log_tie[:3] == pytest.approx(before) and max(map(abs, log_tie)) < 20
+    tie = torch.tensor(log_tie, dtype=torch.float64, requires_grad=True)
+    nll = num_tied * ranking_nll(f64([[0.0] * 6]), torch.ones(1, 6), log_tie=tie).sum()
+    prior_mean = min(before)  # groups of 5 and 6 are few among six, so that a small delta makes them rare
+    penalty = ((tie[3:] - prior_mean) ** 2).sum() / 2
+    gradient = torch.autograd.grad(nll + penalty, tie)[0]
+    assert gradient[3:].abs().max() < 1e-5
+    p_tied = math.exp(-ranking_nll(f64([[0.0] * 6]), torch.ones(1, 6), log_tie=tie.detach()).item())
+    assert p_tied < 0.05 if num_tied == 1 else p_tied > 0.8 if num_tied >= 50 else True
+
+
+def test_one_large_tie_hardly_moves_the_likelihood_of_others():
+    before, after = (f64(initial_log_tie(ROWS_OF_FOUR + more, "davidson_luce")) for more in ([], [[1] * 6]))
+    held_out = torch.tensor([[1, 2, 3, 4, 5, 6], [1, 1, 2, 3, 4, 5], [1, 2, 2, 2, 3, 3]])
+    losses = [ranking_nll(f64([[0.0] * 6] * 3), held_out, log_tie=log_tie) for log_tie in (before, after)]
+    assert_close(*losses, atol=0.1)
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        [[1] * 5],  # the size below it was never tied: nothing is left over for orders of less than 5
+        [[1] * 9, [1, 1, 1, 2, 2, 2, 3, 3, 3]],  # four orders that were never seen beside one that was
+        [[1] * 20],
+        [[1] * 6, [1] * 7],
+        [[1] * 80],  # C(80, 40) is beyond 64 bits
+    ],
+)
+def test_few_long_rankings_say_little_of_their_ties(rows):
+    """A ranking as long as they, without ties, is about as likely as if they had not been seen."""
+    log_tie = f64(initial_log_tie(ROWS_OF_FOUR + rows, "davidson_luce"))
+    length = max(map(len, rows))
+    assert log_tie.isfinite().all() and (log_tie < 10).all()
+    strict, scores = torch.arange(length)[None], f64([[0.0] * length])
+    before = ranking_nll(scores, strict, log_tie=f64(initial_log_tie(ROWS_OF_FOUR, "davidson_luce")))
+    assert ranking_nll(scores, strict, log_tie=log_tie).item() == pytest.approx(before.item(), rel=0.1)
+
+
 LOG_WORTHS = (0.0, 0.6, -0.8, 1.2, -0.3)
 
 

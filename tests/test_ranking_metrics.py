@@ -12,7 +12,15 @@ from hypothesis import strategies as st
 from scipy.stats import kendalltau
 from sklearn.metrics import roc_auc_score
 
-from trl_ext.ranking import RANKING_MODELS, judgements_nll, predict_pair, ranking_nll, wins_and_ties
+from trl_ext.ranking import (
+    MAX_ENUMERATED,
+    RANKING_MODELS,
+    judgements_nll,
+    predict_pair,
+    predict_pairs_of_ranking,
+    ranking_nll,
+    wins_and_ties,
+)
 from trl_ext.ranking_metrics import (
     NUM_BINS,
     baseline_nll,
@@ -135,6 +143,7 @@ def test_sums_by_hand():
     expected = {
         "pairs": f64(3),
         "strict_pairs": f64(2),
+        "tied_pairs": f64(1),
         "pair_correct": f64(1.5),
         "three_way_correct": f64(1),
         "tie_bin_pairs": f64([0, 0, 0, 2, 0, 1, 0, 0, 0, 0]),
@@ -342,7 +351,43 @@ def test_davidson_luce_predicts_each_prompt_by_its_own_number_of_items():
     ]
     for name, value in together.items():
         assert_close(value, sum(sums[name] for sums in apart))
-    assert apart[2]["pairs"] == 0 and apart[2]["strict_pairs"] == 14  # too many to enumerate
+    assert apart[2]["pairs"] == 15 and apart[2]["strict_pairs"] == 14
+
+
+def test_davidson_luce_predicts_pairs_of_six():
+    """By the probabilities of all 4683 orders of six items, ties of four and less."""
+    orders = [r for r in itertools.product(range(6), repeat=6) if set(r) == set(range(max(r) + 1))]
+    orders = torch.tensor([order for order in orders if max(map(order.count, order)) <= 4])
+    scores, log_tie = f64([[0.4, -1.0, 2.0, 0.1, 0.7, -0.3]]), f64([0.132, 0.078, 0.131]).log()
+    p = torch.exp(-ranking_nll(scores.expand(len(orders), 6), orders, "davidson_luce", log_tie))
+    assert p.sum() == pytest.approx(1)
+    expected = [(p @ judgement.flatten(1).double()).view(1, 6, 6) for judgement in wins_and_ties(orders)]
+    before, tied, after = predict_pairs_of_ranking(scores, "davidson_luce", log_tie)
+    assert_close([before, tied], expected)
+    assert_close(after, expected[0].mT)
+
+
+def test_rankings_too_long_for_predictions_still_count_as_ties():
+    ranks = torch.tensor([[1, 1, 2] + [-1] * (MAX_ENUMERATED - 2), [1, 1, 1, *range(2, MAX_ENUMERATED)]])
+    scores = torch.randn(2, MAX_ENUMERATED + 1, generator=torch.Generator().manual_seed(0))
+    log_tie = torch.tensor([-0.3, -1.0])
+    long = metrics(scores[1:], *wins_and_ties(ranks[1:]), log_tie=log_tie)
+    pairs = math.comb(MAX_ENUMERATED + 1, 2)
+    assert set(long) == {"tie_rate", "pair_accuracy", "kendall_tau_b"}
+    assert long["tie_rate"] == pytest.approx(3 / pairs)
+    both = metrics(scores, *wins_and_ties(ranks), log_tie=log_tie)
+    assert both["tie_rate"] == pytest.approx(4 / (pairs + 3))
+    assert (
+        both["predicted_tie_rate"]
+        == metrics(scores[:1], *wins_and_ties(ranks[:1]), log_tie=log_tie)["predicted_tie_rate"]
+    )
+
+
+def test_no_mean_is_infinite_where_probabilities_underflow():
+    scores, ranks = torch.tensor([[0.0, 400.0]]), torch.tensor([[1, 2]])
+    for model, log_tie in [("bradley_terry", None), ("davidson_luce", torch.tensor([0.0]))]:
+        for order in (ranks, torch.ones_like(ranks)):
+            assert all(map(math.isfinite, metrics(scores, *wins_and_ties(order), model, log_tie).values()))
 
 
 # --- Kendall's tau-b ---

@@ -1,6 +1,7 @@
 """The ranking trainers against TRL's own, hand computation, identities and invariances."""
 
 import itertools
+import json
 import math
 
 import pytest
@@ -40,7 +41,7 @@ from trl_ext import (
     ranking_nll,
     tie_parameters,
 )
-from trl_ext.ranking import LISTWISE_MODELS, RANKING_MODELS
+from trl_ext.ranking import LISTWISE_MODELS, RANKING_MODELS, initial_log_tie
 
 
 WITHOUT_TIE_PARAMETERS = [m for m in RANKING_MODELS if m not in ("rao_kupper", "davidson", "davidson_luce")]
@@ -672,6 +673,35 @@ def test_the_largest_tie_of_an_evaluation_counts(tokenizer, tmp_path):
     )
     assert trainer.ties().shape == (2,) and trainer.ties().isfinite().all()
     assert math.isfinite(trainer.evaluate()["eval_held_out_loss"])
+
+
+@pytest.mark.parametrize("ranking_model", ["davidson_luce", "davidson", "rao_kupper"])
+def test_rates_of_ties_are_those_of_the_training_data_alone(tokenizer, tmp_path, ranking_model):
+    """However many ties there are to evaluate on."""
+    tied = {"prompt": ["the"] * 8, "completions": [[" good", " bad"]] * 8, "ranks": [[1, 1]] * 8}
+    kwargs = {"eval_dataset": {"tied": Dataset.from_dict(tied)}}
+    trainer = make(
+        "reward", tokenizer, tmp_path, Dataset.from_dict(FOUR_PAIRS), kwargs=kwargs, ranking_model=ranking_model
+    )
+    _, tie, _ = predict_pair(torch.zeros(1), torch.zeros(1), *tie_parameters(trainer.model))
+    assert tie.item() == pytest.approx(1 / 4, abs=1e-5)
+    # Pairs of a better and a worse completion say nothing of ties
+    pairs = Dataset.from_dict({"prompt": ["the"] * 4, "chosen": [" good"] * 4, "rejected": [" bad"] * 4})
+    trainer = make("reward", tokenizer, tmp_path, pairs, kwargs=kwargs, ranking_model=ranking_model)
+    assert trainer.model.config.log_tie == initial_log_tie([], ranking_model, 2)
+
+
+def test_one_large_tie_leaves_no_infinity_in_the_state(tokenizer, tmp_path, caplog):
+    rows = [[" good", " bad"]] * 12 + [[" good"] * 11]
+    columns = {"prompt": ["the"] * 13, "completions": rows, "ranks": [[1, 2]] * 9 + [[1, 1]] * 3 + [[1] * 11]}
+    trainer = make("reward", tokenizer, tmp_path, Dataset.from_dict(columns), max_steps=4)
+    assert max(map(abs, trainer.model.config.log_tie)) < 20
+    trainer.ties.raw.data[-1] = 100.0  # beyond what training could come to
+    trainer.train()
+    trainer.save_state()
+    state = json.loads((tmp_path / "trainer_state.json").read_text(), parse_constant=pytest.fail)
+    assert state["log_history"][0]["tie/delta_11"] == pytest.approx(math.exp(100), rel=0.1)
+    assert "rankings of up to 10 completions" in caplog.text
 
 
 def test_the_next_trainer_of_a_model_starts_anew(tokenizer, rankings, tmp_path):

@@ -18,7 +18,7 @@ stage: which group is first, which of the rest is second, ... with A_j the items
 | `bradley_terry` | P(i > j) = sigmoid(s_i - s_j) | are left out |
 | `soft_bradley_terry` | the same | count half a win for each |
 | `rao_kupper` | P(i > j) = e^{s_i} / (e^{s_i} + theta e^{s_j}) | `log_tie` = log theta > 0 |
-| `davidson` | P(i = j) / sqrt(P(i > j) P(j > i)) = nu | `log_tie` = log nu |
+| `davidson` | P(i = j) / sqrt(P(i > j) P(j > i)) = nu | `log_tie` = log nu; DPO-D's nu_D is nu / 2 |
 | `plackett_luce` | P(i first of A) = e^{s_i} / sum_A e^{s} | are an error |
 | `plackett_luce_marginal` | the sum over all orders within a tie | have an order, which is unknown |
 | `plackett_luce_efron`, `plackett_luce_breslow` | approximate that, up to log \|C\|! | the same |
@@ -33,8 +33,8 @@ Kosmidis and Turner 2019, https://arxiv.org/abs/1909.07123 (Davidson-Luce).
 """
 
 import math
+from collections import Counter
 from functools import cache
-from itertools import product
 
 import torch
 import torch.nn.functional as F
@@ -147,7 +147,8 @@ def predict_pairs_of_ranking(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """
     [`predict_pair`] for each pair of items that are ranked together with the others. Only Davidson-Luce makes a
-    difference: how often it ties two items depends on what they are ranked with. Its orders are enumerated.
+    difference: how often it ties two items depends on what they are ranked with. Its stages are enumerated: all sets of
+    items that may be left, and all groups that may come first of them.
 
     Args:
         scores (`torch.Tensor` of shape `(B, K)`): Log-worths; `K <= MAX_ENUMERATED` for `davidson_luce`.
@@ -156,29 +157,53 @@ def predict_pairs_of_ranking(
     Returns:
         `tuple` of three `torch.Tensor` of shape `(B, K, K)`: probability that i is placed before j, with it, after it.
     """
-    if model != "davidson_luce" or scores.size(1) == 2:
+    num_items = scores.size(1)
+    if model != "davidson_luce" or num_items == 2:
         return predict_pair(scores.unsqueeze(2), scores.unsqueeze(1), model, log_tie)
     scores, log_tie = _checked(scores, model, log_tie)
-    orders = weak_orders(scores.size(1)).to(scores.device)
-    orders = orders[(tie_sizes(orders) <= log_tie.numel() + 1).all(dim=1)]
-    repeated = orders.repeat(len(scores), 1)
-    nll = davidson_luce_nll(scores.repeat_interleave(len(orders), dim=0), repeated, log_tie)
-    probabilities = torch.exp(-nll).view(len(scores), -1)
-    before, tied = (
-        (probabilities @ judgement.flatten(1).to(scores.dtype)).view(*scores.shape, -1)
-        for judgement in wins_and_ties(orders)
-    )
-    return before, tied, before.mT
+    log_delta = F.pad(torch.cat([log_tie.new_zeros(1), log_tie])[:num_items], (1, 0), value=-math.inf)
+    log_delta = F.pad(log_delta, (0, num_items + 1 - len(log_delta)), value=-math.inf)
+    member = _members(num_items).to(scores)  # (2^K, K)
+    sizes = member.sum(dim=1)
+    log_weights = log_delta[sizes.long()] + scores @ member.T / sizes.clamp(min=1)  # (B, 2^K), of each group
+    reached = torch.zeros_like(log_weights)  # how likely it is that a set is what is left at some stage
+    reached[:, -1] = 1
+    before = scores.new_zeros(*scores.shape, num_items)
+    tied = torch.zeros_like(before)
+    for left, groups in _stages(num_items):
+        left, groups = left.to(scores.device), groups.to(scores.device)
+        rest = left.unsqueeze(1) - groups
+        p = (reached[:, left].unsqueeze(2) * log_weights[:, groups].softmax(dim=2)).flatten(1)  # (B, N G)
+        reached.index_add_(1, rest.flatten(), p)
+        placed, later = member[groups.flatten()].unsqueeze(2), member[rest.flatten()].unsqueeze(1)
+        before += (p @ (placed * later).flatten(1)).view_as(before)
+        tied += (p @ (placed * placed.mT).flatten(1)).view_as(tied)
+    other = ~torch.eye(num_items, dtype=torch.bool, device=scores.device)
+    return before, tied * other, before.mT
 
 
-MAX_ENUMERATED = 5
+MAX_ENUMERATED = 10  # items have 3^10 pairs of a set that is left and a group of it
+
+
+def _members(num_items: int) -> torch.Tensor:
+    """`(2^K, K)` bool: item i is in the set of number s if the bit i of s is set."""
+    return (torch.arange(2**num_items).unsqueeze(1) >> torch.arange(num_items)) & 1 > 0
 
 
 @cache
-def weak_orders(num_items: int) -> torch.Tensor:
-    """The ranks of all weak orders, `(N, num_items)`: N = 3, 13, 75, 541 for 2 to 5 items."""
-    ranks = product(range(num_items), repeat=num_items)
-    return torch.tensor([row for row in ranks if set(row) == set(range(max(row) + 1))])
+def _stages(num_items: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """
+    Numbers of all sets of K, K - 1, ..., 2 items, `(N,)`, with those of all groups that may come first of each,
+    `(N, G)`.
+    """
+    member = _members(num_items)
+    bits = 2 ** torch.arange(num_items)
+    stages = []
+    for size in range(num_items, 1, -1):
+        left = (member.sum(dim=1) == size).nonzero().flatten()
+        items = bits.expand(len(left), -1)[member[left]].view(-1, size)
+        stages.append((left, items @ _members(size)[1:].long().T))
+    return stages
 
 
 # --- Pairs ---
@@ -371,12 +396,20 @@ def initial_log_tie(ranks: list[list[int | None]], model: str, max_order: int | 
     The tie parameters that fit best if all items were of equal worth: where learning them starts from.
 
     With a share p of all pairs tied, theta = (1 + p) / (1 - p) (Rao-Kupper) and nu = 2 p / (1 - p) (Davidson). For
-    Davidson-Luce, delta_n is the fixed point of
+    Davidson-Luce, delta_n solves
 
         delta_n = (number of groups of n) / sum_stages [C(m, n) / sum_k delta_k C(m, k)]        with m = |A|
 
     Outcomes that were never seen count half a time, which keeps every parameter finite; the groups that are then
-    expected are in the ratio of these counts. Orders that no prompt was long enough for take the smallest delta.
+    expected are in the ratio of these counts.
+
+    Long rankings may be few, and all of them begin with large ties: where no smaller group was picked though there was
+    room for one of t, the data put no bound on delta_t, delta_{t+1}, ... These maximise the likelihood times a prior,
+
+        log delta_n ~ N(min_k [log delta_k + min(0, log C(m, k) - log C(m, n))], 1)        over the k < t
+
+    with m the size of the shortest such stage: a group of n is no likelier than the rarest of the smaller ones, until
+    many rankings say that it is. Orders that no prompt was long enough for take the smallest delta.
 
     Args:
         ranks (`list[list[int | None]]`): One list for each prompt; None or -1 is absent.
@@ -400,23 +433,70 @@ def initial_log_tie(ranks: list[list[int | None]], model: str, max_order: int | 
     if max_order < largest:
         raise ValueError(f"`max_order` is {max_order}, but a tie of {largest} items was found.")
     # A last group of one is no choice
-    stages = [(sum(sizes[j:]), n) for sizes in groups for j, n in enumerate(sizes) if sum(sizes[j:]) > 1]
-    if not stages:
-        stages = [(2, 1)]
+    stages = Counter((sum(sizes[j:]), n) for sizes in groups for j, n in enumerate(sizes) if sum(sizes[j:]) > 1)
+    stages = stages or Counter({(2, 1): 1})
     possible = min(max_order, max(m for m, _ in stages))
-    orders = range(1, possible + 1)
-    combinations = torch.tensor([[math.comb(m, n) for n in orders] for m, _ in stages]).double()
-    counts = torch.tensor([sum(size == n for _, size in stages) for n in orders]).double().clamp(min=0.5)
-    delta = 1 / combinations.mean(dim=0)
-    for _ in range(1000):
-        new = counts / (combinations / (combinations @ delta).unsqueeze(1)).sum(dim=0)
-        new = new / new[0]
-        converged = torch.allclose(new, delta, rtol=1e-9, atol=0)
-        delta = new
-        if converged:
-            break
-    log_delta = delta.log().tolist()
+    num_bounded = _num_bounded(stages, possible)
+    log_delta = _fit_log_delta(stages, torch.zeros(1).double(), num_bounded, prior=None)
+    if num_bounded < possible:
+        shortest = {n: min(m for m, _ in stages if m >= n) for n in range(num_bounded + 1, possible + 1)}
+        rates = [_log_comb(m, num_bounded) - _log_comb(m, possible)[n - 1] for n, m in shortest.items()]
+        prior = torch.stack([(log_delta + rate.clamp(max=0)).min() for rate in rates])
+        log_delta = _fit_log_delta(stages, log_delta, possible, prior)
+    log_delta = log_delta.tolist()
     return (log_delta + [min(log_delta)] * (max_order - possible))[1:]
+
+
+def _num_bounded(stages: Counter, possible: int) -> int:
+    """
+    The largest order whose delta the stages, (number of items, size of the group picked) -> count, put a bound on.
+    Orders that are possible in all stages have one, as those below them count half a time at least.
+    """
+    for order in range(min(m for m, _ in stages) + 1, possible + 1):
+        counts = [sum(count for (_, n), count in stages.items() if n == k) for k in range(order, possible + 1)]
+        if sum(max(count, 0.5) for count in counts) >= sum(count for (m, _), count in stages.items() if m >= order):
+            return order - 1
+    return possible
+
+
+def _fit_log_delta(stages: Counter, fixed: torch.Tensor, max_order: int, prior: torch.Tensor | None) -> torch.Tensor:
+    """
+    log delta_1, ..., log delta_{max_order} `(max_order,)`, of which the first are `fixed`. Stages that picked a larger
+    group say nothing of them. `prior` holds the means of the others; without it those never picked count half a time.
+    Newton's method, in steps that cannot overshoot.
+    """
+    stages = {(m, n): count for (m, n), count in stages.items() if n <= max_order}
+    if max_order == len(fixed) or not stages:
+        return fixed
+    log_combinations = torch.stack([_log_comb(m, max_order) for m, _ in stages])  # (S, D)
+    times = torch.tensor(list(stages.values())).double()
+    counts = torch.tensor([sum(count for (_, n), count in stages.items() if n == k + 1) for k in range(max_order)])
+    counts = counts.double() if prior is not None else counts.double().clamp(min=0.5)
+    scale = 1 if prior is not None else counts.sum() / times.sum()
+    start = prior if prior is not None else -log_combinations.logsumexp(dim=0)[len(fixed) :] + math.log(len(stages))
+    log_delta = torch.cat([fixed, start])
+    free = slice(len(fixed), None)
+    for _ in range(1000):
+        p = (log_delta + log_combinations).softmax(dim=1)
+        gradient = counts - scale * (times @ p)
+        curvature = scale * (torch.diag(times @ p) - p.T @ (times.unsqueeze(1) * p))
+        gradient, curvature = gradient[free], curvature[free, free]
+        if prior is not None:
+            gradient, curvature = gradient - (log_delta[free] - prior), curvature + torch.eye(len(prior)).double()
+        step = torch.linalg.solve(curvature, gradient)
+        step = step / step.abs().max().clamp(min=1)
+        log_delta[free] += step
+        if step.abs().max() < 1e-10:
+            break
+    return log_delta
+
+
+def _log_comb(num_items: int, max_order: int) -> torch.Tensor:
+    """log C(num_items, n) for n = 1 to `max_order`, -inf where there are not as many."""
+    orders = torch.arange(1, max_order + 1).double()
+    m = torch.tensor(float(num_items)).double()
+    log_comb = torch.lgamma(m + 1) - torch.lgamma(orders + 1) - torch.lgamma((m - orders).clamp(min=0) + 1)
+    return log_comb.masked_fill(orders > m, -math.inf)
 
 
 def _group_sizes(ranks: list[int | None]) -> list[int]:

@@ -22,7 +22,10 @@ class RankingArguments:
             `"soft_bradley_terry"`, `"rao_kupper"`, `"davidson"`. Listwise: `"plackett_luce"` (no ties),
             `"plackett_luce_marginal"`, `"plackett_luce_efron"`, `"plackett_luce_breslow"`, `"davidson_luce"`.
         log_tie (`list[float]`, *optional*):
-            Where the tie parameters start. By default where they fit the training data's tie rates best.
+            Where the tie parameters start. By default where they fit the training data's tie rates best, with a prior
+            where these say nothing (see [`~ranking.initial_log_tie`]). `"davidson"` takes the logarithm of nu = P(tie)
+            / sqrt(P(win) P(lose)), which is twice the nu_D of Chen et al. 2024
+            (https://huggingface.co/papers/2409.17431).
         learn_ties (`bool`, *optional*, defaults to `True`): Learn the tie parameters with the model.
         tie_learning_rate (`float`, *optional*, defaults to `1e-2`): Their learning rate.
         max_tie_order (`int`, *optional*):
@@ -53,8 +56,9 @@ class RankingArguments:
     log_tie: list[float] | None = field(
         default=None,
         metadata={
-            "help": "Where the tie parameters start: log theta of 'rao_kupper' (above 0), log nu of 'davidson', or log "
-            "delta_2 to log delta_D of 'davidson_luce'. By default where they fit the training data's tie rates best."
+            "help": "Where the tie parameters start: log theta of 'rao_kupper' (above 0), log nu of 'davidson' (nu is "
+            "twice the nu_D of Chen et al. 2024), or log delta_2 to log delta_D of 'davidson_luce'. By default where they "
+            "fit the training data's tie rates best, with a prior where these say nothing."
         },
     )
     learn_ties: bool = field(default=True, metadata={"help": "Learn the tie parameters with the model."})

@@ -33,8 +33,8 @@ def ranking_sums(
 ) -> dict[str, torch.Tensor]:
     r"""
     Numerators and denominators of the metrics of [`means_of_sums`]. What the model predicts of a pair is what it says
-    of two items ranked together with the prompt's others ([`ranking.predict_pairs_of_ranking`]). Under Davidson-Luce,
-    prompts with more than `MAX_ENUMERATED` judged items are left out of what concerns probabilities.
+    of two items ranked together with the prompt's others ([`ranking.predict_pairs_of_ranking`]). Under Davidson-Luce
+    it predicts nothing of prompts with more than `MAX_ENUMERATED` judged items: their sums would take too long.
 
     Args:
         scores, wins, ties (`torch.Tensor` of shapes `(B, K)`, `(B, K, K)`, `(B, K, K)`): As above.
@@ -44,7 +44,7 @@ def ranking_sums(
     Returns:
         `dict[str, torch.Tensor]`, scalars, and `(NUM_BINS,)` for the bins:
 
-        - `strict_pairs`: judgements that are no tie; `pairs`: all those with a prediction.
+        - `strict_pairs`, `tied_pairs`: judgements that are no tie, and those that are; `pairs`: those with a prediction.
         - `pair_correct`: strict ones whose winner has the higher score; equal scores count 1/2.
         - `three_way_correct`: judgements that are the outcome (win, tie, loss) which the model finds most likely;
           equally likely outcomes share the credit.
@@ -66,12 +66,15 @@ def ranking_sums(
     in_bin = F.one_hot((p_tie * NUM_BINS).long().clamp(0, NUM_BINS - 1), NUM_BINS)  # (B, K, K, NUM_BINS)
     tau_b = kendall_tau_b(scores, wins, ties)
     has_ties = (p_tie > 0).any()
-    log_p = torch.where(strict > 0, outcomes[0], 1).log() * strict
+    # What is so unlikely that it underflows counts as the smallest number there is: no mean survives an infinity
+    log_outcomes = outcomes.clamp(min=torch.finfo(outcomes.dtype).tiny).log()
+    log_p = log_outcomes[0] * strict
     if has_ties:
-        log_p = log_p + torch.where(once > 0, p_tie, 1).log() * once
+        log_p = log_p + log_outcomes[1] * once
     return {
         "pairs": judgements.sum(),
         "strict_pairs": wins.sum(),
+        "tied_pairs": ties.sum() / 2,
         "pair_correct": (wins * (1 + diff.sign()) / 2).sum(),
         "three_way_correct": (strict * win_share + once * tie_share).sum(),
         "tie_bin_pairs": (judgements.unsqueeze(3) * in_bin).sum(dim=(0, 1, 2)),
@@ -89,8 +92,9 @@ def means_of_sums(sums: dict[str, torch.Tensor]) -> dict[str, float]:
     The metrics, from what [`ranking_sums`] returns, or sums of that; without those that are a mean of nothing.
 
     - `pair_accuracy`: of strict pairs; chance is 0.5.
-    - `three_way_accuracy`: of all pairs.
-    - `tie_rate`, `predicted_tie_rate`: share of ties, and mean P(tie), which is 0 for models without ties.
+    - `tie_rate`: share of ties among all pairs.
+    - `three_way_accuracy`: of pairs with a prediction, as are the others that concern probabilities.
+    - `predicted_tie_rate`: mean P(tie), which is 0 for models without ties.
     - `tie_calibration_error`: sum_b |ties in b - sum of P(tie) in b| / pairs over the bins b, the expected calibration
       error (Guo et al. 2017, https://huggingface.co/papers/1706.04599, eq. 3). By chance it is above 0 for a perfect
       model too, the less so the more pairs there are.
@@ -102,7 +106,7 @@ def means_of_sums(sums: dict[str, torch.Tensor]) -> dict[str, float]:
     ratios = {
         "pair_accuracy": (of["pair_correct"], of["strict_pairs"]),
         "three_way_accuracy": (of["three_way_correct"], of["pairs"]),
-        "tie_rate": (sum(of["tie_bin_observed"]), of["pairs"]),
+        "tie_rate": (of["tied_pairs"], of["strict_pairs"] + of["tied_pairs"]),
         "predicted_tie_rate": (sum(of["tie_bin_predicted"]), of["pairs"]),
         "tie_calibration_error": (sum(abs(observed - predicted) for observed, predicted in bins), of["pairs"]),
         "kendall_tau_b": (of["kendall_tau_b_sum"], of["kendall_tau_b_prompts"]),

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 
 import torch
+from accelerate.logging import get_logger
 from datasets import Dataset, IterableDataset
 from peft import PeftModel
 from transformers import TrainerCallback
@@ -22,7 +23,7 @@ from .child_modules import (
 )
 from .compat import disable_gradient_checkpointing
 from .prefix_check import PrefixCheck
-from .ranking import PAIRWISE_MODELS, judged_items, judgements_nll, ranking_nll
+from .ranking import MAX_ENUMERATED, PAIRWISE_MODELS, judged_items, judgements_nll, ranking_nll
 from .ranking_collator import DataCollatorForRanking
 from .ranking_data import is_ranking
 from .ranking_metrics import baseline_nll, means_of_sums, ranking_sums
@@ -38,6 +39,9 @@ from .tie_parameters import (
     save_beside_adapter,
     write_to_config,
 )
+
+
+logger = get_logger(__name__)
 
 
 class KeepConfig(TrainerCallback):
@@ -97,7 +101,9 @@ class RankingMixin:
 
     def _set_up_ties(self, datasets: list[Dataset | IterableDataset]) -> None:
         ranks = [ranks_of(dataset) for dataset in datasets]
-        log_tie, max_order = starting_log_tie(self.args, ranks[0], [row for rows in ranks for row in rows])
+        # Of data to evaluate on only the sizes of ties are taken: their rates are for the model to predict
+        train_ranks = ranks[0] if self._holds_rankings(self.train_dataset) else []
+        log_tie, max_order = starting_log_tie(self.args, train_ranks, [row for rows in ranks for row in rows])
         if self.args.ranking_model == "davidson_luce":
             self._max_tie_order = max_order  # of datasets that `evaluate` may be given
         if log_tie:
@@ -261,6 +267,12 @@ class RankingMixin:
             padded.append(self.accelerator.pad_across_processes(once, dim=2))
         ranks, scores, wins, ties = self.accelerator.gather_for_metrics(tuple(padded))
         sums = ranking_sums(scores, wins, ties, model, log_tie)
+        if sums["pairs"] < sums["strict_pairs"] + sums["tied_pairs"]:
+            logger.warning_once(
+                f"'{model}' says how likely ties are within rankings of up to {MAX_ENUMERATED} completions; of larger "
+                "ones it would take too long. three_way_accuracy, predicted_tie_rate, tie_calibration_error and "
+                "pair_log_likelihood leave those out; tie_rate and all other metrics count every ranking."
+            )
         sums["margin"] = (wins * (scores.unsqueeze(2) - scores.unsqueeze(1))).sum()
         if model in PAIRWISE_MODELS:
             nlls = [judgements_nll(s, wins, ties, model, log_tie) for s in (scores, torch.zeros_like(scores))]
@@ -299,7 +311,7 @@ class RankingMixin:
         return means
 
     def _named_ties(self) -> dict[str, float]:
-        values = self._log_tie().exp().tolist()
+        values = self._log_tie().double().exp().tolist()  # in fp32 what 89 is the logarithm of is infinite
         if self.args.ranking_model == "davidson_luce":
             return {f"tie/delta_{n}": value for n, value in enumerate(values, start=2)}
         return {"tie/theta" if self.args.ranking_model == "rao_kupper" else "tie/nu": values[0]}
