@@ -71,7 +71,7 @@ def saved(policy_path, prompts, rankings, tmp_path_factory):
             "outputs": outputs_of(trainer.model, getattr(trainer, "critic", None)),
             "dtypes": {p.dtype for p in trainer.model.parameters() if p.requires_grad},
             "moved": [name for name in start if not torch.equal(start[name], trainer.model.get_parameter(name))],
-            "ties": None if what != "reward" else trainer.model.config.log_tie,
+            "ties": trainer.model.config.log_tie if what in ("reward", "dpo") else None,
         }
     return results
 
@@ -168,7 +168,7 @@ def test_merged_models_compute_nearly_the_same(saved, policy_path, what, method,
         if dtype == "float32" and method in ("lora", "dora"):
             for name, tensor in case["outputs"].items():
                 torch.testing.assert_close(outputs[name], tensor, atol=1e-5, rtol=1e-4)
-        if what == "reward":
+        if what in ("reward", "dpo"):
             assert model.config.ranking_model == "davidson_luce" and model.config.log_tie == case["ties"]
     # By the weights that were written: what rounding changes over what merging changed
     auto_class = AutoModelForSequenceClassification if what == "reward" else AutoModelForCausalLM

@@ -5,6 +5,7 @@ head that goes with them.
 
 import copy
 import inspect
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -162,10 +163,7 @@ def can_merge(model: PeftModel) -> bool:
     Whether merging makes the model that is trained: not where an adapted weight is also another module's (embeddings
     tied to the head), nor with kinds of adapters that cannot be merged, as trying shows.
     """
-    layers = {id(module.get_base_layer()) for module in model.modules() if isinstance(module, BaseTunerLayer)}
-    adapted = {id(w) for module in model.modules() if id(module) in layers for w in module.parameters()}
-    others = (module for module in model.modules() if id(module) not in layers)
-    if any(id(weight) in adapted for module in others for weight in module._parameters.values()):
+    if shared_adapted_weights(model):
         return False
     try:
         with merged(model, {}):
@@ -173,6 +171,14 @@ def can_merge(model: PeftModel) -> bool:
     except (NotImplementedError, RuntimeError, ValueError) as error:
         logger.warning(f"The adapter cannot be merged for generation, and runs at every token: {error}")
         return False
+
+
+def shared_adapted_weights(model: PeftModel) -> set[int]:
+    """The ids of the base's weights that an adapter is on and more than one module holds."""
+    layers = (module.get_base_layer() for module in model.modules() if isinstance(module, BaseTunerLayer))
+    adapted = {id(weight) for layer in layers for weight in layer.parameters()}
+    held = Counter(id(weight) for module in model.modules() for weight in module._parameters.values())
+    return {weight for weight in adapted if held[weight] > 1}
 
 
 @contextmanager

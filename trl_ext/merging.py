@@ -1,21 +1,33 @@
 """Merging a trained adapter into its base, with everything that goes with it, and measuring what that loses."""
 
+import copy
 import shutil
 from pathlib import Path
 
 import torch
 from huggingface_hub import snapshot_download
-from peft import AutoPeftModelForCausalLM, AutoPeftModelForSequenceClassification, PeftConfig, PeftModel
+from peft import PeftConfig, PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils import AuxiliaryTrainingWrapper
 from tqdm import tqdm
-from transformers import AutoConfig, AutoModel, GenerationConfig
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 
+from .adapters import shared_adapted_weights
 from .critic import CRITIC_NAME, Critic
 from .critic_files import ADAPTER_CONFIG, ADAPTER_NAME, VALUE_HEAD_FILE, read_value_head, save_critic
-from .reward_adapters import check_reward_adapter, head_names, tokenizer_of_adapter
-from .shared_base import base_of_adapter
+from .reward_adapters import check_reward_adapter, fit_embeddings, head_names, tokenizer_of_adapter
+from .shared_base import base_of_adapter, frozen_base
 from .tie_parameters import TIE_PARAMETERS_FILE, read_config, write_to_config
+
+
+# How far two merged weights may differ, over the largest of their elements, for sums that were formed in other orders
+ROUNDING = 1e-6
 
 
 def merge_adapter(
@@ -65,13 +77,15 @@ def merge_adapter(
     is_reward_model = config.task_type == "SEQ_CLS" or (config.task_type is None and bool(head_names(str(folder))))
     if is_reward_model:
         check_reward_adapter(str(folder))
-        auto_class, settings = AutoPeftModelForSequenceClassification, {"num_labels": 1}
+        base = AutoModelForSequenceClassification.from_pretrained(
+            base_name, num_labels=1, dtype=torch.float32, **of_base
+        )
     else:
-        auto_class, settings = AutoPeftModelForCausalLM, {}
-    settings |= {"dtype": torch.float32, "trust_remote_code": trust_remote_code}
-    peft_model = auto_class.from_pretrained(folder, **settings)
-    if not is_reward_model:
-        untie(peft_model)
+        base = AutoModelForCausalLM.from_pretrained(base_name, dtype=torch.float32, **of_base)
+    fit_embeddings(base, str(folder), trust_remote_code)
+    peft_model = PeftModel.from_pretrained(base, folder)
+    has_critic_adapter = (folder / CRITIC_NAME / ADAPTER_NAME).is_dir()
+    critic_base = copy.deepcopy(frozen_base(peft_model)) if has_critic_adapter else None
     model, loss = merge(peft_model, dtype)
     losses = {"precision_loss": loss}
     tokenizer = tokenizer_of_adapter(str(folder), trust_remote_code)
@@ -79,19 +93,22 @@ def merge_adapter(
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
         model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
-        if (folder / TIE_PARAMETERS_FILE).is_file():
-            ties = read_config(str(folder))
-            write_to_config(model, ties["ranking_model"], ties["log_tie"])
     elif (folder / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(folder)
+    if (folder / TIE_PARAMETERS_FILE).is_file():
+        ties = read_config(str(folder))
+        write_to_config(model, ties["ranking_model"], ties["log_tie"])
     model.save_pretrained(output)
     tokenizer.save_pretrained(output)
-    losses.update(merge_critic(folder, base_name, output, dtype, **of_base))
+    losses.update(merge_critic(folder, critic_base, output, dtype))
     return losses
 
 
-def merge_critic(folder: Path, base_name: str, output: Path, dtype: torch.dtype, **of_base) -> dict[str, float]:
-    """Take over a critic: a head as it is, a model of its own as it is, an adapter merged into a model of its own."""
+def merge_critic(folder: Path, base: PreTrainedModel | None, output: Path, dtype: torch.dtype) -> dict[str, float]:
+    """
+    Take over a critic: a head as it is, a model of its own as it is, an adapter merged into a model of its own, `base`,
+    which is the trunk of the policy before its adapter.
+    """
     if (folder / VALUE_HEAD_FILE).is_file():
         shutil.copy(folder / VALUE_HEAD_FILE, output)
     source = folder / CRITIC_NAME
@@ -99,7 +116,6 @@ def merge_critic(folder: Path, base_name: str, output: Path, dtype: torch.dtype,
         if source.is_dir():
             shutil.copytree(source, output / CRITIC_NAME)
         return {}
-    base = AutoModel.from_pretrained(base_name, dtype=torch.float32, **of_base)
     trunk, loss = merge(PeftModel.from_pretrained(base, source / ADAPTER_NAME), dtype)
     critic = Critic(trunk.config.get_text_config().hidden_size, trunk=trunk)
     read_value_head(critic, source)
@@ -107,21 +123,10 @@ def merge_critic(folder: Path, base_name: str, output: Path, dtype: torch.dtype,
     return {"critic_precision_loss": loss}
 
 
-def untie(model: PeftModel) -> None:
-    """Where an adapter is on one of two tied weights, what it adds is not for the other: part them."""
-    base = model.get_base_model()
-    embeddings, head = base.get_input_embeddings(), base.get_output_embeddings()
-    is_adapted = any(isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper) for module in (embeddings, head))
-    if base.config.get_text_config().tie_word_embeddings and is_adapted:
-        base.config.get_text_config().tie_word_embeddings = False
-        inner = head.get_base_layer() if isinstance(head, BaseTunerLayer) else head
-        if isinstance(inner, torch.nn.Linear):
-            inner.weight = torch.nn.Parameter(inner.weight.detach().clone(), requires_grad=False)
-
-
 @torch.no_grad()
 def merge(model: PeftModel, dtype: torch.dtype) -> tuple[torch.nn.Module, float]:
     """The base of `model`, in float32, with the adapter in its weights, of `dtype`; and the `precision_loss`."""
+    tied_configs = part_shared_weights(model)
     layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
     lost = changed = 0.0
     for layer in tqdm(layers, desc="Merging"):
@@ -131,4 +136,48 @@ def merge(model: PeftModel, dtype: torch.dtype) -> tuple[torch.nn.Module, float]
             lost += (weight.to(dtype).float() - weight).double().square().sum().item()
             changed += (weight - before[name]).double().square().sum().item()
     loss = (lost / changed) ** 0.5 if changed else 0.0
-    return model.merge_and_unload().to(dtype), loss
+    merged = model.merge_and_unload()
+    is_tied = tie_equal_weights(merged)
+    for config in tied_configs:
+        config.tie_word_embeddings = is_tied
+    return merged.to(dtype), loss
+
+
+def part_shared_weights(model: PeftModel) -> list[PreTrainedConfig]:
+    """
+    Give modules that share a weight which an adapter is on (embeddings tied to the head) a copy each: what one layer's
+    adapter adds is not for the others, and each of several adapters would add to the same weight.
+
+    Returns:
+        `list[PreTrainedConfig]`: The configs that call weights tied.
+    """
+    configs = [module.config for module in model.modules() if isinstance(module, PreTrainedModel)]
+    shared = shared_adapted_weights(model)
+    seen = set()
+    for module in model.modules():
+        for name, weight in module._parameters.items():
+            if id(weight) in seen:
+                module._parameters[name] = torch.nn.Parameter(weight.detach().clone(), requires_grad=False)
+            elif id(weight) in shared:
+                seen.add(id(weight))
+    configs += [config.get_text_config() for config in configs]
+    return [config for config in configs if getattr(config, "tie_word_embeddings", False)]  # others have no embeddings
+
+
+def tie_equal_weights(model: PreTrainedModel) -> bool:
+    """
+    Tie again what the merge left equal, but for rounding, among the weights that `model` tied. If some differ, each gets
+    a weight of its own: its config can call all of them tied or none, and one that the config calls untied and another
+    module holds too would be left out of what is saved, and drawn at random when that is loaded.
+
+    Returns:
+        `bool`: True if all are tied.
+    """
+    ties = model.all_tied_weights_keys.items()
+    pairs = [(model.get_parameter(target), model.get_parameter(source)) for target, source in ties]
+    is_tied = all((target - source).abs().max() <= ROUNDING * source.abs().max() for target, source in pairs)
+    for (path, _), (target, source) in zip(ties, pairs, strict=True):
+        module_path, _, name = path.rpartition(".")
+        weight = source if is_tied else torch.nn.Parameter(target.detach().clone(), requires_grad=False)
+        model.get_submodule(module_path)._parameters[name] = weight
+    return is_tied

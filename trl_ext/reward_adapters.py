@@ -153,6 +153,9 @@ def reward_model_on_base(policy: PeftModel, path: str) -> PeftModel | None:
     if "score" not in model._modules:
         return None
     setattr(model, model.base_model_prefix, frozen_base(policy))
+    if saved_embeddings(model, path) is not None:  # which are not to be written over the policy's
+        model.set_input_embeddings(copy.deepcopy(model.get_input_embeddings()))
+        fit_embeddings(model, path)
     model.score.float().to_empty(device=policy.device)
     with torch.no_grad():
         for weight in model.score.parameters():
@@ -167,6 +170,7 @@ def reward_model_of_its_own(path: str, **model_init_kwargs) -> PeftModel:
     name, revision = base_of_adapter(path)
     model_init_kwargs |= {"num_labels": 1, "revision": revision}
     base = AutoModelForSequenceClassification.from_pretrained(name, **model_init_kwargs)
+    fit_embeddings(base, path, model_init_kwargs.get("trust_remote_code", False))
     return load_adapter(base, path).eval()
 
 
@@ -186,6 +190,32 @@ def load_adapter(model: PreTrainedModel, path: str) -> PeftModel:
             "trained on another model, or this one has changed since. Load the base it was trained on, or train the "
             f"adapter again. ({str(error).strip().splitlines()[0]})"
         ) from error
+
+
+def saved_embeddings(model: PreTrainedModel, path: str) -> torch.Tensor | None:
+    """
+    The input embeddings that the adapter at `path` brings along for its base, as PEFT saves them where they were resized
+    or an adapter is on them; `(V, H)`.
+    """
+    embeddings = model.get_input_embeddings()
+    name = next(name for name, module in model.named_modules() if module is embeddings)
+    weights = load_peft_weights(path, device="cpu")
+    keys = [f"base_model.model.{name}.{kind}weight" for kind in ("", "base_layer.", "token_adapter.base_layer.")]
+    return next((weights[key] for key in keys if key in weights), None)
+
+
+def fit_embeddings(model: PreTrainedModel, path: str, trust_remote_code: bool = False) -> None:
+    """
+    Resize a base's embeddings, in place, to those that the adapter at `path` was trained with: as many as it brings
+    along, or else as its tokenizer needs.
+    """
+    saved, num_tokens = saved_embeddings(model, path), model.get_input_embeddings().weight.size(0)
+    if saved is not None:
+        needed = saved.size(0)
+    else:
+        needed = max(num_tokens, len(tokenizer_of_adapter(path, trust_remote_code)))
+    if needed != num_tokens:
+        model.resize_token_embeddings(needed, mean_resizing=saved is None)
 
 
 def tokenizer_of_adapter(path: str, trust_remote_code: bool = False):
