@@ -23,7 +23,7 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from peft import LoraConfig
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import (
     AutoTokenizer,
     LlamaForSequenceClassification,
@@ -40,7 +40,7 @@ from trl_ext import (
     ReinforceConfig,
     ReinforceTrainer,
 )
-from trl_ext.dense_rewards import rewards_of_tokens, shaped_rewards
+from trl_ext.dense_rewards import rewards_of_tokens, shaped_rewards, token_ends
 from trl_ext.score_head import prefix_scores
 from trl_ext.token_mdp import carry_to_own_token
 
@@ -94,6 +94,83 @@ def test_real_spans_fall_to_the_token_that_ends_them():
             assert reward == -0.5 and start < span["end"] <= end
             num_spans += 1
     assert num_spans > 100
+
+
+TEXTS = [
+    "She wrote 你好，世界！ and sent 👩‍👩‍👧‍👦 with a 🇩🇪 flag.",
+    "日本語のテキスト。 don't stop , he said , naïve café",
+    "  spaces   and\n\nlines\t🤷🏽‍♀️  ",
+    "the film was good and the actor was great",
+]
+
+
+def bytes_of_texts():
+    """Few merges: nearly every letter beyond ASCII is split."""
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=300, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), special_tokens=["<eos>"]
+    )
+    backend.train_from_iterator(TEXTS, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>")
+
+
+def sentence_pieces_with_bytes():
+    """As Llama 2 has it: a letter that the vocabulary lacks falls back on its bytes."""
+    letters = ["<unk>", "<eos>", *(f"<0x{i:02X}>" for i in range(256)), "▁", *"abcdefghijklmnopqrstuvwxyz.,'好"]
+    backend = Tokenizer(models.BPE({x: i for i, x in enumerate(letters)}, [], unk_token="<unk>", byte_fallback=True))
+    backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    backend.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>", eos_token="<eos>")
+
+
+def word_pieces():
+    backend = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    backend.pre_tokenizer, backend.decoder = pre_tokenizers.BertPreTokenizer(), decoders.WordPiece()
+    trainer = trainers.WordPieceTrainer(vocab_size=150, special_tokens=["[UNK]", "[SEP]"])
+    backend.train_from_iterator(TEXTS, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="[UNK]", eos_token="[SEP]")
+
+
+@pytest.mark.parametrize("make", [bytes_of_texts, sentence_pieces_with_bytes, word_pieces])
+def test_a_span_earns_with_the_token_that_completes_its_last_character(make):
+    """By reading what is there after each token: the first that says all the span says."""
+    tokenizer, draw, num_split = make(), random.Random(0), 0
+    completions = [tokenizer(text)["input_ids"] for text in TEXTS]
+    completions += [ids[: len(ids) // 2] for ids in completions]  # cut, within a character where bytes are tokens
+    completions += [[draw.randrange(len(tokenizer)) for _ in range(20)] for _ in range(20)]
+    for ids in completions:
+        prefixes = [tokenizer.decode(ids[: t + 1], skip_special_tokens=True) for t in range(len(ids))]
+        text = prefixes[-1]
+        for end in range(1, len(text) + 1):
+            t = next(t for t, prefix in enumerate(prefixes) if prefix[:end] == text[:end])
+            expected = [1.0 if i == t else 0.0 for i in range(len(ids))]
+            assert rewards_of_tokens([(end - 1, end, 1.0)], text, ids, tokenizer) == expected
+            num_split += len(prefixes[t - 1]) >= end  # so many letters were there before, but not yet these
+    assert num_split > 50 or make is word_pieces
+
+
+@pytest.mark.parametrize("make", [bytes_of_texts, sentence_pieces_with_bytes, word_pieces])
+def test_spans_take_time_in_proportion_to_the_tokens(make, monkeypatch):
+    tokenizer = make()
+    decoded, decode = [], tokenizer.decode
+    monkeypatch.setattr(tokenizer, "decode", lambda ids, **kwargs: decoded.append(len(ids)) or decode(ids, **kwargs))
+    lengths = []
+    text, n = tokenizer(" ".join(TEXTS * 10))["input_ids"], len(tokenizer)
+    noise = [257 % n] + [85 % n] * 60  # letters by themselves, but not after a byte that is none
+    for ids in (text, [7] * 1000, [200 % n] * 1000, [tokenizer.eos_token_id] * 1000, noise):
+        decoded.clear()
+        assert token_ends(ids, tokenizer)[-1] == len(decode(ids, skip_special_tokens=True))
+        lengths.append(sum(decoded) / len(ids))
+    assert max(lengths) < 40  # to read each prefix anew is more than 400
+
+
+def test_a_replys_spans_are_not_looked_for_in_its_reasoning(tokenizer):
+    ids = tokenizer("good film good film")["input_ids"]
+    reply = {"role": "assistant", "reasoning_content": "good film", "content": "good film"}
+    assert rewards_of_tokens([(0, 4, 1.0)], [reply], ids, tokenizer) == [0, 0, 1, 0]
 
 
 @pytest.mark.parametrize(

@@ -13,12 +13,19 @@ as Wu et al. 2023, Fine-Grained Human Feedback, https://huggingface.co/papers/23
 """
 
 import math
+import os
+from bisect import bisect_left
 from typing import Any
 
 import numpy as np
 import torch
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
+
+
+# Tokens that are decoded together at most, unless the last of them are part of a character that is not complete
+MAX_WINDOW = 32
+INVALID = "\N{REPLACEMENT CHARACTER}"
 
 
 def shaped_rewards(potentials: torch.Tensor, gamma: float = 1.0) -> torch.Tensor:
@@ -76,11 +83,64 @@ def text_of(completion: str | list[dict[str, Any]]) -> str:
     return completion[0]["content"]
 
 
+def text_offset(completion: str | list[dict[str, Any]], decoded: str) -> int:
+    """
+    Finds where the text of [`text_of`] begins in what all of the completion's tokens say; of a reply with reasoning,
+    after that.
+
+    Raises:
+        ValueError: if the tokens say something else.
+    """
+    reasoning = ""
+    if not isinstance(completion, str):
+        reasoning = completion[0].get("reasoning_content") or completion[0].get("thinking") or ""
+    start = decoded.find(reasoning) + len(reasoning)
+    offset = decoded.find(text_of(completion), max(start, 0))
+    if offset < 0:
+        raise ValueError("spans of a text which is not what the tokens say. Return one reward per token instead")
+    return offset
+
+
 def token_ends(completion_ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """For each token how many characters of the completion's text there are up to its end."""
-    return [
-        len(tokenizer.decode(completion_ids[:t], skip_special_tokens=True)) for t in range(1, len(completion_ids) + 1)
-    ]
+    """
+    Counts for each token how many characters of the completion's text are complete with it: as many as what is decoded
+    up to this token has in common with the whole. A character that tokens share (an emoji, Chinese, the bytes that a
+    vocabulary falls back on) is complete with the last of them.
+
+    The time is linear in the number of tokens: once the two agree, only what comes after is decoded again, behind the
+    tokens up to the agreement before, for what a tokenizer writes of a word depends on there being one before it.
+
+    Returns:
+        `list[int]`: One for each token; they never fall.
+    """
+
+    def decode(start: int, stop: int) -> str:
+        return tokenizer.decode(completion_ids[start:stop], skip_special_tokens=True)
+
+    text, skipped = decode(0, len(completion_ids)), _special_ids(tokenizer)
+    ends = [0]
+    start = last = 0  # tokens: the first that is decoded, and the first after the latest agreement
+    known = agreed = 0  # characters up to the latest agreement: of what is decoded from `start` on, and of the text
+    for stop, token in enumerate(completion_ids, 1):
+        new = "" if token in skipped else decode(start, stop)[known:]
+        common = len(os.path.commonprefix([new, text[agreed : agreed + len(new)]]))
+        ends.append(max(agreed + common, ends[-1]))
+        if new and common == len(new):
+            agreed += common
+            base = decode(last, stop)
+            # What reads otherwise by itself (a word's inner piece, a byte that is part of no character) is no start
+            if (text.endswith(base, 0, agreed) and INVALID not in base) or stop - start > MAX_WINDOW:
+                start, known = last, len(base)
+            else:
+                known += common
+            last = stop
+    ends[-1] = len(text)  # of what reads like nothing before it, too
+    return ends[1:]
+
+
+def _special_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    added = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
+    return added | set(tokenizer.all_special_ids)
 
 
 def rewards_of_tokens(
@@ -102,10 +162,7 @@ def rewards_of_tokens(
         values = [float(value) for value in reward] or [0.0] * len(completion_ids)
     else:
         text = text_of(completion)
-        decoded = tokenizer.decode(completion_ids, skip_special_tokens=True)
-        offset = decoded.find(text)
-        if offset < 0:
-            raise ValueError("spans of a text which is not what the tokens say. Return one reward per token instead")
+        offset = text_offset(completion, tokenizer.decode(completion_ids, skip_special_tokens=True))
         ends = token_ends(completion_ids, tokenizer)
         values = [0.0] * len(completion_ids)
         for start, end, value in reward:
@@ -113,8 +170,7 @@ def rewards_of_tokens(
                 raise ValueError(
                     f"the span {start} to {end} of a text of {len(text)} characters. Return spans within it"
                 )
-            last = next(t for t, stop in enumerate(ends) if stop >= offset + end)
-            values[last] += float(value)
+            values[bisect_left(ends, offset + end)] += float(value)
     if not all(map(math.isfinite, values)):
         raise ValueError("a reward that is nan or infinite. Return finite numbers")
     return values
