@@ -2,8 +2,10 @@
 
 import copy
 import logging
+import warnings
 from types import SimpleNamespace
 
+import bitsandbytes.functional
 import bitsandbytes.nn.modules
 import pytest
 import torch
@@ -31,9 +33,14 @@ from trl_ext import (
     RankingRewardConfig,
     RankingRewardTrainer,
     SFTTrainer,
+    compat,
+    load_critic,
     merge_adapter,
+    token_values,
 )
 from trl_ext.adapters import merged
+from trl_ext.critic_files import save_critic
+from trl_ext.critic_sources import shared_critic
 from trl_ext.reward_adapters import reward_model_of_its_own, reward_model_on_base
 
 
@@ -369,8 +376,6 @@ def test_arguments_may_go_through_classes_in_between(policy_path, prompts, tmp_p
 @pytest.fixture
 def processor_with_avx512bf16(monkeypatch):
     """Where bitsandbytes repacks; the kernel that would need the processor is not called."""
-    if not hasattr(bitsandbytes.nn.modules, "has_avx512bf16"):
-        pytest.skip(f"bitsandbytes {bitsandbytes.__version__} does not repack yet")
     monkeypatch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: True)
 
 
@@ -408,6 +413,64 @@ def test_4bit_weights_are_never_repacked(processor_with_avx512bf16, repacked, po
     assert not repacked
     after = gradients()
     assert len(before) > 4 and all(torch.equal(gradient, after[name]) for name, gradient in before.items())
+
+
+def run_plainly(path, adapter=None):
+    """A 4-bit model, as a user of transformers and PEFT alone loads it and asks it."""
+    model = AutoModelForCausalLM.from_pretrained(path, quantization_config=quantization_config("4bit"))
+    if adapter is not None:
+        model = PeftModel.from_pretrained(model, adapter)
+    with torch.no_grad():
+        return model.eval()(input_ids=IDS).logits
+
+
+CHECK_OF_THE_PROCESSOR = bitsandbytes.nn.modules.has_avx512bf16
+
+
+def test_the_import_switches_repacking_off():
+    assert CHECK_OF_THE_PROCESSOR is not bitsandbytes.functional.has_avx512bf16 and not CHECK_OF_THE_PROCESSOR()
+
+
+def test_nothing_is_repacked_once_the_package_is_imported(processor_with_avx512bf16, repacked, policy_path, tmp_path):
+    get_peft_model(AutoModelForCausalLM.from_pretrained(policy_path), lora()).save_pretrained(tmp_path)
+    compat.stop_repacking()
+    logits = run_plainly(policy_path)
+    assert torch.equal(run_plainly(policy_path, tmp_path), logits) and not repacked
+
+
+def test_a_critics_policy_is_not_repacked(processor_with_avx512bf16, repacked, policy_path, tmp_path):
+    """Even if it was loaded before the package was imported."""
+    policy = AutoModelForCausalLM.from_pretrained(policy_path, quantization_config=quantization_config("4bit")).eval()
+    save_critic(shared_critic(policy), str(tmp_path))
+    values = token_values(policy, load_critic(policy, str(tmp_path)), IDS, torch.ones_like(IDS))
+    assert torch.equal(values, torch.zeros(IDS.shape)) and not repacked
+
+
+@pytest.mark.parametrize("is_nested", [False, True])
+def test_repacked_weights_are_unpacked(is_nested):
+    """Up to the scales' rounding to bfloat16; unpacked by bitsandbytes alone, un-nested scales are out of order."""
+    torch.manual_seed(0)
+    layer = Linear4bit(
+        128, 96, bias=False, compute_dtype=torch.float32, quant_type="nf4", compress_statistics=is_nested
+    )
+    layer = layer.to("cpu")
+    x = torch.randn(5, 128)
+    expected = layer(x)
+    with pytest.warns(UserWarning, match="repacked 1 4-bit layers"):
+        pack(layer)
+        compat.keep_4bit_unpacked(layer)
+    torch.testing.assert_close(layer(x), expected, rtol=0, atol=0.01 * expected.abs().max().item())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        compat.keep_4bit_unpacked(layer)
+    state = layer.weight.quant_state
+    assert not layer.support_avx512bf16_for_cpu and state.nested == is_nested
+
+
+def pack(layer):
+    """What bitsandbytes does on such a processor; the packing itself runs on any."""
+    packed = bitsandbytes.functional._convert_weight_packed_for_cpu(layer.weight.data, layer.weight.quant_state)
+    layer.weight.data, layer.weight.quant_state = packed
 
 
 def test_bitsandbytes_still_repacks(processor_with_avx512bf16, repacked, policy_path):

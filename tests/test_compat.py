@@ -228,6 +228,15 @@ def test_rng_state_is_saved_with_every_resumable_checkpoint():
     assert "self._save_rng_state(output_dir)" in inspect.getsource(Trainer._save_checkpoint)
 
 
+def test_4bit_layers_ask_the_processor_once():
+    """When they are made, of the function that is replaced; and they say whether they are packed."""
+    modules = pytest.importorskip("bitsandbytes.nn.modules")
+    assert "self.support_avx512bf16_for_cpu = has_avx512bf16()" in inspect.getsource(modules.Linear4bit.__init__)
+    forward = inspect.getsource(modules.Linear4bit.forward)
+    assert "and self.support_avx512bf16_for_cpu\n" in forward and "_convert_weight_packed_for_cpu(" in forward
+    assert '"packing_format_for_cpu"' in forward
+
+
 # --- What the ranking trainers rely on ---
 
 

@@ -4,6 +4,7 @@ from .a2c import A2CConfig, A2CTrainer
 from .actor_critic_config import ActorCriticConfig
 from .actor_critic_trainer import ActorCriticTrainer
 from .best_of_n import CompletionSampler, keep_best
+from .compat import stop_repacking
 from .critic import Critic, token_action_values, token_values
 from .critic_sources import load_critic
 from .merging import merge_adapter
@@ -19,6 +20,9 @@ from .rollouts import load_rollouts
 from .sft import SFTTrainer
 from .tie_parameters import tie_parameters
 
+
+# Here, as 4-bit models are mostly loaded by transformers and PEFT alone
+stop_repacking()
 
 __version__ = "0.1.0"
 

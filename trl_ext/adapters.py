@@ -19,8 +19,8 @@ from peft.utils.constants import SEQ_CLS_HEAD_NAMES
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from .compat import has_transformers_adapter
-from .precision import keep_4bit_unpacked, keep_trainables_in_fp32, trainable_weights
+from .compat import has_transformers_adapter, keep_4bit_unpacked
+from .precision import keep_trainables_in_fp32, trainable_weights
 from .shared_base import MAIN, is_quantized
 
 

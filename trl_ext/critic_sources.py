@@ -9,6 +9,7 @@ from peft import PeftModel, load_peft_weights
 from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification, PreTrainedModel
 from transformers.modeling_layers import GenericForSequenceClassification
 
+from .compat import keep_4bit_unpacked
 from .critic import CRITIC_NAME, Critic, hidden_size_of
 from .critic_files import ADAPTER_CONFIG, ADAPTER_FILES, ADAPTER_NAME, VALUE_HEAD_FILE, local_folder, read_value_head
 from .reward_adapters import reward_model_on_base
@@ -155,6 +156,7 @@ def load_critic(model: PreTrainedModel | PeftModel, path: str) -> Critic:
         FileNotFoundError: when no critic lies there.
         ValueError: when it does not fit `model`.
     """
+    keep_4bit_unpacked(model)
     folder = local_folder(path)
     if (folder / CRITIC_NAME / ADAPTER_NAME).is_dir():
         if not isinstance(model, PeftModel):

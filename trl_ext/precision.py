@@ -1,5 +1,5 @@
 """
-What trains stays in float32, and what is quantized stays as it is.
+What trains stays in float32.
 
 Under a quantized base TRL casts adapters and heads to bfloat16, which has 8 bits of mantissa: an update smaller than
 1/512 of a weight is rounded away, so with AdamW at a learning rate of 1e-6 nearly none of them moves. Here they stay in
@@ -13,7 +13,6 @@ import torch
 from peft import PeftModel
 from peft.utils import ModulesToSaveWrapper
 from torch import nn
-from transformers.utils import is_bitsandbytes_available
 
 from .shared_base import is_quantized
 
@@ -63,21 +62,3 @@ def cast_input(module: nn.Module, args: tuple) -> tuple:
     if x.is_floating_point() and not torch.is_autocast_enabled(x.device.type):
         return (x.to(next(module.parameters()).dtype), *args[1:])
     return args
-
-
-def keep_4bit_unpacked(model: nn.Module) -> None:
-    """
-    Keep bitsandbytes from repacking 4-bit weights on CPU.
-
-    On processors with AVX512-BF16 the first forward in evaluation mode repacks them for a faster kernel, which
-    `train()` does not undo and autograd does not know: later gradients are wrong or the layer fails
-    (bitsandbytes 0.50, `Linear4bit.forward`).
-    """
-    if not is_bitsandbytes_available():
-        return
-    from bitsandbytes.nn import Linear4bit
-
-    for module in model.modules():
-        if isinstance(module, Linear4bit):
-            module.support_avx512bf16_for_cpu = False
-            module.state_dict()  # unpacks what is packed already, in place
