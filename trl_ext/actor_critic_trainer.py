@@ -26,7 +26,7 @@ import torch
 from datasets import Dataset
 from transformers import PreTrainedModel
 from transformers.integrations import is_deepspeed_zero3_enabled
-from trl import GRPOTrainer, SyncRefModelCallback
+from trl import GRPOTrainer
 
 from . import token_mdp
 from .actor_critic_config import ActorCriticConfig
@@ -41,7 +41,7 @@ from .checks import (
     checked_args,
     checked_rollout,
 )
-from .child_modules import SyncReferenceCallback, give_learning_rate
+from .child_modules import give_learning_rate
 from .compact_batches import CompactBatchesMixin
 from .compat import (
     disable_dropout_in_model,
@@ -176,9 +176,6 @@ class ActorCriticTrainer(
                 # The parent asks only the policy itself, in which PEFT hides children of its wrapper
                 self.critic.trunk.gradient_checkpointing_enable(args.gradient_checkpointing_kwargs)
                 self.critic.trunk.enable_input_require_grads()
-            if args.sync_ref_model:
-                self.remove_callback(SyncRefModelCallback)
-                self.add_callback(SyncReferenceCallback(self.ref_model, self.accelerator, CRITIC_NAME))
             if self.optimizer is not None:
                 self.optimizer.param_groups[-1]["params"].extend(self.critic.own_parameters())
 

@@ -9,7 +9,7 @@ import torch
 from accelerate.utils import send_to_device
 from transformers import TrainerCallback
 
-from .child_modules import averaged_without_child, split_state_dict, without_child
+from .child_modules import split_state_dict, walked_without_child, without_child
 from .critic import CRITIC_NAME
 from .critic_files import VALUE_HEAD_FILE, restore_critic, save_critic
 
@@ -57,7 +57,7 @@ class CheckpointingMixin:
     def train(self, *args, **kwargs):
         if self.critic is None:
             return super().train(*args, **kwargs)
-        with averaged_without_child(self.callback_handler.callbacks, self.accelerator, CRITIC_NAME):
+        with walked_without_child(self.callback_handler.callbacks, self.accelerator, CRITIC_NAME):
             return super().train(*args, **kwargs)
 
     def _without_critic(self):

@@ -50,39 +50,29 @@ def give_learning_rate(
             optimizer.add_param_group({**group, "params": moved, "lr": learning_rate, **settings})
 
 
-class SyncReferenceCallback(SyncRefModelCallback):
-    """
-    TRL's `sync_ref_model`, which walks the parameters of model and reference in parallel, without the child `name`.
-    """
-
-    def __init__(self, ref_model, accelerator, name: str):
-        super().__init__(ref_model, accelerator)
-        self.name = name
-
-    def on_step_end(self, args, state, control, model=None, **kwargs):
-        with without_child(self.accelerator.unwrap_model(model), self.name):
-            super().on_step_end(args, state, control, model=model, **kwargs)
+# TRL's callbacks that walk the model's parameters in parallel with those of another, plain model, and when they do
+WALKING = {BEMACallback: "on_train_begin", SyncRefModelCallback: "on_step_end"}
 
 
 @contextmanager
-def averaged_without_child(callbacks: list[TrainerCallback], accelerator, name: str) -> Iterator[None]:
+def walked_without_child(callbacks: list[TrainerCallback], accelerator, name: str) -> Iterator[None]:
     """
-    Within the context TRL's `BEMACallback`, which makes another model of the same class as training begins and averages
-    into it, does so of the model without the child `name`.
+    Within the context the callbacks of `sync_ref_model` and of averaging, the trainer's own and a user's, find the
+    model without the child `name`: the reference and the average have none.
     """
 
-    def without(on_train_begin: Callable) -> Callable:
-        def begin(args, state, control, model=None, **kwargs):
+    def without(event: Callable) -> Callable:
+        def call(args, state, control, model=None, **kwargs):
             with without_child(accelerator.unwrap_model(model), name):
-                return on_train_begin(args, state, control, model=model, **kwargs)
+                return event(args, state, control, model=model, **kwargs)
 
-        return begin
+        return call
 
-    averaging = [callback for callback in callbacks if isinstance(callback, BEMACallback)]
-    for callback in averaging:
-        callback.on_train_begin = without(callback.on_train_begin)
+    walking = [(c, event) for c in callbacks for kind, event in WALKING.items() if isinstance(c, kind)]
+    for callback, event in walking:
+        setattr(callback, event, without(getattr(callback, event)))
     try:
         yield
     finally:
-        for callback in averaging:
-            del callback.on_train_begin
+        for callback, event in walking:
+            delattr(callback, event)

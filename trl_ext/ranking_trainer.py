@@ -11,16 +11,9 @@ from datasets import Dataset, IterableDataset
 from peft import PeftModel
 from transformers import TrainerCallback
 from transformers.modeling_outputs import ModelOutput
-from trl import SyncRefModelCallback
 from trl.data_utils import get_dataset_column_names, is_conversational
 
-from .child_modules import (
-    SyncReferenceCallback,
-    averaged_without_child,
-    give_learning_rate,
-    split_state_dict,
-    without_child,
-)
+from .child_modules import give_learning_rate, split_state_dict, walked_without_child, without_child
 from .compat import disable_gradient_checkpointing
 from .prefix_check import PrefixCheck
 from .ranking import MAX_ENUMERATED, PAIRWISE_MODELS, judged_items, judgements_nll, ranking_nll
@@ -110,9 +103,6 @@ class RankingMixin:
             self.ties = TieParameters(self.args.ranking_model, log_tie).requires_grad_(self.args.learn_ties)
             attach_tie_parameters(self._model, self.ties)
             self.callback_handler.callbacks.insert(0, KeepConfig(self))  # before those of users, which may save
-            if getattr(self.args, "sync_ref_model", False):  # of DPO
-                self.remove_callback(SyncRefModelCallback)
-                self.add_callback(SyncReferenceCallback(self.ref_model, self.accelerator, TIE_PARAMETERS_NAME))
             if self.optimizer is not None and self.args.learn_ties:
                 self._add_to_given_optimizer()
         write_to_config(self._model, self.args.ranking_model, log_tie)
@@ -167,7 +157,7 @@ class RankingMixin:
     def train(self, *args, **kwargs):
         if self.ties is None:
             return super().train(*args, **kwargs)
-        with averaged_without_child(self.callback_handler.callbacks, self.accelerator, TIE_PARAMETERS_NAME):
+        with walked_without_child(self.callback_handler.callbacks, self.accelerator, TIE_PARAMETERS_NAME):
             return super().train(*args, **kwargs)
 
     def create_optimizer(self, model=None):
