@@ -56,6 +56,7 @@ from .losses import value_loss
 from .passes import PassesMixin
 from .policy_card import PolicyCardMixin
 from .pushing import PushMixin
+from .reference import take_up_start
 from .reporting import ReportingMixin
 from .reward_adapters import RewardAdapterMixin, split_reward_adapters
 from .rewards import RewardsMixin
@@ -149,6 +150,7 @@ class ActorCriticTrainer(
             super().__init__(model, reward_funcs, args, *other_args, **kwargs)
         finally:
             args.beta = beta
+        take_up_start(self.ref_model, model, self.is_fsdp_enabled or self.is_deepspeed_enabled)
 
         text_config = self.model.config.get_text_config()
         context = getattr(text_config, "max_position_embeddings", None)  # absent where positions are unbounded

@@ -18,6 +18,7 @@ from .ranking_config import RankingArguments
 from .ranking_data import is_ranking
 from .ranking_preparation import tokenize_for_dpo
 from .ranking_trainer import RankingMixin
+from .reference import take_up_start
 
 
 # Arguments that say something of a chosen and a rejected completion, with the only value that rankings go with
@@ -101,6 +102,8 @@ class RankingDPOTrainer(RankingMixin, PushMixin, RankingCardMixin, AdapterMixin,
         # Accelerate would cut the tensors of a streamed batch, which have not all a row per prompt
         args.accelerator_config.dispatch_batches = False
         super().__init__(model, ref_model, args, data_collator, *other_args, **kwargs)
+        if ref_model is None:
+            take_up_start(self.ref_model, model, self.is_fsdp_enabled or self.is_deepspeed_enabled)
         if self._is_vision_dataset and any(is_ranking(get_dataset_column_names(data)) for data in self._datasets()):
             raise ValueError(
                 "Rankings with images are not supported. Remove the columns `image` and `images`, or convert the "
