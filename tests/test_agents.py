@@ -11,7 +11,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 from trl.chat_template_utils import qwen3_chat_template
 
-from trl_ext import A2CConfig, A2CTrainer, PPOConfig, PPOTrainer, ReinforceConfig, ReinforceTrainer
+from trl_ext import A2CConfig, A2CTrainer, PPOConfig, PPOTrainer, ReinforceConfig, ReinforceTrainer, load_rollouts
 from trl_ext.dense_rewards import rewards_of_turns
 
 
@@ -187,6 +187,34 @@ def episode(
     )
     trainer.train()
     return trainer, trainer.updates[0]
+
+
+def test_environments_of_one_name_pay_their_own_turns(tool_model, tmp_path):
+    """Two classes called `Till`, and a reward function that is called so too."""
+    model, tokenizer = tool_model
+    script_generation(model, tokenizer, [put(3), "Done.<|im_end|>"])
+    twice = type("Till", (Till,), {"get_reward": lambda self: 2 * self.total})
+
+    def flat(completions, **kwargs):
+        return [0.5] * len(completions)
+
+    flat.__name__ = "Till"
+    question = [{"role": "user", "content": "Go."}]
+    dataset = Dataset.from_list([{"prompt": question, "environment": name} for name in "abab"])
+    args = A2CConfig(
+        **settings(tmp_path, max_completion_length=600, max_steps=1, turn_rewards=True, save_rollouts=True)
+    )
+    A2CTrainer(
+        *(model, flat, args, dataset),
+        processing_class=tokenizer,
+        environment_factory={"a": Till, "b": twice},
+    ).train()
+    rows = load_rollouts(tmp_path)["train"].to_list()
+    columns = [tuple(row[f"reward/{name}"] for name in ("Till", "Till_2", "Till_3")) for row in rows]
+    assert sorted(columns, key=str) == [(0.5, 3.0, None)] * 2 + [(0.5, None, 6.0)] * 2
+    for row, (flat_reward, *own) in zip(rows, columns, strict=True):
+        paid = [reward for reward in row["rewards"] if reward]
+        assert paid == [next(x for x in own if x is not None), flat_reward]  # the turn's; the whole's, at the end
 
 
 def turns_of(batch, row=0):

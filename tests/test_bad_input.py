@@ -1,16 +1,20 @@
 """Bad input fails early, with an error that names the argument and the mend."""
 
+import decimal
+import functools
 import math
+import re
 
+import numpy as np
 import pytest
 import torch
 from conftest import PROMPTS, build_encoder, build_policy, count_good, scripted_rollout, settings
 from datasets import Dataset
 from peft import LoraConfig, PromptTuningConfig
 from transformers import BitsAndBytesConfig
-from trl import GRPOConfig
+from trl import GRPOConfig, GRPOTrainer
 
-from trl_ext import A2CConfig, A2CTrainer, ActorCriticConfig, PPOConfig, PPOTrainer, ReinforceConfig
+from trl_ext import A2CConfig, A2CTrainer, ActorCriticConfig, PPOConfig, PPOTrainer, ReinforceConfig, load_rollouts
 
 
 def make(model, tokenizer, tmp_path, reward_funcs=count_good, prompts=PROMPTS, config=None, **kwargs):
@@ -167,6 +171,50 @@ def test_copying_a_prompt_tuned_policy_is_refused(policy_path, tokenizer, tmp_pa
         make(policy_path, tokenizer, tmp_path, config={"critic": "separate"}, peft_config=prompt_tuning)
 
 
+class Judge:
+    def __init__(self, reward):
+        self.reward = reward
+
+    def __call__(self, completions, **kwargs):
+        return [self.reward] * len(completions)
+
+
+def test_rewards_of_one_name_are_told_apart(policy, tokenizer, reward_model_path, tmp_path, caplog):
+    """In metrics, in what is recorded, and in samples: folders, lambdas, partials and objects."""
+    folders = [tmp_path / run / "checkpoint-100" for run in "ab"]
+    for folder in folders:
+        folder.parent.mkdir()
+        folder.symlink_to(reward_model_path)
+
+    def constant(completions, reward, **kwargs):
+        return [reward] * len(completions)
+
+    def constant_2(completions, **kwargs):
+        return [7.0] * len(completions)
+
+    functions = [
+        *(
+            lambda completions, **kwargs: [1.0] * len(completions),
+            lambda completions, **kwargs: [2.0] * len(completions),
+        ),
+        *(functools.partial(constant, reward=3.0), functools.partial(constant, reward=4.0), constant_2),
+        *(Judge(5.0), Judge(6.0)),
+    ]
+    names = ["checkpoint-100", "checkpoint-100_2", "<lambda>", "<lambda>_2", "constant", "constant_3", "constant_2"]
+    names += ["Judge", "Judge_2"]
+    config = {"save_rollouts": True, "max_steps": 1, "reward_weights": [1.0] * 9}
+    trainer = make(policy, tokenizer, tmp_path, [*map(str, folders), *functions], config=config)
+    assert "Several rewards are called '<lambda>': number 4 of them all" in caplog.text
+    trainer.train()
+    expected = dict(zip(names[2:], [1.0, 2.0, 3.0, 4.0, 7.0, 5.0, 6.0], strict=True))
+    rows = load_rollouts(tmp_path)["train"].to_list()
+    for name in names:
+        column = [row[f"reward/{name}"] for row in rows]
+        assert len(column) == 4 and (name not in expected or set(column) == {expected[name]})
+        assert trainer.state.log_history[0][f"rewards/{name}/mean"] == pytest.approx(sum(column) / 4)
+    assert [name for name in rows[0] if name.startswith("reward/")] == [f"reward/{name}" for name in names]
+
+
 # --- Rollouts ---
 
 
@@ -193,6 +241,108 @@ def test_wrong_number_of_rewards_is_refused(policy, tokenizer, tmp_path):
 def test_a_reward_function_without_a_result_is_refused(policy, tokenizer, tmp_path):
     trainer = make(policy, tokenizer, tmp_path, lambda completions, **kwargs: None)
     with pytest.raises(ValueError, match="returned None. Return a list"):
+        trainer.train()
+
+
+def returning(rewards, is_async=False):
+    """A reward function called `mine`, of `rewards` or of what that gives."""
+
+    def mine(**kwargs):
+        return rewards() if callable(rewards) else rewards
+
+    async def mine_async(**kwargs):
+        return mine()
+
+    mine_async.__name__ = "mine"
+    return mine_async if is_async else mine
+
+
+def rewards_by(trainer, reward_func, trainer_class=A2CTrainer):
+    """What `trainer_class` makes of `reward_func` for four completions of three tokens."""
+    trainer.reward_funcs, trainer.reward_func_names = [reward_func], ["mine"]
+    completion_ids = [trainer.processing_class("great film")["input_ids"] + [1]] * 4
+    inputs = [{"prompt": prompt} for prompt in PROMPTS[:4]]
+    return trainer_class._calculate_rewards(trainer, inputs, PROMPTS[:4], ["great film"] * 4, completion_ids)
+
+
+@pytest.mark.filterwarnings("ignore:Creating a tensor from a list of numpy:UserWarning")
+def test_rewards_of_every_kind_that_trl_takes_are_taken(policy, tokenizer, tmp_path):
+    """Beside TRL's own reading of them."""
+    numbers, column = [1.0, 0.0, -2.5, 4.0], torch.tensor([[1.0], [0.0], [-2.5], [4.0]])
+    trainer = make(policy, tokenizer, tmp_path, returning(numbers, is_async=True))
+    for rewards in (
+        numbers,
+        tuple(numbers),
+        torch.tensor(numbers, dtype=torch.bfloat16),
+        column,  # what a head of one label gives
+        column.clone().requires_grad_(),
+        list(column),
+        [torch.tensor([[x]]) for x in numbers],
+        [torch.tensor(x) for x in numbers],
+        np.array(numbers),
+        [np.float16(x) for x in numbers],
+        [1, False, decimal.Decimal("-2.5"), np.bool_(True)],
+        [1.0, None, torch.tensor(2), np.int64(3)],
+        lambda: (x for x in numbers),
+        dict(enumerate(numbers)).values(),
+    ):
+        for is_async in (False, True):
+            ours, theirs = (
+                rewards_by(trainer, returning(rewards, is_async), trainer_class)
+                for trainer_class in (A2CTrainer, GRPOTrainer)
+            )
+            assert torch.equal(ours.nan_to_num(99), theirs.nan_to_num(99)), rewards
+            assert trainer._token_rewards is None
+    for rewards in (column.numpy(), [np.array(x) for x in numbers]):  # which TRL does not take
+        assert rewards_by(trainer, returning(rewards)).flatten().tolist() == numbers
+
+
+@pytest.mark.parametrize(
+    "dense",
+    [torch.tensor([0.25, 0.0, 1.0]), torch.tensor([[0.25], [0.0], [1.0]]), np.array([[0, 5, 0.25], [6, 10, 1.0]])],
+)
+def test_tensors_of_several_elements_are_dense(policy, tokenizer, tmp_path, dense):
+    trainer = make(policy, tokenizer, tmp_path)
+    expected = [0.25, 0.0, 1.0] if len(dense) == 3 else [0.25, 1.0, 0.0]
+    assert rewards_by(trainer, returning([dense, 0.5, None, dense])).nansum() == 3.0
+    assert trainer._token_rewards.tolist() == [expected, [0.0] * 3, [0.0] * 3, expected]
+
+
+def test_what_is_no_reward_names_the_function_and_the_mend(policy, tokenizer, tmp_path):
+    trainer = make(policy, tokenizer, tmp_path, returning(None, is_async=True))
+    for rewards, error, message in (
+        ({"a": 1.0}, TypeError, "{'a': 1.0} (`dict`). Return a list with one reward per completion"),
+        ("good", TypeError, "'good' (`str`). Return a list"),
+        (0.5, TypeError, "0.5 (`float`). Return a list"),
+        (torch.tensor(0.5), TypeError, "tensor(0.5000) (`Tensor`). Return a list"),
+        ({1.0, 2.0, 3.0, 4.0}, TypeError, "{1.0, 2.0, 3.0, 4.0} (`set`). Return a list"),
+        ([0.5] * 5, ValueError, "5 rewards, but 4 were expected. Return a list"),
+        (torch.zeros(1, 4), ValueError, "1 rewards, but 4 were expected"),
+        ([0, {"a": 1}, 0, 0], TypeError, "for row 1 of the batch {'a': 1} (`dict`), which is no number. Return a"),
+        ([0, 0, "0.5", 0], TypeError, "for row 2 of the batch '0.5' (`str`), which is no number"),
+        ([0, 0, np.str_("2"), 0], TypeError, "for row 2 of the batch np.str_('2') (`str_`), which is no number"),
+        (
+            [0, 0, 0, np.complex64(1)],
+            TypeError,
+            "for row 3 of the batch np.complex64(1+0j) (`complex64`), which is no",
+        ),
+        ([0, 0, 0, 1j], TypeError, "for row 3 of the batch 1j (`complex`), which is no number"),
+        ([0, [0.1, "0.5", 0.2], 0, 0], TypeError, "for row 1 of the batch '0.5' (`str`), which is no number"),
+        ([0, [(None, 4, 1.0)], 0, 0], ValueError, "for row 1 of the batch the span None to 4 of a text of 10"),
+        ([0, [(0, 4, None)], 0, 0], TypeError, "for row 1 of the batch None (`NoneType`), which is no number"),
+        ([0, 1e39, 0, 0], ValueError, "1e+39 for row 1 of the batch. Return a finite number"),
+        ([10**400, 0, 0, 0], ValueError, "for row 0 of the batch int too large"),
+        ([0, torch.tensor([float("nan")]), 0, 0], ValueError, "nan for row 1 of the batch"),
+    ):
+        for is_async in (False, True):
+            with pytest.raises(error, match=re.escape(f"The reward function 'mine' returned {message}")):
+                rewards_by(trainer, returning(rewards, is_async))
+
+
+def test_a_coroutine_that_nobody_awaits_is_refused(policy, tokenizer, tmp_path):
+    coroutine = returning([0.0] * 4, is_async=True)
+    trainer = make(policy, tokenizer, tmp_path, lambda **kwargs: coroutine(**kwargs))
+    with pytest.raises(TypeError, match="returned a coroutine.*Define it by `async def`"):
         trainer.train()
 
 

@@ -123,6 +123,17 @@ def test_attributes_we_read():
     assert "self.current_gradient_accumulation_steps = " in inspect.getsource(Trainer._run_epoch)
 
 
+def test_each_class_of_environments_that_pays_has_a_reward():
+    source = inspect.getsource(GRPOTrainer.__init__)
+    for line in (
+        "inspect.getmembers(type(instance), predicate=inspect.isfunction)",
+        "self._environment_pool[name] = [instance]",
+        "if has_reward and type(instance) not in env_reward_types:",
+        "self.reward_func_names.append(env_type.__name__)",
+    ):
+        assert line in source, line
+
+
 def test_random_states_are_loaded_wherever_an_epoch_is_resumed():
     assert inspect.getsource(Trainer._run_epoch).count("self._load_rng_state(resume_from_checkpoint)") == 2
 

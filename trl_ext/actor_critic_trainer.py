@@ -46,6 +46,7 @@ from .compact_batches import CompactBatchesMixin
 from .compat import (
     disable_dropout_in_model,
     get_config_model_id,
+    paying_environments,
 )
 from .critic import CRITIC_NAME, Critic, attach_critic, detach_critic
 from .critic_files import local_folder, read_value_head
@@ -59,7 +60,7 @@ from .pushing import PushMixin
 from .reference import take_up_start
 from .reporting import ReportingMixin
 from .reward_adapters import RewardAdapterMixin, split_reward_adapters
-from .rewards import RewardsMixin
+from .rewards import RewardsMixin, distinct_names
 from .rollouts import RecordingMixin
 from .shared_base import is_quantized
 from .value_heads import ValueHead
@@ -152,6 +153,9 @@ class ActorCriticTrainer(
             args.beta = beta
         take_up_start(self.ref_model, model, self.is_fsdp_enabled or self.is_deepspeed_enabled)
 
+        self.reward_func_names = distinct_names(self.reward_func_names)
+        self._paying_environments = paying_environments(self)  # classes, in the order of their rewards
+
         text_config = self.model.config.get_text_config()
         context = getattr(text_config, "max_position_embeddings", None)  # absent where positions are unbounded
         self.max_prompt_length = None if context is None else context - (self.max_completion_length or 1)
@@ -167,7 +171,7 @@ class ActorCriticTrainer(
             self._load_reward_adapter(index, path)
         self.turn_rewards = args.turn_rewards
         if self.turn_rewards:
-            check_turn_rewards(self.reward_func_names[self._num_given_rewards :], self.rollout_func)
+            check_turn_rewards(self._paying_environments, self.rollout_func)
         if args.prefix_rewards:
             check_prefix_rewards(self.reward_funcs, self.reward_processing_classes, self._tokenizer)
         self.critic = self._make_critic(critic_model)

@@ -1,8 +1,8 @@
 """What the trainers refuse: input that would fail late, or silently. Each error names the argument and the mend."""
 
 import functools
-import math
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Iterable, Mapping, Set
 
 import torch
 from datasets import Dataset
@@ -10,6 +10,7 @@ from peft import PeftModel
 from transformers import AutoConfig, PreTrainedTokenizerBase
 
 from .compat import get_config_model_id, is_async_callable
+from .dense_rewards import described, is_finite
 from .score_head import has_score_head
 from .shared_base import is_quantized
 
@@ -125,9 +126,9 @@ def check_prefix_rewards(reward_funcs: list, reward_processing_classes: list, to
             )
 
 
-def check_turn_rewards(environment_names: list[str], rollout_func: Callable | None) -> None:
+def check_turn_rewards(paying_environments: list[type], rollout_func: Callable | None) -> None:
     """Refuse `turn_rewards` where nobody could be asked."""
-    if not environment_names:
+    if not paying_environments:
         raise ValueError(
             "`turn_rewards` asks the environment for its reward after every turn, and there is none with a method "
             "`get_reward`. Pass an `environment_factory` of such, or remove it."
@@ -151,13 +152,38 @@ def checked_rollout(rollout_func: Callable) -> Callable:
     return rollout
 
 
-def check_rewards(rewards: list, name: str, totals: Callable[[list], list]) -> list[float | None]:
-    """Refuse nan and infinite rewards; None says 'not applicable' and passes. `totals` sums up dense ones."""
+def check_rewards(
+    rewards: Iterable | None, name: str, num_completions: int, totals: Callable[[list], list]
+) -> list[float | None]:
+    """
+    Makes one finite number, or None for 'not applicable', of what a reward function returned for each completion. What
+    TRL takes is taken (lists, tensors, arrays, series, generators); `totals` reads the items and sums up dense ones.
+
+    Raises:
+        TypeError: for no rewards at all (a number, a text, a dict, a coroutine that nobody awaits), and for an item that
+            is none.
+        ValueError: for None, another number of rewards, and rewards that are nan or infinite.
+    """
+    mend = "Return a list with one reward per completion."
     if rewards is None:
-        raise ValueError(f"The reward function '{name}' returned None. Return a list with one reward per completion.")
+        raise ValueError(f"The reward function '{name}' returned None. {mend}")
+    if inspect.iscoroutine(rewards):
+        rewards.close()
+        raise TypeError(
+            f"The reward function '{name}' returned a coroutine, but it is no coroutine function, so nobody awaits it. "
+            "Define it by `async def`, or return the rewards themselves."
+        )
+    has_no_order = isinstance(rewards, str | bytes | Mapping | Set)
+    if has_no_order or not isinstance(rewards, Iterable) or getattr(rewards, "ndim", 1) == 0:
+        raise TypeError(f"The reward function '{name}' returned {described(rewards)}. {mend}")
+    rewards = list(rewards)
+    if len(rewards) != num_completions:
+        raise ValueError(
+            f"The reward function '{name}' returned {len(rewards)} rewards, but {num_completions} were expected. {mend}"
+        )
     rewards = totals(rewards)
     for row, reward in enumerate(rewards):
-        if reward is not None and not math.isfinite(reward):
+        if reward is not None and not is_finite(reward):
             raise ValueError(
                 f"The reward function '{name}' returned {reward} for row {row} of the batch. Return a finite number, "
                 "or None where it does not apply."
@@ -169,12 +195,13 @@ def checked_reward(reward_func: Callable, name: str, totals: Callable[[list], li
     """`reward_func` (sync or async) with one finite number for each completion, or None, as [`check_rewards`] says."""
     if is_async_callable(reward_func):
 
-        async def reward(*args, **kwargs):
-            return check_rewards(await reward_func(*args, **kwargs), name, totals)
+        async def reward(*, completions, **kwargs):
+            rewards = await reward_func(completions=completions, **kwargs)
+            return check_rewards(rewards, name, len(completions), totals)
 
     else:
 
-        def reward(*args, **kwargs):
-            return check_rewards(reward_func(*args, **kwargs), name, totals)
+        def reward(*, completions, **kwargs):
+            return check_rewards(reward_func(completions=completions, **kwargs), name, len(completions), totals)
 
     return reward

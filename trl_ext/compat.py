@@ -15,6 +15,7 @@ Hooks of `GRPOTrainer` that are overridden elsewhere in the package, each callin
 | `_compute_loss(model, inputs)` | reads `inputs["advantages"]`, `(B, T)` allowed, after the forward pass |
 | `_step`, `_buffered_inputs` | the position within, and the content of, the rollout buffer |
 | `_metrics`, `_logs` | metrics per mode; the completions table |
+| `_environment_pool` | a list of environments for each factory; the first is there from the start |
 
 of `RewardTrainer` and `DPOTrainer`:
 
@@ -70,6 +71,14 @@ def cache_argument(model) -> str:
     return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
 
 
+def paying_environments(trainer) -> list[type]:
+    """The classes of environments whose `get_reward` a trainer of TRL has appended to its `reward_funcs`, in order."""
+    if trainer.environment_factories is None:
+        return []
+    classes = dict.fromkeys(type(pool[0]) for pool in trainer._environment_pool.values())
+    return [cls for cls in classes if inspect.isfunction(getattr(cls, "get_reward", None))]
+
+
 __all__ = [
     "MULTIMODAL_KEYS",
     "FusedCausalLMOutput",
@@ -85,6 +94,7 @@ __all__ = [
     "is_async_callable",
     "keep_4bit_unpacked",
     "pad",
+    "paying_environments",
     "stop_repacking",
     "strip_images_from_messages",
     "tokenize",

@@ -15,7 +15,7 @@ as Wu et al. 2023, Fine-Grained Human Feedback, https://huggingface.co/papers/23
 import math
 import os
 from bisect import bisect_left
-from typing import Any
+from typing import Any, SupportsFloat
 
 import numpy as np
 import torch
@@ -67,8 +67,35 @@ def rewards_of_turns(totals: list[float], tool_mask: list[int]) -> list[float]:
 
 
 def is_dense(reward: Any) -> bool:
-    """Whether a reward is of tokens or spans, and not of the whole completion."""
-    return isinstance(reward, list | tuple) or (isinstance(reward, torch.Tensor | np.ndarray) and reward.ndim == 1)
+    """True for rewards of tokens or spans, in a list, tensor or array; one with a single number is of the whole."""
+    if isinstance(reward, torch.Tensor | np.ndarray):
+        return reward.ndim > 0 and math.prod(reward.shape) != 1
+    return isinstance(reward, list | tuple)
+
+
+def described(item: Any) -> str:
+    """The type and the beginning of what was returned in place of a reward."""
+    text = repr(item)
+    return f"{text if len(text) <= 60 else text[:60] + '...'} (`{type(item).__name__}`)"
+
+
+def number_of(reward: Any) -> float:
+    """
+    One number as a float, from all that TRL takes for one: Python's and numpy's kinds, tensors and arrays of one element.
+
+    Raises:
+        TypeError: if it is none.
+    """
+    if isinstance(reward, torch.Tensor | np.ndarray) and math.prod(reward.shape) == 1:
+        reward = reward.item()
+    if isinstance(reward, str | bytes | np.complexfloating) or not isinstance(reward, SupportsFloat):
+        raise TypeError(f"{described(reward)}, which is no number. Return a number, or a list of numbers or spans")
+    return float(reward)
+
+
+def is_finite(reward: float) -> bool:
+    """True for what float32 can hold, which rewards are kept in."""
+    return abs(reward) <= torch.finfo(torch.float32).max
 
 
 def text_of(completion: str | list[dict[str, Any]]) -> str:
@@ -159,19 +186,19 @@ def rewards_of_tokens(
                 f"{len(reward)} rewards for {len(completion_ids)} tokens (`completion_ids` has them, the end-of-sequence "
                 "token among them). Return as many"
             )
-        values = [float(value) for value in reward] or [0.0] * len(completion_ids)
+        values = [number_of(value) for value in reward] or [0.0] * len(completion_ids)
     else:
         text = text_of(completion)
         offset = text_offset(completion, tokenizer.decode(completion_ids, skip_special_tokens=True))
         ends = token_ends(completion_ids, tokenizer)
         values = [0.0] * len(completion_ids)
         for start, end, value in reward:
-            if not 0 <= start < end <= len(text):
+            if None in (start, end) or not 0 <= start < end <= len(text):
                 raise ValueError(
                     f"the span {start} to {end} of a text of {len(text)} characters. Return spans within it"
                 )
-            values[bisect_left(ends, offset + end)] += float(value)
-    if not all(map(math.isfinite, values)):
+            values[bisect_left(ends, offset + end)] += number_of(value)
+    if not all(map(is_finite, values)):
         raise ValueError("a reward that is nan or infinite. Return finite numbers")
     return values
 
@@ -193,18 +220,20 @@ class DenseRewards:
 
     def totals(self, rewards: list, name: str, weight: float) -> list[float | None]:
         """What the function `name` returned, with the sum in place of each dense reward, which is kept, weighted."""
-        totals = []
-        for row, reward in enumerate(rewards):
-            if is_dense(reward):
-                reward = self._keep(row, list(reward), name, weight)
-            totals.append(reward)
-        return totals
+        return [self._total(row, reward, name, weight) for row, reward in enumerate(rewards)]
 
-    def _keep(self, row: int, reward: list, name: str, weight: float) -> float:
+    def _total(self, row: int, reward: Any, name: str, weight: float) -> float | None:
+        if reward is None:
+            return None
         try:
+            if not is_dense(reward):
+                return number_of(reward)
+            if not isinstance(reward, list | tuple):
+                is_column = reward.ndim == 2 and reward.shape[1] == 1  # as a model's head gives it
+                reward = (reward[:, 0] if is_column else reward).tolist()
             values = rewards_of_tokens(reward, self.completions[row], self.completion_ids[row], self.tokenizer)
-        except (TypeError, ValueError) as error:
-            raise ValueError(
+        except (TypeError, ValueError, OverflowError) as error:
+            raise (TypeError if isinstance(error, TypeError) else ValueError)(
                 f"The reward function '{name}' returned for row {row} of the batch {error}, or None where it does not "
                 "apply."
             ) from None

@@ -102,9 +102,8 @@ class PolicyGenerationMixin:
         """Before each turn, and after the last one: what would each environment's reward be now?"""
         if not self.turn_rewards:
             return
-        with_rewards = self.reward_func_names[self._num_given_rewards :]
         for environment, totals in zip(self.environments, self._turn_totals, strict=True):
-            if type(environment).__name__ not in with_rewards:
+            if type(environment) not in self._paying_environments:
                 continue
             total = environment.get_reward()
             if inspect.isawaitable(total):

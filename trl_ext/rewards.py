@@ -1,9 +1,11 @@
 """How [`ActorCriticTrainer`] scores completions: TRL's rewards, checked, and those of tokens, spans and prefixes."""
 
 import functools
+import itertools
 import math
 
 import torch
+from accelerate.logging import get_logger
 from torch import nn
 
 from .checks import checked_reward
@@ -11,6 +13,28 @@ from .dense_rewards import DenseRewards, rewards_of_turns, shaped_rewards
 from .prefix_check import PrefixCheck
 from .reward_scoring import RewardScoring
 from .score_head import has_score_head, prefix_scores
+
+
+logger = get_logger(__name__)
+
+
+def distinct_names(names: list[str]) -> list[str]:
+    """
+    Names of rewards that tell them apart: two lambdas, or two folders `checkpoint-100`, would share their columns and
+    metrics. The second `length` becomes `length_2`; it is warned of.
+    """
+    distinct = []
+    for index, name in enumerate(names):
+        others = {*distinct, *names[index + 1 :]}
+        if name in distinct:
+            name = next(new for n in itertools.count(2) if (new := f"{name}_{n}") not in others)
+            logger.warning(
+                f"Several rewards are called {names[index]!r}: number {index + 1} of them all, in the order of "
+                f"`reward_funcs`, is logged and recorded as {name!r}. Give functions, or the folders of reward models, "
+                "names of their own to tell them apart."
+            )
+        distinct.append(name)
+    return distinct
 
 
 class RewardsMixin:
@@ -28,7 +52,7 @@ class RewardsMixin:
             if isinstance(func, nn.Module) and self.args.prefix_rewards:
                 func = self._prefix_reward(func)
             elif self.turn_rewards and len(self.reward_funcs) >= self._num_given_rewards:
-                func = self._turn_reward(name)
+                func = self._turn_reward(self._paying_environments[len(self.reward_funcs) - self._num_given_rewards])
             if isinstance(func, nn.Module):
                 if self.args.length_batches:
                     check = self._prefix_check_of(func, name)
@@ -81,12 +105,12 @@ class RewardsMixin:
             self._reward_prefix_checks[reward_model] = PrefixCheck(self.args, self.accelerator, reward_model, name)
         return self._reward_prefix_checks[reward_model]
 
-    def _turn_reward(self, name):
-        """A reward function that pays what each turn adds to what environments of class `name` say."""
+    def _turn_reward(self, environment_class):
+        """A reward function that pays what each turn adds to what environments of this class say."""
 
         def reward(environments, **kwargs):
             return [
-                rewards_of_turns(totals, mask) if type(environment).__name__ == name else None
+                rewards_of_turns(totals, mask) if type(environment) is environment_class else None
                 for environment, totals, mask in zip(environments, self._turn_totals, self._tool_mask, strict=True)
             ]
 
