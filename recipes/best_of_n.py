@@ -30,6 +30,7 @@ from trl import ModelConfig, SFTConfig, get_peft_config, get_quantization_config
 
 from trl_ext import CompletionSampler, ReinforceConfig, SFTTrainer, keep_best
 from trl_ext.hub import publish_samples
+from trl_ext.hub_metadata import check_licence
 from trl_ext.uploading import PublishError
 
 
@@ -47,7 +48,12 @@ class BestOfNArguments(RewardArguments):
     publish_samples_to: str | None = field(
         default=None, metadata={"help": "Name on the Hub of a dataset that takes all rounds' samples, and those kept."}
     )
-    samples_licence: str | None = field(default=None, metadata={"help": "Of that dataset, e.g. cc-by-4.0."})
+    samples_licence: str | None = field(
+        default=None, metadata={"help": "Of that dataset, by the Hub's identifier, e.g. cc-by-4.0."}
+    )
+    samples_licence_name: str | None = field(
+        default=None, metadata={"help": "Of a licence that the Hub does not know, with --samples_licence other."}
+    )
 
     def __post_init__(self):
         super().__post_init__()
@@ -62,6 +68,8 @@ class BestOfNArguments(RewardArguments):
             raise ValueError("--publish_samples_to and --samples_licence need each other: pass both, or none.")
         if self.publish_samples_to is not None:
             validate_repo_id(self.publish_samples_to)
+            names = ("--samples_licence", "--samples_licence_name")
+            check_licence(self.samples_licence, self.samples_licence_name, *names)
 
 
 def sampling_config(script_args: BestOfNArguments, training_args: SFTConfig) -> ReinforceConfig:
@@ -95,7 +103,14 @@ def publish(rounds: list[dict[str, Dataset]], script_args: BestOfNArguments, mod
         + "."
     )
     try:
-        url = publish_samples(splits, script_args.publish_samples_to, script_args.samples_licence, collected, folder)
+        url = publish_samples(
+            splits,
+            script_args.publish_samples_to,
+            script_args.samples_licence,
+            collected,
+            folder,
+            licence_name=script_args.samples_licence_name,
+        )
     except PublishError as error:
         url = error
     print(f"Samples: {url}")

@@ -106,7 +106,8 @@ def make_parser() -> argparse.ArgumentParser:
     hub.add_argument("--push_to_hub", action="store_true", help="publish three models and two datasets at the end")
     hub.add_argument("--namespace", help="user or organisation")
     hub.add_argument("--name", help="NAME-sft, NAME-rankings, NAME-reward-model, NAME and NAME-rollouts are published")
-    hub.add_argument("--licence", help="of all five, such as cc-by-4.0; yours to choose")
+    hub.add_argument("--licence", help="of all five, by the Hub's identifier, such as cc-by-4.0; yours to choose")
+    hub.add_argument("--licence_name", help="of a licence that the Hub does not know, with --licence other")
     hub.add_argument("--private", action="store_true")
     return parser
 
@@ -187,6 +188,29 @@ def check_names(args: argparse.Namespace) -> None:
         validate_repo_id(f"{args.namespace}/{args.name}-reward-model")  # the longest
     except HFValidationError as error:
         raise LoopError(f"--namespace {args.namespace} --name {args.name}: {error}") from None
+    from trl_ext.hub_metadata import check_licence
+
+    try:
+        check_licence(args.licence, args.licence_name, "--licence", "--licence_name")
+    except ValueError as error:
+        raise LoopError(str(error)) from None
+
+
+def check_visibility(namespace: str, name: str) -> None:
+    """Raises [`LoopError`] if one of the five, which should be private, is there already and public."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import RepositoryNotFoundError
+    from rlhf_publish import hub_ids
+
+    from trl_ext.uploading import cause_of, compare_visibility
+
+    for what, repo_id in hub_ids(namespace, name).items():
+        try:
+            compare_visibility(HfApi(), repo_id, "dataset" if what in ("rankings", "rollouts") else "model", True)
+        except RepositoryNotFoundError:  # it will be created
+            pass
+        except Exception as error:  # the client's own errors have no class in common
+            raise LoopError(f"--private: {cause_of(error, repo_id)}") from None
 
 
 def check_token(namespace: str) -> None:
@@ -234,6 +258,8 @@ def run_loop(args: argparse.Namespace, config: dict[str, dict]) -> None:
     check_unchanged(output, stages[:again_from])
     if args.push_to_hub and (args.redo or not is_done(output, "publish")):
         check_token(args.namespace)
+        if args.private:
+            check_visibility(args.namespace, args.name)
     launcher, environment = None, make_environment(args)
     if args.config:
         check_arguments(output, stages, environment)

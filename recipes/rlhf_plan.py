@@ -192,6 +192,7 @@ class Plan:
             "namespace": args.namespace,
             "name": args.name,
             "licence": args.licence,
+            "licence_name": args.licence_name,
             "private": [] if args.private else None,
             "judge": self.judge_in_words,
             "rubric": args.rubric,

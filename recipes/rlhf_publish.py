@@ -23,6 +23,7 @@ from huggingface_hub import EvalResult, ModelCard
 from trl_ext import load_rollouts
 from trl_ext.collection import collected_rankings
 from trl_ext.hub import publish_rankings, publish_rollouts
+from trl_ext.hub_metadata import check_licence
 from trl_ext.uploading import PublishError, upload
 
 
@@ -33,8 +34,8 @@ SUFFIXES = {  # of the repositories' names, in the order of the loop
     "policy": "",
     "rollouts": "-rollouts",
 }
-# Checkpoints, recorded rollouts (a dataset of their own), and what is full of this machine's paths
-LEFT_OUT = ("checkpoint-*", "_*", "rollouts", "runs", "training_args.bin")
+# Checkpoints, recorded rollouts (a dataset of their own), what is full of this machine's paths, and what no trainer wrote
+LEFT_OUT = ("checkpoint-*", "_*", "rollouts", "runs", "training_args.bin", ".*", "*.jsonl", "*.parquet", "*.log")
 ADAPTER_CONFIG = "adapter_config.json"
 NOT_OF_THE_HUB = "a model that was not loaded from the Hub"  # as the trainers' cards have it
 
@@ -44,7 +45,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--output_dir", required=True, help="of rlhf.py")
     parser.add_argument("--namespace", required=True, help="user or organisation")
     parser.add_argument("--name", required=True, help="of the policy; the others are NAME-sft, NAME-rankings, ...")
-    parser.add_argument("--licence", required=True, help="of models and datasets, such as cc-by-4.0")
+    parser.add_argument("--licence", required=True, help="of models and datasets, by the Hub's identifier")
+    parser.add_argument("--licence_name", help="of a licence that the Hub does not know, with --licence other")
     parser.add_argument("--private", action="store_true")
     parser.add_argument("--judge", required=True, help="who ranked, in a few words")
     parser.add_argument("--rubric", help="what the judge was told")
@@ -52,7 +54,12 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--demonstrations", help="Hub id of the dataset, if it is there")
     parser.add_argument("--prompts", help="likewise")
     parser.add_argument("--about", help="a sentence or two on what it is all about")
-    return parser.parse_args()
+    args = parser.parse_args()
+    try:
+        check_licence(args.licence, args.licence_name, "--licence", "--licence_name")
+    except ValueError as error:
+        parser.error(str(error))
+    return args
 
 
 def hub_ids(namespace: str, name: str) -> dict[str, str]:
@@ -217,6 +224,7 @@ class Publisher:
             "datasets": [dataset] if dataset else None,
             "library_name": "peft" if is_adapter else "transformers",
             "license": self.args.licence,
+            "license_name": self.args.licence_name,
             "model_name": self.ids[what].split("/")[1],
         }
         for name, value in metadata.items():
@@ -238,6 +246,7 @@ class Publisher:
             f"{collected}\n\n**The loop.** {self.loop}",
             self.target("rankings"),
             models=[self.ids["reward_model"]],
+            licence_name=self.args.licence_name,
             private=self.args.private,
         )
 
@@ -257,6 +266,7 @@ class Publisher:
             self.target("rollouts"),
             model=self.ids["policy"],
             reward=self.ids["reward_model"],
+            licence_name=self.args.licence_name,
             private=self.args.private,
         )
 

@@ -239,9 +239,13 @@ class HubServer:
         self.http.shutdown()
         self.http.server_close()
 
-    def fail(self, method, path, status, times=1, headers=None):
-        """The next `times` requests whose path `path` (a regular expression) is found in fail with `status`."""
-        self.faults.append(Fault(method, path, times, Answer({"error": "fault on demand"}, status, headers)))
+    def fail(self, method, path, status, times=1, headers=None, words="fault on demand"):
+        """
+        The next `times` requests whose path `path` (a regular expression) is found in fail with `status`, and with
+        `words`: a text, or a list of texts as the check of metadata gives them.
+        """
+        body = {"error": words} if isinstance(words, str) else {"errors": [{"message": text} for text in words]}
+        self.faults.append(Fault(method, path, times, Answer(body, status, headers)))
 
     def cut(self, method, path, times=1):
         """The next `times` such requests lose their connection in the middle of their body."""

@@ -143,6 +143,7 @@ def test_rounds_of_filtering_raise_the_score(policy_path, tmp_path, flags, hub):
     [
         (["--publish_samples_to", "user/best"], "--publish_samples_to and --samples_licence need each other"),
         (["--publish_samples_to", "a/b/c", "--samples_licence", "mit"], "Repo id must be"),
+        (["--publish_samples_to", "a/b", "--samples_licence", "MIT"], "`--samples_licence` takes .* Write 'mit'"),
     ],
 )
 def test_what_cannot_be_published_is_told_before_training(monkeypatch, flags, message):

@@ -1,14 +1,19 @@
 """Publishing datasets: what arrives is what was sent, the card tells the truth, and a failed upload loses nothing."""
 
+import datetime
+import decimal
+import io
 import json
+import math
 import re
 import shlex
 
+import PIL.Image
 import pytest
 from conftest import PROMPTS, RANKINGS, ranking_settings, settings
-from datasets import Dataset, DatasetDict, Value, load_dataset
+from datasets import Audio, ClassLabel, Dataset, DatasetDict, Features, Image, List, Value, load_dataset
 from hub_server import READ_TOKEN, UNKNOWN_TOKEN, WRITE_TOKEN, HubServer, connect, environment, run_against
-from huggingface_hub import DatasetCard
+from huggingface_hub import DatasetCard, HfApi
 
 from trl_ext import (
     A2CConfig,
@@ -17,6 +22,7 @@ from trl_ext import (
     RankingRewardTrainer,
     ReinforceConfig,
     ReinforceTrainer,
+    dataset_cards,
     hub,
     keep_best,
     load_rollouts,
@@ -161,9 +167,199 @@ def test_what_nobody_could_use_is_refused(server, collected, tmp_path):
     assert not server.repos and not list(tmp_path.glob("**/*.parquet"))
 
 
-def test_private_stays_private(server, collected, tmp_path):
+def test_private_stays_private(server, collected, tmp_path, caplog):
     publish(collected, tmp_path / "out", private=True)
+    assert server.repos["dataset", "user/films"].private and not caplog.records
+    publish(collected, tmp_path / "out")
+    assert "user/films is there already and private, and stays so" in caplog.text
     assert server.repos["dataset", "user/films"].private
+
+
+def test_what_should_be_private_is_not_uploaded_to_a_public_repository(server, collected, tmp_path):
+    HfApi().create_repo("user/films", repo_type="dataset")
+    repo = server.repos["dataset", "user/films"]
+    settings_page = f"{server.endpoint}/datasets/user/films/settings"
+    with pytest.raises(
+        PublishError, match=f"is there already and public.*{settings_page}.*See that .*Finish with: hf"
+    ):
+        publish(collected, tmp_path / "out", private=True)
+    assert len(repo.commits) == 1 and not server.called("POST", "preupload")
+    repo.private = True
+    publish(collected, tmp_path / "out", private=True)
+    assert "README.md" in repo.at().files
+
+
+# --- What the Hub would refuse ---
+
+
+def test_a_licence_is_refused_before_the_upload_with_the_one_that_was_meant(server, collected, tmp_path):
+    # The names are those of the Hub's list, or of SPDX, or what one reads in repositories
+    meant = {
+        "CC BY 4.0": "cc-by-4.0",
+        "Creative Commons Attribution Non Commercial Share Alike 3.0": "cc-by-nc-sa-3.0",
+        "Creative Commons Zero v1.0 Universal": "cc0-1.0",
+        "Apache License 2.0": "apache-2.0",
+        "MIT": "mit",
+        "The MIT License": "mit",
+        "GPL-3.0-or-later": "gpl-3.0",
+        "GNU Affero General Public License v3.0": "agpl-3.0",
+        'BSD 3-clause "New" or "Revised" license': "bsd-3-clause",
+        "Llama 3.1": "llama3.1",
+    }
+    for written, identifier in meant.items():
+        with pytest.raises(ValueError, match=f"`licence` takes .*Write '{re.escape(identifier)}' if you mean"):
+            publish(collected, tmp_path / "out", licence=written)
+    with pytest.raises(ValueError, match="'mine' is none. They are listed on .* licence='other' with `licence_name`"):
+        publish(collected, tmp_path / "out", licence="mine")
+    with pytest.raises(ValueError, match="licence='other' says nothing without `licence_name`"):
+        publish(collected, tmp_path / "out", licence="other")
+    assert not server.calls and not (tmp_path / "out").exists()
+
+
+def test_a_language_is_refused_before_the_upload_with_the_code_that_was_meant(server, collected, tmp_path):
+    meant = {"English": "en", "en-US": "en", "zh_CN": "zh", "DE": "de", "Norwegian bokmal": "nb"}
+    for written, code in meant.items():
+        with pytest.raises(ValueError, match=f"`language` takes .*'{written}' is none. Write '{code}' for "):
+            publish(collected, tmp_path / "out", language=["fr", written])
+    for written in ("xx", "", "Klingonese"):
+        with pytest.raises(ValueError, match="is none. A country"):
+            publish(collected, tmp_path / "out", language=written)
+    assert not server.calls and not (tmp_path / "out").exists()
+
+
+def test_what_the_hub_takes_arrives(server, collected, tmp_path):
+    named = {"licence_name": "films-1.0", "licence_link": "https://films.example/licence"}
+    languages = ["en", "gsw", "code", "multilingual"]
+    publish(collected, tmp_path / "out", licence="other", language=languages, **named)
+    data = DatasetCard.load("user/films").data
+    assert (data.license, data.license_name, data.license_link) == ("other", *named.values())
+    assert data.language == languages
+    publish(collected, tmp_path / "out", language="en")
+    assert DatasetCard.load("user/films").data.language == ["en"]
+
+
+# --- What is uploaded, and what is not ---
+
+
+def test_only_what_was_written_is_uploaded_and_what_was_withdrawn_goes(server, collected, tmp_path, monkeypatch):
+    """Also by the command that finishes an upload."""
+    HfApi().create_repo("user/films", repo_type="dataset")
+    for name in ("LICENSE", "data/notes.txt"):
+        HfApi().upload_file(path_or_fileobj=b"a", path_in_repo=name, repo_id="user/films", repo_type="dataset")
+    out, repo = tmp_path / "out", server.repos["dataset", "user/films"]
+    with monkeypatch.context() as patch:
+        patch.setattr(hub, "SHARD_SIZE", collected.data.nbytes / 2.2)
+        publish(DatasetDict(train=collected, test=collected.select([0])), out)
+    kept = {".gitattributes", "LICENSE", "data/notes.txt", "README.md"}
+    assert set(repo.at().files) - kept == {
+        *(f"data/train-{i:05d}-of-00003.parquet" for i in range(3)),
+        "data/test-00000-of-00001.parquet",
+    }
+    for name in (".env", "judgements.jsonl", "data/more.parquet", "data/train-old.parquet"):
+        (out / name).write_bytes(b"not to be seen")
+    server.fail("POST", "/commit/", 403, words="Private repository storage limit reached, please upgrade your plan")
+    before = len(repo.commits)
+    with pytest.raises(PublishError, match="answered 403: Private repository storage limit reached") as raised:
+        publish(collected.select([0, 1]), out)
+    assert "may not write" not in str(raised.value) and len(repo.commits) == before
+    command = shlex.split(str(raised.value).split("Finish with: ")[1])
+    code = f"import subprocess, sys; sys.exit(subprocess.run({command!r}).returncode)"
+    output_of(server, code, tmp_path / "home")
+    assert set(repo.at().files) == {*kept, "data/train-00000-of-00001.parquet"} and len(repo.commits) == before + 1
+    publish(collected, out)  # nothing is left over for the next
+    assert set(repo.at().files) == {*kept, "data/train-00000-of-00001.parquet"}
+    assert Dataset.from_parquet(str(out / "data" / "train-00000-of-00001.parquet")).to_list() == collected.to_list()
+
+
+def test_a_name_without_namespace_is_the_users(server, collected, tmp_path):
+    publish_rankings(collected, "films", "cc0-1.0", "By hand.", tmp_path / "out")
+    assert 'load_dataset("user/films", split="train")' in DatasetCard.load("user/films").text
+    server.fail("GET", "/api/whoami-v2", 503, times=float("inf"))
+    with pytest.raises(PublishError, match="answered 503.*such as 'your-name/films'"):
+        publish_rankings(collected, "films", "cc0-1.0", "By hand.", tmp_path / "again")
+    assert not (tmp_path / "again").exists()
+
+
+def test_columns_of_every_kind_are_described(server, collected, tmp_path):
+    image = io.BytesIO()
+    PIL.Image.new("RGB", (2, 2)).save(image, "png")
+    when = datetime.datetime(2026, 1, 2, 3, 4)
+    features = {
+        "when": (Value("timestamp[us]"), when),
+        "day": (Value("date32"), when.date()),
+        "price": (Value("decimal128(10, 2)"), decimal.Decimal("1.50")),
+        "raw": (Value("binary"), b"abc"),
+        "nested": ({"list": List({"at": Value("timestamp[s]"), "raw": Value("binary")})}, {"list": [{"at": when}]}),
+        "image": (Image(), {"bytes": image.getvalue(), "path": None}),
+        "images": (List(Image()), [{"bytes": image.getvalue(), "path": None}]),
+        "sound": ({"bytes": Value("binary"), "path": Value("string")}, {"bytes": b"abc", "path": None}),
+        "no_number": (Value("float64"), math.nan),
+        "infinite": (Value("float64"), -math.inf),
+        "none": (Value("string"), None),
+        "kind": (ClassLabel(names=["good", "bad"]), 1),
+        "a|b": (Value("string"), "x"),
+    }
+    types, values = ({name: entry[i] for name, entry in features.items()} for i in (0, 1))
+    rows = [row | values for row in collected.to_list()]
+    dataset = Dataset.from_list(rows, features=Features({**collected.features, **types}))
+    dataset = dataset.cast_column("sound", Audio())  # whose decoder is not installed
+    publish(dataset.with_format("numpy"), tmp_path / "out")
+    text = (tmp_path / "out" / "README.md").read_text()
+    row = json.loads(text.split("```json\n")[1].split("```")[0])
+    assert row == collected[0] | {
+        "when": "2026-01-02T03:04:00",
+        "day": "2026-01-02",
+        "price": "1.50",
+        "raw": "(3 bytes)",
+        "nested": {"list": [{"at": "2026-01-02T03:04:00", "raw": None}]},
+        "image": {"bytes": f"({len(image.getvalue())} bytes)", "path": None},
+        "images": [{"bytes": f"({len(image.getvalue())} bytes)", "path": None}],
+        "sound": {"bytes": "(3 bytes)", "path": None},
+        "no_number": "nan",
+        "infinite": "-inf",
+        "none": None,
+        "kind": 1,
+        "a|b": "x",
+    }
+    table = dict(re.findall(r"^\| `(.+)` \| (.+) \| .*\|$", text, re.MULTILINE))
+    assert table["images"] == "list of image" and table["sound"] == "audio" and table["kind"] == "one of 2 classes"
+    assert table["price"] == "decimal128(10, 2)" and table["a\\|b"] == "string"
+    assert table["nested"] == "{list: list of {at: timestamp[s], raw: binary}}"
+
+
+@pytest.mark.parametrize("kind", ["rankings", "samples", "rollouts"])
+def test_long_texts_do_not_make_long_cards(server, collected, samples, tmp_path, kind):
+    long, other = "word " * 200_000, {"cells": ["entry " * 20] * 1000}
+    if kind == "rankings":
+        rows = [row | {"completions": [long] * len(row["completions"])} | other for row in collected.to_list()]
+        publish(Dataset.from_list(rows), tmp_path)
+    elif kind == "samples":
+        rows = [row | {"completion": long, "reward/length": 1.0} | other for row in samples.to_list()]
+        publish_samples(Dataset.from_list(rows), "user/best", folder=tmp_path, **MADE)
+    else:
+        numbers = dict.fromkeys(("rewards", "advantages", "returns", "values", "kl", "logps"), [0.5] * 1000)
+        tokens = {"completion_ids": [1] * 1000, "tokens": ["word"] * 1000, "own": [True] * 1000}
+        messages = {name: [{"role": "user", "content": long}] for name in ("prompt", "completion")}
+        row = {"step": 0, "score": 1.0, "terminated": True} | messages | numbers | tokens
+        publish_rollouts(Dataset.from_list([row]), "user/rollouts", folder=tmp_path, **MADE)
+    text = (tmp_path / "README.md").read_text()
+    assert len(text) < 25_000
+    assert re.search("The first row, .*no more than 8 entries.*:\n|The first row, .*no more than 500 characters", text)
+    row = json.loads(text.split("```json\n")[1].split("```")[0])
+    shown = row["completions"][0] if kind == "rankings" else row["completion"]
+    assert (shown if isinstance(shown, str) else shown[0]["content"]) == long[:500] + " ..."
+
+
+@pytest.mark.parametrize("row", [{"a": ["x" * 60] * 8} | {str(i): "y" * 500 for i in range(100)}])
+def test_a_row_of_many_columns_is_shown_more_shortly(row):
+    shown = dataset_cards._first_row(Dataset.from_list([row]))
+    assert len(shown["first_row"]) < 20_000 and shown["limits"] == {"entries": 4, "characters": 50}
+    assert json.loads(shown["first_row"])["a"] == ["x" * 50 + " ..."] * 4
+
+
+def test_what_is_no_dataset_is_refused(server, collected, tmp_path):
+    with pytest.raises(ValueError, match=r"'train' is a IterableDataset. .*Dataset.from_list\(list\(stream\)\)"):
+        publish(collected.to_iterable_dataset(), tmp_path / "out")
 
 
 # --- Rollouts ---
@@ -326,6 +522,39 @@ def test_a_connection_cut_in_the_middle_of_a_file_is_taken_up(server, collected,
     publish(collected, tmp_path / "out")
     sent = (tmp_path / "out" / "data" / "train-00000-of-00001.parquet").read_bytes()
     assert server.repos["dataset", "user/films"].at("main").files["data/train-00000-of-00001.parquet"].content == sent
+
+
+@pytest.mark.parametrize(
+    "path, status, words, message",
+    [
+        ("/commit/", 400, "bad commit", "The Hub answered 400: bad commit. The same would be refused again: mend it"),
+        (
+            "/api/validate-yaml",
+            400,
+            ['"license" must be one of [mit, other]', '"x" is wrong'],
+            r'The Hub answered 400: "license" must be one of \[mit, other\] "x" is wrong. The same would be refused',
+        ),
+        ("/commit/", 403, "Access to it is disabled", r"answered 403: Access to it is disabled\. What was"),
+        (
+            "/preupload/",
+            403,
+            "You need to be a member",
+            "answered 403: You need to be a member. The token may not write",
+        ),
+        (
+            "/commit/",
+            413,
+            "Too large. " * 100,
+            r"answered 413: (Too large\. ){54}Too la \.\.\.\. What was to be published",
+        ),
+        ("/commit/", 429, "Slow down", "The Hub answered 429: Slow down. What was"),
+    ],
+)
+def test_the_hubs_own_words_are_shown(server, collected, tmp_path, path, status, words, message):
+    server.fail("POST", path, status, times=float("inf"), words=words)
+    with pytest.raises(PublishError, match=message):
+        publish(collected, tmp_path / "out")
+    assert len(server.called("POST", path)) == (5 if status == 429 else 1)
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,7 @@ from hub_server import (
     environment,
     run_against,
 )
-from huggingface_hub import DatasetCard, ModelCard
+from huggingface_hub import DatasetCard, HfApi, ModelCard
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from trl_ext.collection import Judgements, read_items
@@ -449,6 +449,15 @@ def test_a_wrong_token_is_told_at_once(tmp_path, monkeypatch, token, message):
     assert not (tmp_path / "out").exists()
 
 
+def test_what_should_be_private_is_not_trained_for_a_public_repository(tmp_path, monkeypatch):
+    with HubServer() as server:
+        connect(server, monkeypatch, tmp_path / "home")
+        HfApi().create_repo("user/films-rankings", repo_type="dataset")
+        with pytest.raises(SystemExit, match="--private: user/films-rankings is there already and public"):
+            main_in(tmp_path, monkeypatch, *PUBLISH, "--private")
+    assert not (tmp_path / "out").exists()
+
+
 MODEL_AND_DATA = ["--model_name_or_path", "m", "--demonstrations", "d", "--prompts", "p"]
 
 
@@ -459,6 +468,10 @@ MODEL_AND_DATA = ["--model_name_or_path", "m", "--demonstrations", "d", "--promp
         (
             ["--push_to_hub", "--namespace", "u", "--name", "a b", "--licence", "l"],
             "--namespace u --name a b: Repo id",
+        ),
+        (
+            ["--push_to_hub", "--namespace", "u", "--name", "a", "--licence", "CC BY 4.0"],
+            "`--licence` takes .* Write 'cc-by-4.0'",
         ),
         (["--prompts", "p"], "Give --model_name_or_path, --demonstrations as well, or none"),
         (["--test_prompts", "p"], "--test_prompts goes with --model_name_or_path"),

@@ -1,16 +1,19 @@
 """What the cards of published datasets say: counts, means, columns and a first row, from the data itself."""
 
+import dataclasses
+import datetime
 import itertools
 import json
+import math
 from collections import Counter, defaultdict
 from collections.abc import Iterable
 from typing import Any
 
-from datasets import Dataset, DatasetDict
+from datasets import ClassLabel, Dataset, DatasetDict, Json, LargeList, List, Value
 
 from .annotation import ranking_agreement
 from .model_card import cell
-from .ranking_data import prepare_rankings
+from .ranking_data import is_ranking, prepare_rankings
 from .rollouts import ROLLOUT_COLUMNS
 
 
@@ -26,6 +29,7 @@ RANKING_COLUMNS = {
     "seconds": "how long it took",
     "flag": "what the annotator thought wrong with the item",
 }
+JUDGED = ("prompt", "completions", "ranks", "pairs", "ranking")
 SAMPLE_COLUMNS = {
     "round": "of sampling and learning, from 1 on",
     "prompt_index": "rows with the same are completions of the same prompt",
@@ -33,14 +37,26 @@ SAMPLE_COLUMNS = {
     "completion": "of the same kind",
     "score": "weighted sum of the rewards; null where none applies",
 }
-MESSAGES = ("prompt", "completion")
-SHOWN_TOKENS = 8  # of the first row's lists
+# Of the first row
+SHOWN_ENTRIES = 8  # of each list
+SHOWN_CHARACTERS = 500  # of each text
+SHOWN_IN_ALL = 20_000  # characters
 
 
 def describe_rankings(splits: DatasetDict) -> dict[str, Any]:
-    """What the card says of the data: counts, ties, shapes, agreement, columns, the first row."""
+    """
+    What the card says of the data: counts, ties, shapes, agreement, columns, the first row.
+
+    Raises:
+        ValueError: for rankings that could not be trained on.
+    """
     first = next(iter(splits.values()))
-    prepared = [row for name, split in splits.items() for row in prepare_rankings(split, dataset_name=name)]
+    judged = [name for name in JUDGED if name in first.column_names]  # other columns may hold what cannot be decoded
+    prepared = [
+        row
+        for name, split in splits.items()
+        for row in prepare_rankings(split.select_columns(judged) if is_ranking(judged) else split, dataset_name=name)
+    ]
     sizes, shapes, ties, pairs = Counter(), Counter(), 0, 0
     for row in prepared:
         sizes[len(row["completions"])] += 1
@@ -57,15 +73,17 @@ def describe_rankings(splits: DatasetDict) -> dict[str, Any]:
     by_item = defaultdict(list)
     if {"id", "annotator", "ranks"} <= set(first.column_names):
         for split in splits.values():
-            for row in split:
+            for row in split.select_columns(["id", "ranks"]):
                 if row["ranks"] is not None:
-                    by_item[row["id"]].append(row["ranks"])
+                    by_item[str(row["id"])].append(row["ranks"])
     annotators = (
-        len({a for split in splits.values() for a in split["annotator"]}) if "annotator" in first.features else None
+        len({str(a) for split in splits.values() for a in split["annotator"]})
+        if "annotator" in first.features
+        else None
     )
     return {
         "num_rows": len(prepared),
-        "num_prompts": len({json.dumps(row["prompt"]) for row in prepared}),
+        "num_prompts": _num_different(row["prompt"] for row in prepared),
         "num_completions": sum(len(row["completions"]) for row in prepared),
         "num_pairs": pairs,
         "tie_rate": f"{ties / pairs:.1%}",
@@ -75,7 +93,7 @@ def describe_rankings(splits: DatasetDict) -> dict[str, Any]:
         "columns": _columns(first, RANKING_COLUMNS),
         "sizes": sorted(sizes.items()),
         "shapes": shapes.most_common(5),
-        "first_row": json.dumps(first[0], ensure_ascii=False, indent=2),
+        **_first_row(first, indent=2),
     }
 
 
@@ -91,10 +109,17 @@ def _agreement(rankings: list[list[list[int | None]]]) -> dict[str, str] | None:
 
 def _type_of(feature: Any) -> str:
     """`List(Value('string'))` as `list of string`."""
-    text = str(feature).replace("Json(decode=True)", "json").replace("Value('", "").replace("')", "")
-    while "List(" in text:
-        text = text.replace("List(", "list of ", 1)
-    return text.replace(")", "").replace("|", "\\|")
+    if isinstance(feature, Value):
+        return feature.dtype
+    if isinstance(feature, ClassLabel):
+        return f"one of {feature.num_classes} classes"
+    if isinstance(feature, dict):
+        return "{" + ", ".join(f"{name}: {_type_of(inner)}" for name, inner in feature.items()) + "}"
+    if isinstance(feature, list):
+        return f"list of {_type_of(feature[0])}"
+    if isinstance(feature, List | LargeList):
+        return f"list of {_type_of(feature.feature)}"
+    return type(feature).__name__.lower()  # json, image, audio, ...
 
 
 def describe_rollouts(splits: DatasetDict) -> dict[str, Any]:
@@ -103,8 +128,8 @@ def describe_rollouts(splits: DatasetDict) -> dict[str, Any]:
     return {
         "num_completions": sum(len(split) for split in splits.values()),
         "num_prompts": _num_prompts(splits),
-        "has_critic": first[0]["values"] is not None,
-        "has_reference": first[0]["kl"] is not None,
+        "has_critic": first["values"][0] is not None,
+        "has_reference": first["kl"][0] is not None,
         "splits": [
             {
                 "name": name,
@@ -117,8 +142,7 @@ def describe_rollouts(splits: DatasetDict) -> dict[str, Any]:
             for name, split in splits.items()
         ],
         "columns": _columns(first, ROLLOUT_COLUMNS),
-        "shown_tokens": SHOWN_TOKENS,
-        "first_row": _row(first[0]),
+        **_first_row(first),
     }
 
 
@@ -138,7 +162,7 @@ def describe_samples(splits: DatasetDict) -> dict[str, Any]:
             for name, split in splits.items()
         ],
         "columns": _columns(first, SAMPLE_COLUMNS),
-        "first_row": _row(first[0]),
+        **_first_row(first),
     }
 
 
@@ -150,7 +174,7 @@ def _columns(split: Dataset, meanings: dict[str, str]) -> list[tuple[str, str, s
         if name.startswith("reward/")
     }
     known = rewards | meanings
-    return [(name, _type_of(feature), known.get(name, "")) for name, feature in split.features.items()]
+    return [(cell(name), cell(_type_of(feature)), known.get(name, "")) for name, feature in split.features.items()]
 
 
 def _mean(values: Iterable[float | None]) -> str:
@@ -159,7 +183,11 @@ def _mean(values: Iterable[float | None]) -> str:
 
 
 def _num_prompts(splits: dict[str, Dataset]) -> int:
-    return len({json.dumps(prompt) for split in splits.values() for prompt in split["prompt"]})
+    return _num_different(prompt for split in splits.values() for prompt in split["prompt"])
+
+
+def _num_different(values: Iterable[Any]) -> int:
+    return len({json.dumps(value, default=str) for value in values})
 
 
 def _num_characters(completion: str | list[dict[str, Any]]) -> int:
@@ -168,9 +196,65 @@ def _num_characters(completion: str | list[dict[str, Any]]) -> int:
     return sum(len(text) for text in texts if isinstance(text, str))
 
 
-def _row(row: dict[str, Any]) -> str:
-    """As JSON, a line for each column; the lists of tokens only begin."""
-    lists = {name: value for name, value in row.items() if isinstance(value, list) and name not in MESSAGES}
-    row = row | {name: value[:SHOWN_TOKENS] for name, value in lists.items()}
+# --- The first row ---
+
+
+def _first_row(split: Dataset, indent: int | None = None) -> dict[str, Any]:
+    """The first row as JSON, a line for each column, and how much of it is shown where that is not all."""
+    row = raw_row(split)
+    whole = plain(row, None, None)
+    for entries, characters in ((SHOWN_ENTRIES, SHOWN_CHARACTERS), (SHOWN_ENTRIES // 2, SHOWN_CHARACTERS // 10)):
+        shown = plain(row, entries, characters)
+        text = _as_json(shown, indent)
+        if len(text) <= SHOWN_IN_ALL:
+            break
+    limits = {"entries": entries, "characters": characters} if shown != whole else None
+    return {"first_row": text, "shown_entries": entries, "limits": limits}
+
+
+def _as_json(row: dict[str, Any], indent: int | None) -> str:
+    if indent is not None:
+        return json.dumps(row, ensure_ascii=False, indent=indent)
     lines = [f"  {json.dumps(name)}: {json.dumps(value, ensure_ascii=False)}" for name, value in row.items()]
     return "{\n" + ",\n".join(lines) + "\n}"
+
+
+def raw_row(split: Dataset) -> dict[str, Any]:
+    """The first row as it is stored, with images, sounds and films as their bytes or paths."""
+    table = split.select([0]).with_format("arrow")[:1]
+    return undecoded(split.features).decode_example(table.to_pylist()[0])
+
+
+def undecoded(feature: Any) -> Any:
+    """The feature without the decoders of media, which may not be installed."""
+    if isinstance(feature, dict):
+        return type(feature)({name: undecoded(inner) for name, inner in feature.items()})
+    if isinstance(feature, list):
+        return [undecoded(inner) for inner in feature]
+    if isinstance(feature, List | LargeList):
+        return dataclasses.replace(feature, feature=undecoded(feature.feature))
+    if getattr(feature, "decode", False) and not isinstance(feature, Json):
+        return dataclasses.replace(feature, decode=False)
+    return feature
+
+
+def plain(value: Any, entries: int | None, characters: int | None) -> Any:
+    """
+    The value as JSON has it.
+
+    Args:
+        value (`Any`): Of a row; what JSON does not know, such as dates and decimals, becomes text.
+        entries (`int`, *optional*): Of each list no more than so many are kept.
+        characters (`int`, *optional*): Of each text no more than so many.
+    """
+    if isinstance(value, dict):
+        return {str(name): plain(inner, entries, characters) for name, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(inner, entries, characters) for inner in value[:entries]]
+    if value is None or isinstance(value, bool | int) or isinstance(value, float) and math.isfinite(value):
+        return value
+    if isinstance(value, bytes):
+        return f"({len(value):,} bytes)"
+    text = value.isoformat() if isinstance(value, datetime.date | datetime.time) else str(value)
+    text = text.encode("utf-8", "backslashreplace").decode()  # half a surrogate pair cannot be written
+    return text if characters is None or len(text) <= characters else f"{text[:characters]} ..."

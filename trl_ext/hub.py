@@ -15,13 +15,14 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from .dataset_cards import describe_rankings, describe_rollouts, describe_samples
+from .hub_metadata import check_language, check_licence
 from .model_card import TEMPLATES
-from .ranking_data import prepare_rankings
 from .rollouts import ROLLOUT_COLUMNS
-from .uploading import upload
+from .uploading import full_repo_id, upload
 
 
 SHARD_SIZE = 500 * 2**20  # bytes in memory
+SHARDS = "data/*-?????-of-?????.parquet"  # a pattern of all names that `_write` gives
 
 
 def publish_rankings(
@@ -33,7 +34,9 @@ def publish_rankings(
     *,
     models: list[str] | None = None,
     title: str | None = None,
-    language: list[str] | None = None,
+    language: str | list[str] | None = None,
+    licence_name: str | None = None,
+    licence_link: str | None = None,
     tags: list[str] | None = None,
     private: bool = False,
     token: str | None = None,
@@ -44,29 +47,34 @@ def publish_rankings(
     Args:
         rankings ([`~datasets.Dataset`] or [`~datasets.DatasetDict`]): With the columns of [`ranking_data`], and perhaps
             those of [`collection.collected_rankings`]. A dataset alone becomes the split `train`.
-        repo_id (`str`): Where to.
-        licence (`str`): Under which it may be used, e.g. `"cc-by-4.0"`. Yours to choose: there is no default.
+        repo_id (`str`): Where to. A name without a namespace is one of the token's user. Data that an earlier publication
+            left there are deleted, though earlier commits have them still: `HfApi.super_squash_history` forgets those.
+        licence (`str`): Under which it may be used, by the Hub's identifier, e.g. `"cc-by-4.0"`. Yours to choose: there
+            is no default.
         collected (`str`): How: who ranked, what they were told, where prompts and completions are from.
-        folder (`str` or `Path`): Where the files are written first, and stay.
+        folder (`str` or `Path`): Where the files are written first, and stay. Of what else lies there nothing is uploaded.
         models (`list[str]`, *optional*): Hub ids of models that were trained on it.
         title (`str`, *optional*): By default the repository's name.
-        language, tags (`list[str]`, *optional*): For the card's metadata.
-        private (`bool`, *optional*, defaults to `False`): Only for those with access.
+        language (`str` or `list[str]`, *optional*): Of the texts, as codes such as `"en"`.
+        licence_name, licence_link (`str`, *optional*): Of a licence that the Hub does not know, with `licence="other"`.
+        tags (`list[str]`, *optional*): For the card's metadata.
+        private (`bool`, *optional*, defaults to `False`): Only for those with access. A repository that is there and
+            public is refused.
         token (`str`, *optional*): By default the one that `hf auth login` stored.
 
     Returns:
         `str`: The commit's address.
 
     Raises:
-        ValueError: for rankings that could not be trained on, or without `licence` or `collected`.
+        ValueError: for rankings that could not be trained on, without `collected`, or for a licence or language that the
+            Hub does not take.
         [`~trl_ext.uploading.PublishError`]: where the upload fails.
     """
-    _check_texts(licence, collected)
+    licensed = _licence_and_language(licence, licence_name, licence_link, language)
+    _check_texts(collected=collected)
     _check_ids(models=models or [])
-    splits = _splits_of(rankings, columns=[])  # of which `prepare_rankings` knows more
-    for name, split in splits.items():
-        prepare_rankings(split, dataset_name=name)  # raises where it is malformed
-    metadata = {"license": licence, "language": language, "tags": {"preference", "ranking", "rlhf", *(tags or [])}}
+    splits = _splits_of(rankings, columns=[])  # of which `describe_rankings` knows more
+    metadata = licensed | {"tags": {"preference", "ranking", "rlhf", *(tags or [])}}
     content = describe_rankings(splits) | {"collected": collected, "models": models, "title": title}
     return _publish(splits, "rankings_dataset.md", metadata, content, repo_id, folder, private, token)
 
@@ -81,7 +89,9 @@ def publish_rollouts(
     model: str | None = None,
     reward: str | None = None,
     title: str | None = None,
-    language: list[str] | None = None,
+    language: str | list[str] | None = None,
+    licence_name: str | None = None,
+    licence_link: str | None = None,
     tags: list[str] | None = None,
     private: bool = False,
     token: str | None = None,
@@ -98,15 +108,14 @@ def publish_rollouts(
         All others as in [`publish_rankings`], and so are the results.
 
     Raises:
-        ValueError: for other data than recorded rollouts, or without `licence` or `collected`.
+        ValueError: for other data than recorded rollouts, or as [`publish_rankings`].
         [`~trl_ext.uploading.PublishError`]: where the upload fails.
     """
-    _check_texts(licence, collected)
+    licensed = _licence_and_language(licence, licence_name, licence_link, language)
+    _check_texts(collected=collected)
     _check_ids(model=[model], reward=[reward])
     splits = _splits_of(rollouts, ROLLOUT_COLUMNS)
-    metadata = {
-        "license": licence,
-        "language": language,
+    metadata = licensed | {
         "task_categories": ["reinforcement-learning", "text-generation"],
         "tags": {"rlhf", "rollouts", "token-level", *(tags or [])},
     }
@@ -124,7 +133,9 @@ def publish_samples(
     model: str | None = None,
     reward: str | None = None,
     title: str | None = None,
-    language: list[str] | None = None,
+    language: str | list[str] | None = None,
+    licence_name: str | None = None,
+    licence_link: str | None = None,
     tags: list[str] | None = None,
     private: bool = False,
     token: str | None = None,
@@ -143,15 +154,14 @@ def publish_samples(
         All others as in [`publish_rankings`], and so are the results.
 
     Raises:
-        ValueError: for data without prompts, completions and scores, or without `licence` or `collected`.
+        ValueError: for data without prompts, completions and scores, or as [`publish_rankings`].
         [`~trl_ext.uploading.PublishError`]: where the upload fails.
     """
-    _check_texts(licence, collected)
+    licensed = _licence_and_language(licence, licence_name, licence_link, language)
+    _check_texts(collected=collected)
     _check_ids(model=[model], reward=[reward])
     splits = _splits_of(samples, ["prompt", "completion", "score"])
-    metadata = {
-        "license": licence,
-        "language": language,
+    metadata = licensed | {
         "task_categories": ["text-generation"],
         "tags": {"best-of-n", "rejection-sampling", "sft", *(tags or [])},
     }
@@ -160,10 +170,23 @@ def publish_samples(
     return _publish(splits, "samples_dataset.md", metadata, content, repo_id, folder, private, token)
 
 
-def _check_texts(licence: str, collected: str) -> None:
-    for name, value in (("licence", licence), ("collected", collected)):
+def _check_texts(**texts: str) -> None:
+    for name, value in texts.items():
         if not value or not value.strip():
             raise ValueError(f"`{name}` is empty. Whoever finds the dataset needs it.")
+
+
+def _licence_and_language(
+    licence: str, name: str | None, link: str | None, language: str | list[str] | None
+) -> dict[str, Any]:
+    """Metadata of a card, if the Hub takes it."""
+    _check_texts(licence=licence)
+    check_licence(licence, name, "licence", "licence_name")
+    languages = [language] if isinstance(language, str) else language
+    if languages is not None:
+        check_language(languages)
+    named = {"license_name": name, "license_link": link}
+    return {"license": licence, "language": languages} | {key: text for key, text in named.items() if text}
 
 
 def _check_ids(**ids: list[str | None]) -> None:
@@ -179,7 +202,14 @@ def _check_ids(**ids: list[str | None]) -> None:
 
 def _splits_of(data: Dataset | DatasetDict, columns: Iterable[str]) -> DatasetDict:
     """By name, if `load_dataset` could give them back and each has these columns."""
-    splits = data if isinstance(data, DatasetDict) else DatasetDict({"train": data})
+    splits = data if isinstance(data, dict) else {"train": data}
+    for name, split in splits.items():
+        if not isinstance(split, Dataset):
+            raise ValueError(
+                f"The split {name!r} is a {type(split).__name__}. A `datasets.Dataset` can be published, such as "
+                "`Dataset.from_list(list(stream))` of a stream."
+            )
+    splits = DatasetDict({name: split.with_format(None) for name, split in splits.items()})  # rows of plain values
     if not splits:
         raise ValueError("There is no split to publish.")
     first_name, first = next(iter(splits.items()))
@@ -209,9 +239,11 @@ def _publish(
     private: bool,
     token: str | None,
 ) -> str:
-    """Write Parquet and card to `folder`, and upload both."""
+    """Write Parquet and card to `folder`, and upload both in place of what was published before."""
+    repo_id = full_repo_id(repo_id, token)
     folder, title = Path(folder), content["title"] or repo_id.split("/")[-1]
-    files = [{"split": name, "path": _write(split, name, folder)} for name, split in splits.items()]
+    shards = {name: _write(split, name, folder) for name, split in splits.items()}
+    files = [{"split": name, "path": f"data/{name}-*-of-{number:05d}.parquet"} for name, number in shards.items()]
     card_data = DatasetCardData(
         **metadata | {"tags": sorted({"trl_ext", *metadata["tags"]})},
         pretty_name=title,
@@ -220,18 +252,17 @@ def _publish(
     content = content | {"title": title, "collected": content["collected"].strip(), "repo_id": repo_id}
     card = DatasetCard.from_template(card_data, template_path=str(TEMPLATES / template), **content)
     card.save(folder / "README.md")
-    return upload(folder, repo_id, "dataset", private, token).commit_url
+    written = ["README.md", *(file["path"].replace("*", "?????") for file in files)]
+    uploaded = upload(folder, repo_id, "dataset", private, token, allow_patterns=written, delete_patterns=[SHARDS])
+    return uploaded.commit_url
 
 
-def _write(split: Dataset, name: str, folder: Path) -> str:
-    """
-    In files of at most about [`SHARD_SIZE`]. Returns the pattern of their names, which no other number of files has:
-    what an earlier publication left in the repository is none of them.
-    """
+def _write(split: Dataset, name: str, folder: Path) -> int:
+    """Write a split in files of at most about [`SHARD_SIZE`]. Returns their number, which all their names have."""
     size = split.data.nbytes * len(split) / split.data.num_rows  # of rows that may be chosen from more
     num_shards = min(len(split), max(1, math.ceil(size / SHARD_SIZE)))
     (folder / "data").mkdir(parents=True, exist_ok=True)
     for index in range(num_shards):
         shard = split.shard(num_shards, index, contiguous=True)
         shard.to_parquet(folder / "data" / f"{name}-{index:05d}-of-{num_shards:05d}.parquet")
-    return f"data/{name}-*-of-{num_shards:05d}.parquet"
+    return num_shards

@@ -15,6 +15,7 @@ from peft import PeftModel, PeftType
 from transformers import PreTrainedModel, is_wandb_available
 
 from .compat import get_comet_experiment_url, get_config_model_id, get_trackio_space_url
+from .hub_metadata import check_language, check_licence
 from .shared_base import quantization_of
 from .training_curves import CURVES_FILE, Panel, draw_training_curves
 from .training_record import (
@@ -102,22 +103,35 @@ class ModelCardMixin:
         model_name: str | None = None,
         dataset_name: str | None = None,
         tags: str | list[str] | None = None,
-        license: str | None = None,
+        license: str | list[str] | None = None,
         language: str | list[str] | None = None,
+        license_name: str | None = None,
+        license_link: str | None = None,
     ) -> None:
         """
         Write `README.md`, with `training_curves.png` beside it, to the output folder. `push_to_hub` takes the same
-        arguments: TRL's, and two that [`~transformers.Trainer`] has.
+        arguments: TRL's, two that [`~transformers.Trainer`] has, and two more.
 
         Args:
             model_name (`str`, *optional*): By default that of the repository or the output folder.
             dataset_name (`str`, *optional*): Hub id of what it was trained on. Local files have no page to link to.
             tags (`str` or `list[str]`, *optional*): Beside those of the trainer.
-            license (`str`, *optional*): Of the model, such as `"apache-2.0"`. Yours to choose: there is no default.
+            license (`str` or `list[str]`, *optional*): Of the model, by the Hub's identifier, such as `"apache-2.0"`.
+                Yours to choose: there is no default.
             language (`str` or `list[str]`, *optional*): Of the data, as codes such as `"en"`.
+            license_name, license_link (`str`, *optional*): Of a license that the Hub does not know, with
+                `license="other"`.
+
+        Raises:
+            ValueError: for a license or language that the Hub does not take. `push_to_hub` has saved the model by then,
+                and uploads nothing.
         """
         if not self.is_world_process_zero():
             return
+        if license is not None:
+            check_licence(license, license_name, "license", "license_name")
+        if language is not None:
+            check_language(language)
         folder = Path(self.args.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
         content = self._card_content()
@@ -129,6 +143,8 @@ class ModelCardMixin:
             eval_results=self._eval_results(measured, content.results, dataset_id) or None,
             language=language,
             license=license,
+            license_name=license_name,
+            license_link=license_link,
             model_name=model_name or Path(self.hub_model_id or folder.absolute()).name,
             pipeline_tag=self._pipeline_tag,
             tags=tags_of(model, self._tag_names, tags),

@@ -3,6 +3,7 @@ Trainers on the Hub: a push that fails is tried again, loses nothing and stops n
 resumed from by its repository's name.
 """
 
+import contextlib
 import os
 import re
 import shutil
@@ -21,7 +22,15 @@ from huggingface_hub.errors import (
 from transformers import TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from .uploading import PublishError, cause_of, is_lasting, upload
+from .uploading import (
+    PublishError,
+    cause_of,
+    how_to_finish,
+    is_lasting,
+    persist,
+    prepare_repo,
+    upload,
+)
 
 
 logger = get_logger(__name__)
@@ -39,20 +48,29 @@ class PushMixin:
     - a push that fails is tried again, with growing pauses; one in the middle of training that fails for good leaves a
       warning with the command that finishes it, and training goes on;
     - `push_to_hub()` that fails for good raises [`~uploading.PublishError`], with that command, once all is on disk;
+    - what should be private (`private`, `hub_private_repo`) is not pushed to a repository that is public;
     - `train(resume_from_checkpoint="user/name")` resumes from the last checkpoint of a repository of the Hub;
     - tokens are kept out of `training_args.bin`, which is published.
     """
 
     _saved_with_model: tuple[str, ...] = ()  # files and folders of a checkpoint that the parent does not know of
     _uploads = None  # the thread in which pushes are seen through, once there are any
+    _push = None  # token, revision and `private` of the `push_to_hub` under way
+    _is_seen_private = False  # the repository, where it should be
 
     def init_hf_repo(self, token=None, private=None):
+        token = token or self.args.hub_token
+        private = self.args.hub_private_repo if private is None else private
+        repo_id = self.args.hub_model_id or Path(self.args.output_dir).absolute().name
         try:
-            super().init_hf_repo(token, private)
+            if private and self.is_world_process_zero():  # the parent asks for what `hub_private_repo` says
+                HfApi(token=token).create_repo(repo_id, private=True, exist_ok=True)
+                if self._push is None:  # otherwise this is for later, when all is on disk
+                    self._see_private(repo_id, token)
+            super().init_hf_repo(token)
         except HFValidationError:  # a name that no repository can have
             raise
         except Exception as error:  # the client's own errors have no class in common
-            repo_id = self.args.hub_model_id or Path(self.args.output_dir).absolute().name
             cause = cause_of(error, repo_id)
             if is_lasting(error) and self.args.push_to_hub:  # in `__init__`: there is nothing to be lost yet
                 raise PublishError(
@@ -72,25 +90,62 @@ class PushMixin:
         private: bool | None = None,
         **kwargs,
     ) -> CommitInfo | Future[CommitInfo] | None:
-        begun = super().push_to_hub(commit_message, False, token, revision, private, **kwargs)
+        token = token or self.args.hub_token
+        private = self.args.hub_private_repo if private is None else private
+        revision = revision or self.args.hub_revision
+        self._push = {"token": token, "private": private, "revision": revision}
+        try:
+            if self.hub_model_id is None:  # the parent's own call knows of no `private` in older versions
+                self.init_hf_repo(token, private)
+            begun = super().push_to_hub(commit_message, False, token, revision, **kwargs)
+        finally:
+            self._push = None
         if begun is None:  # not the process that pushes
             return None
         pushed = self._see_through(
             upload,
             begun,
             self.args.output_dir,
-            private=self.args.hub_private_repo if private is None else private,
-            token=token or self.args.hub_token,
+            private=private,
+            token=token,
             ignore_patterns=IGNORED,
-            revision=revision or self.args.hub_revision,
+            revision=revision,
             commit_message=commit_message,
         )
         return pushed.result() if blocking else pushed
+
+    def _finish_current_push(self):
+        super()._finish_current_push()
+        if self._push is not None and self._push["private"]:  # the parent's last step before it uploads
+            folder, repo_id, token = self.args.output_dir, self.hub_model_id, self._push["token"]
+            rest = how_to_finish(
+                folder, repo_id, "model", True, {"--exclude": IGNORED}, revision=self._push["revision"]
+            )
+            persist(lambda _: self._see_private(repo_id, token), repo_id, rest)
+
+    def _see_private(self, repo_id: str, token: str | None) -> None:
+        """Raises ValueError if the repository is public, in the process that pushes."""
+        prepare_repo(HfApi(token=token), repo_id, "model", private=True)
+        self._is_seen_private = True
+
+    def create_model_card(self, *args, **kwargs):
+        if self.hub_model_id is not None and "/" not in self.hub_model_id:  # the Hub was down when training began
+            token = self.args.hub_token if self._push is None else self._push["token"]
+            with contextlib.suppress(Exception):  # asked again for the next card
+                self.hub_model_id = f"{HfApi(token=token).whoami()['name']}/{self.hub_model_id}"
+        super().create_model_card(*args, **kwargs)
 
     def _push_from_checkpoint(self, checkpoint_folder):
         earlier = [] if self._last_push is None else list(self._last_push.jobs)
         is_free = self.args.hub_always_push or self._last_push is None or self._last_push.is_done()
         if is_free and self.args.hub_strategy != "end":
+            if self.args.hub_private_repo and self.hub_model_id is not None and not self._is_seen_private:
+                try:
+                    self._see_private(self.hub_model_id, self.args.hub_token)
+                except Exception as error:  # the client's own errors have no class in common
+                    cause = cause_of(error, self.hub_model_id)
+                    logger.warning(f"Training goes on, but step {self.state.global_step} was not pushed. {cause}")
+                    return
             self._copy_from_checkpoint(checkpoint_folder)
         super()._push_from_checkpoint(checkpoint_folder)
         jobs = [] if self._last_push is None else self._last_push.jobs

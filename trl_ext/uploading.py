@@ -1,21 +1,33 @@
 """Uploading to the Hub: trying again where it fails for a while, and saying how to finish where it fails for good."""
 
 import logging
+import re
 import shlex
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import CommitInfo, HfApi
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    HFValidationError,
+    LocalTokenNotFoundError,
+    OfflineModeIsEnabled,
+)
 
 
 logger = logging.getLogger(__name__)  # datasets are published without accelerate's state as well
 
 ATTEMPTS = 5
 FIRST_WAIT = 2.0  # seconds, doubled after each attempt
-PERMANENT = (400, 401, 403, 404, 409, 422)
+PERMANENT = (400, 401, 402, 403, 404, 409, 410, 413, 422, 451)
+REASON_LENGTH = 600  # characters of the Hub's words that are shown
+# What a 403 is about, if not about the token
+NOT_THE_TOKEN = re.compile(
+    r"storage|\bspace\b|quota|limit|\bplan\b|billing|\bpa(y|id)|disabled|archived|suspend|blocked|terms|contact", re.I
+)
 
 
 class PublishError(RuntimeError):
@@ -30,7 +42,9 @@ def upload(
     token: str | None = None,
     *,
     path_in_repo: str | None = None,
+    allow_patterns: Sequence[str] | None = None,
     ignore_patterns: Sequence[str] = (),
+    delete_patterns: Sequence[str] = (),
     revision: str | None = None,
     commit_message: str | None = None,
     begun: "Future[CommitInfo] | None" = None,
@@ -42,10 +56,14 @@ def upload(
         folder (`str` or `Path`): What to upload.
         repo_id (`str`): Where to; it is created if it is not there.
         repo_type (`str`): `"model"` or `"dataset"`.
-        private (`bool`, *optional*): If it is created. By default as the namespace has it.
+        private (`bool`, *optional*): True leaves a repository that is public alone, and creates one that is not there
+            as private. By default it is created as the namespace has it.
         token (`str`, *optional*): By default the one that `hf auth login` stored.
         path_in_repo (`str`, *optional*): Folder of the repository that takes it; by default its root.
+        allow_patterns (`Sequence[str]`, *optional*): Of files that are uploaded; by default all.
         ignore_patterns (`Sequence[str]`, *optional*): Of files that are left out.
+        delete_patterns (`Sequence[str]`, *optional*): Of files that the same commit deletes from the repository, unless
+            it uploads them.
         revision (`str`, *optional*): Branch that takes it; by default `main`.
         commit_message (`str`, *optional*): Of the commit.
         begun (`Future[CommitInfo]`, *optional*): A first attempt at it, which is already under way.
@@ -57,80 +75,158 @@ def upload(
         [`PublishError`]: with what went wrong and the command that finishes the upload.
     """
     api = HfApi(token=token)
-    for attempt in range(1, ATTEMPTS + 1):
+
+    def attempt(number: int) -> CommitInfo:
+        if begun is not None and number == 1:
+            return begun.result()
+        return api.upload_folder(
+            repo_id=prepare_repo(api, repo_id, repo_type, private),
+            repo_type=repo_type,
+            folder_path=folder,
+            path_in_repo=path_in_repo,
+            allow_patterns=None if allow_patterns is None else list(allow_patterns),
+            ignore_patterns=list(ignore_patterns),
+            delete_patterns=list(delete_patterns),
+            revision=revision,
+            commit_message=commit_message,
+        )
+
+    patterns = {"--include": allow_patterns or (), "--exclude": ignore_patterns, "--delete": delete_patterns}
+    rest = how_to_finish(folder, repo_id, repo_type, private, patterns, path_in_repo, revision)
+    return persist(attempt, repo_id, rest, is_begun=begun is not None)
+
+
+def persist(attempt: Callable[[int], Any], repo_id: str, rest: str, is_begun: bool = False) -> Any:
+    """
+    Try again what fails for a while.
+
+    Args:
+        attempt (`Callable`): Takes the attempt's number, from 1.
+        repo_id (`str`): What it is about.
+        rest (`str`): What a [`PublishError`] says after the cause.
+        is_begun (`bool`, *optional*, defaults to `False`): True if the first attempt supposes that the repository is
+            there; the later ones create it.
+    """
+    for number in range(1, ATTEMPTS + 1):
         try:
-            if begun is not None and attempt == 1:
-                return begun.result()
-            created = api.create_repo(repo_id, repo_type=repo_type, private=private, exist_ok=True)
-            return api.upload_folder(
-                repo_id=created.repo_id,
-                repo_type=repo_type,
-                folder_path=folder,
-                path_in_repo=path_in_repo,
-                ignore_patterns=list(ignore_patterns),
-                revision=revision,
-                commit_message=commit_message,
-            )
+            return attempt(number)
         except HFValidationError:  # a name that no repository can have
             raise
         except Exception as error:  # the client's own errors have no class in common
-            # A repository that could not be created before the first attempt is none that is not there
-            is_permanent = is_lasting(error) and not (attempt == 1 and begun is not None and status_of(error) == 404)
-            if is_permanent or attempt == ATTEMPTS:
-                command = finishing_command(
-                    folder, repo_id, repo_type, private, path_in_repo, ignore_patterns, revision
-                )
-                raise PublishError(
-                    f"{cause_of(error, repo_id)} What was to be published lies in {folder}. Finish with: {command}"
-                ) from error
-            wait = FIRST_WAIT * 2 ** (attempt - 1)
+            is_missing = is_begun and number == 1 and status_of(error) == 404
+            if number == ATTEMPTS or is_lasting(error) and not is_missing:
+                raise PublishError(f"{cause_of(error, repo_id)} {rest}") from error
+            wait = FIRST_WAIT * 2 ** (number - 1)
             logger.warning(
                 f"Upload to {repo_id} failed ({status_of(error) or type(error).__name__}); again in {wait:g} s."
             )
             time.sleep(wait)
 
 
-def status_of(error: BaseException | None) -> int | None:
+def prepare_repo(api: HfApi, repo_id: str, repo_type: str, private: bool | None) -> str:
+    """
+    Create a repository unless it is there, and see that it is as private as it should be.
+
+    Returns:
+        `str`: Its id, with the namespace.
+    """
+    repo_id = api.create_repo(repo_id, repo_type=repo_type, private=private, exist_ok=True).repo_id
+    if private is not None:
+        compare_visibility(api, repo_id, repo_type, private)
+    return repo_id
+
+
+def compare_visibility(api: HfApi, repo_id: str, repo_type: str, private: bool) -> None:
+    """
+    Say so where a repository that is there is more private than it should be.
+
+    Raises:
+        ValueError: if it should be private and is public.
+    """
+    is_private = api.repo_info(repo_id, repo_type=repo_type).private
+    settings = f"{api.endpoint}/{'datasets/' if repo_type == 'dataset' else ''}{repo_id}/settings"
+    if private and not is_private:
+        raise ValueError(
+            f"{repo_id} is there already and public, but it should be private, so nothing was uploaded. Make it private on "
+            f"{settings}, take another name, or do not ask for a private one."
+        )
+    if is_private and not private:
+        logger.warning(f"{repo_id} is there already and private, and stays so. {settings} changes it.")
+
+
+def full_repo_id(repo_id: str, token: str | None = None) -> str:
+    """
+    The id with its namespace, which is the token's user where it has none.
+
+    Raises:
+        [`PublishError`]: if the Hub does not say who that is.
+    """
+    if "/" in repo_id:
+        return repo_id
+    rest = f"Nothing was written. With its namespace, such as 'your-name/{repo_id}', `repo_id` need not be asked for."
+    return f"{persist(lambda _: HfApi(token=token).whoami()['name'], repo_id, rest)}/{repo_id}"
+
+
+def answer_of(error: BaseException | None) -> HfHubHTTPError | None:
     """The Hub's answer, which the client wraps where a large file failed; None if there was none."""
     while error is not None and not isinstance(error, HfHubHTTPError):
         error = error.__cause__
-    return None if error is None else error.response.status_code
+    return error
+
+
+def status_of(error: BaseException | None) -> int | None:
+    """The number of the Hub's answer; None if there was none."""
+    answer = answer_of(error)
+    return None if answer is None else answer.response.status_code
 
 
 def is_lasting(error: BaseException) -> bool:
-    """Whether the same would fail again."""
-    return status_of(error) in PERMANENT or isinstance(error, OfflineModeIsEnabled | FileNotFoundError | ValueError)
+    """True if the same would fail again."""
+    lasting = OfflineModeIsEnabled | FileNotFoundError | LocalTokenNotFoundError | ValueError
+    return status_of(error) in PERMANENT or status_of(error) is None and isinstance(error, lasting)
 
 
 def cause_of(error: BaseException, repo_id: str) -> str:
-    """What went wrong and how to mend it, in a sentence or two, without what the client knows of requests."""
+    """What went wrong, in the Hub's words where it has any, and how to mend it, without what the client knows of requests."""
     if isinstance(error, OfflineModeIsEnabled):
         return "HF_HUB_OFFLINE is set. Unset it to publish."
+    if isinstance(error, LocalTokenNotFoundError):
+        return "There is no token. Log in with `hf auth login`, or set HF_TOKEN."
     if isinstance(error, FileNotFoundError):
         return f"{error.filename} is no longer there."
-    status = status_of(error)
-    if status is None and isinstance(error, ValueError):  # such as a folder that is not there
+    answer = answer_of(error)
+    if answer is None and isinstance(error, ValueError):  # such as a folder that is not there
         return str(error)
-    causes = {
+    if answer is None:
+        return f"The connection failed ({type(error).__name__})."
+    status, reason = answer.response.status_code, " ".join((answer.server_message or "").split())
+    shown = reason.rstrip(".") if len(reason) <= REASON_LENGTH else f"{reason[:REASON_LENGTH]} .."
+    said = f"The Hub answered {status}: {shown}." if shown else f"The Hub answered {status}."
+    advice = {
+        400: "The same would be refused again: mend it first.",
         401: "The Hub does not know the token. Log in with `hf auth login`, or set HF_TOKEN.",
         403: f"The token may not write to {repo_id}. Use one with write access to that namespace.",
     }
-    other = f"The Hub answered {status}." if status else f"The connection failed ({type(error).__name__})."
-    return causes.get(status, other)
+    if status not in advice or status == 403 and NOT_THE_TOKEN.search(reason):
+        return said
+    return f"{said} {advice[status]}"
 
 
-def finishing_command(
+def how_to_finish(
     folder: str | Path,
     repo_id: str,
     repo_type: str,
     private: bool | None,
-    path_in_repo: str | None,
-    ignore_patterns: Sequence[str],
-    revision: str | None,
+    patterns: dict[str, Sequence[str]],
+    path_in_repo: str | None = None,
+    revision: str | None = None,
 ) -> str:
-    """For a shell."""
+    """Where the files are, and the command for a shell that uploads them, with the patterns of files by its options."""
     parts = ["hf", "upload", repo_id, str(folder), path_in_repo or ".", "--repo-type", repo_type]
-    for pattern in ignore_patterns:
-        parts += ["--exclude", pattern]
+    for option, given in patterns.items():
+        for pattern in given:
+            parts += [option, pattern]
     parts += ["--private"] if private else []
-    return shlex.join(parts + (["--revision", revision] if revision else []))
+    command = shlex.join(parts + (["--revision", revision] if revision else []))
+    check = f"See that {repo_id} is not public, if it is there already: the command does not. " if private else ""
+    return f"What was to be published lies in {folder}. {check}Finish with: {command}"
