@@ -235,6 +235,12 @@ def test_pushes_are_futures_with_what_is_tried_again():
     assert 'ignore_patterns=["_*", f"{PREFIX_CHECKPOINT_DIR}-*"]' in inspect.getsource(Trainer.push_to_hub)
 
 
+def test_all_is_on_disk_when_a_push_waits_for_the_last_one():
+    parts = inspect.getsource(Trainer.push_to_hub).split("self._finish_current_push()")
+    assert len(parts) == 2 and "self.save_model(" in parts[0] and "self.create_model_card(" in parts[0]
+    assert "upload_folder" not in parts[0] and "upload_folder" in parts[1]
+
+
 def test_rng_state_is_saved_with_every_resumable_checkpoint():
     assert "self._save_rng_state(output_dir)" in inspect.getsource(Trainer._save_checkpoint)
 

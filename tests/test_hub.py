@@ -203,7 +203,7 @@ def test_a_licence_is_refused_before_the_upload_with_the_one_that_was_meant(serv
         "The MIT License": "mit",
         "GPL-3.0-or-later": "gpl-3.0",
         "GNU Affero General Public License v3.0": "agpl-3.0",
-        'BSD 3-clause "New" or "Revised" license': "bsd-3-clause",
+        "BSD 3-Clause License": "bsd-3-clause",
         "Llama 3.1": "llama3.1",
     }
     for written, identifier in meant.items():
@@ -545,7 +545,7 @@ def test_a_connection_cut_in_the_middle_of_a_file_is_taken_up(server, collected,
             "/commit/",
             413,
             "Too large. " * 100,
-            r"answered 413: (Too large\. ){54}Too la \.\.\.\. What was to be published",
+            r"answered 413: (Too large\. ){54}Too la \.\.\. What was to be published",
         ),
         ("/commit/", 429, "Slow down", "The Hub answered 429: Slow down. What was"),
     ],

@@ -325,6 +325,10 @@ def test_a_push_at_the_end_that_fails_raises_when_all_is_on_disk(server, policy_
     server.fail("POST", "/commit/", 403, times=float("inf"))
     with pytest.raises(PublishError, match="may not write to user/ppo.*Finish with: hf upload user/ppo"):
         trainer.push_to_hub()
+    server.faults.clear()
+    server.fail("POST", "/commit/", 403, times=float("inf"), words="Private repository storage limit reached")
+    with pytest.raises(PublishError, match="answered 403: Private repository storage limit reached. What was to be"):
+        trainer.push_to_hub()
     saved = {path.name for path in (tmp_path / "out").iterdir()}
     assert {"model.safetensors", "value_head.safetensors", "tokenizer.json", "README.md"} <= saved
     later = trainer.push_to_hub(blocking=False)
@@ -336,8 +340,61 @@ def test_a_push_that_the_hub_finds_malformed_says_how_to_finish_it(server, polic
     trainer = make_trainer("ppo", tmp_path / "out", policy_path, None, save_strategy="no", max_steps=1)
     trainer.train()
     server.fail("POST", "/commit/", 400, times=float("inf"))
-    with pytest.raises(PublishError, match="answered 400.*Finish with"):
+    with pytest.raises(PublishError, match="answered 400: fault on demand. The same .*Finish with"):
         trainer.push_to_hub()
+
+
+def test_a_licence_that_the_hub_does_not_know_is_refused_when_all_is_on_disk(server, policy_path, tmp_path):
+    trainer = make_trainer("ppo", tmp_path / "out", policy_path, None, save_strategy="no", max_steps=1)
+    for given, message in (
+        ({"license": "Apache 2.0"}, "`license` takes .* Write 'apache-2.0' if you mean that one"),
+        ({"license": "other"}, "license='other' says nothing without `license_name`"),
+        ({"license": ["mit", "Apache 2.0"]}, "'Apache 2.0' is none"),
+        ({"language": ["de", "en-US"]}, "`language` takes .* Write 'en' for English"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            trainer.push_to_hub(**given)
+    assert (tmp_path / "out" / "model.safetensors").is_file() and not server.called("POST", "preupload")
+    trainer.push_to_hub(license="other", license_name="films-1.0", license_link="LICENSE", language=["en", "code"])
+    data = ModelCard(server.repos["model", "user/ppo"].at().files["README.md"].content.decode()).data
+    assert (data.license, data.license_name, data.license_link) == ("other", "films-1.0", "LICENSE")
+
+
+# --- Private ---
+
+
+def test_a_public_repository_is_refused_before_training_where_it_should_be_private(server, policy_path, tmp_path):
+    HfApi().create_repo("user/ppo")
+    message = f"user/ppo is there already and public.*{server.endpoint}/user/ppo/settings.*push_to_hub=False"
+    with pytest.raises(PublishError, match=message):
+        make_trainer("ppo", tmp_path / "out", policy_path, None, hub_private_repo=True)
+    server.repos["model", "user/ppo"].private = True
+    make_trainer("ppo", tmp_path / "out", policy_path, None, hub_private_repo=True)
+
+
+@pytest.mark.parametrize("name", ["ppo", "sft"])
+def test_a_private_push_to_a_public_repository_is_refused_when_all_is_on_disk(server, policy_path, tmp_path, name):
+    out = tmp_path / "out"
+    trainer = make_trainer(name, out, policy_path, None, push_to_hub=False, save_strategy="no", max_steps=1)
+    HfApi().create_repo(f"user/{name}")
+    repo = server.repos["model", f"user/{name}"]
+    with pytest.raises(PublishError, match="is there already and public.*Finish with: hf upload .*--private"):
+        trainer.push_to_hub(private=True)
+    assert (out / "model.safetensors").is_file() and (out / "README.md").is_file()
+    assert len(repo.commits) == 1 and not server.called("POST", "preupload")
+    HfApi().delete_repo(f"user/{name}")
+    trainer.push_to_hub(private=True)
+    repo = server.repos["model", f"user/{name}"]
+    assert repo.private and "model.safetensors" in repo.at().files
+
+
+def test_checkpoints_wait_until_the_repository_is_seen_to_be_private(server, policy_path, tmp_path, caplog):
+    HfApi().create_repo("user/ppo")
+    server.fail("POST", "/api/repos/create", 503, times=1)
+    trainer = make_trainer("ppo", tmp_path / "out", policy_path, None, hub_private_repo=True, max_steps=1)
+    trainer.train()
+    assert "Training goes on, but step 1 was not pushed. user/ppo is there already and public" in caplog.text
+    assert not server.called("POST", "preupload")
 
 
 @pytest.mark.parametrize("token, message", [(UNKNOWN_TOKEN, "does not know the token"), (READ_TOKEN, "may not write")])
@@ -370,6 +427,9 @@ def test_a_hub_that_is_down_when_training_begins_is_used_when_it_is_back(server,
     trainer.push_to_hub()
     repo = server.repos["model", "user/a-model"]
     assert "model.safetensors" in repo.at("main").files and repo.private
+    assert (
+        'model = AutoModelForCausalLM.from_pretrained("user/a-model")' in repo.at().files["README.md"].content.decode()
+    )
 
 
 def test_two_processes_push_once(server, policy_path, tmp_path):
