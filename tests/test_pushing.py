@@ -1,6 +1,7 @@
 """Every trainer on the Hub: what is pushed is complete, and a push that fails neither stops training nor loses anything."""
 
 import json
+import re
 import shlex
 from pathlib import Path
 
@@ -386,6 +387,28 @@ def test_a_private_push_to_a_public_repository_is_refused_when_all_is_on_disk(se
     trainer.push_to_hub(private=True)
     repo = server.repos["model", f"user/{name}"]
     assert repo.private and "model.safetensors" in repo.at().files
+
+
+def test_secrets_and_judgements_in_the_folder_are_not_pushed(server, policy_path, tmp_path, caplog):
+    out = tmp_path / "out"
+    trainer = make_trainer("ppo", out, policy_path, None, hub_strategy="every_save", max_steps=1)
+    (out / "more").mkdir(parents=True)
+    (out / ".env").write_text("HF_TOKEN=hf_secret")
+    (out / "more" / "judgements.jsonl").write_text("{}")
+    trainer.train()
+    assert re.search(
+        "Training goes on, but step 1 was not pushed.*/.env, .*/more/judgements.jsonl with it", caplog.text
+    )
+    with pytest.raises(PublishError, match="/.env, .*/more/judgements.jsonl with it: move.*Finish with: ") as raised:
+        trainer.push_to_hub()
+    assert not server.called("POST", "preupload") and (out / "model.safetensors").is_file()
+    with pytest.raises(PublishError, match="/.env, .*push_to_hub=False"):
+        make_trainer("ppo", out, policy_path, None)
+    command = shlex.split(str(raised.value).split("Finish with: ")[1])
+    code = f"import subprocess, sys; sys.exit(subprocess.run({command!r}).returncode)"
+    assert run_against(server, code, tmp_path / "home2").returncode == 0
+    files = set(server.repos["model", "user/ppo"].at().files)
+    assert {"model.safetensors", "README.md"} <= files and not any("env" in f or "judgements" in f for f in files)
 
 
 def test_checkpoints_wait_until_the_repository_is_seen_to_be_private(server, policy_path, tmp_path, caplog):

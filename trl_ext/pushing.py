@@ -35,8 +35,10 @@ from .uploading import (
 
 logger = get_logger(__name__)
 
-# What the parent leaves out when it uploads `output_dir`
-IGNORED = ("_*", f"{PREFIX_CHECKPOINT_DIR}-*")
+# What the parent uploads with the rest of `output_dir`, and nobody means to publish: secrets, and who judged what
+NOT_FOR_THE_HUB = (".env", ".env.*", ".netrc", "judgements*.jsonl")
+# What the parent leaves out when it uploads `output_dir`, and that
+IGNORED = ("_*", f"{PREFIX_CHECKPOINT_DIR}-*", *NOT_FOR_THE_HUB, *(f"*/{pattern}" for pattern in NOT_FOR_THE_HUB))
 LAST_CHECKPOINT = "last-checkpoint"  # the parent's name for it with `hub_strategy="checkpoint"`
 REPO_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
@@ -48,7 +50,8 @@ class PushMixin:
     - a push that fails is tried again, with growing pauses; one in the middle of training that fails for good leaves a
       warning with the command that finishes it, and training goes on;
     - `push_to_hub()` that fails for good raises [`~uploading.PublishError`], with that command, once all is on disk;
-    - what should be private (`private`, `hub_private_repo`) is not pushed to a repository that is public;
+    - what should be private (`private`, `hub_private_repo`) is not pushed to a repository that is public, and nothing is
+      where secrets or judgements lie in `output_dir`, all of which the parent pushes;
     - `train(resume_from_checkpoint="user/name")` resumes from the last checkpoint of a repository of the Hub;
     - tokens are kept out of `training_args.bin`, which is published.
     """
@@ -63,6 +66,8 @@ class PushMixin:
         private = self.args.hub_private_repo if private is None else private
         repo_id = self.args.hub_model_id or Path(self.args.output_dir).absolute().name
         try:
+            if self._push is None and self.is_world_process_zero():
+                refuse_to_publish(self.args.output_dir)
             if private and self.is_world_process_zero():  # the parent asks for what `hub_private_repo` says
                 HfApi(token=token).create_repo(repo_id, private=True, exist_ok=True)
                 if self._push is None:  # otherwise this is for later, when all is on disk
@@ -116,12 +121,17 @@ class PushMixin:
 
     def _finish_current_push(self):
         super()._finish_current_push()
-        if self._push is not None and self._push["private"]:  # the parent's last step before it uploads
-            folder, repo_id, token = self.args.output_dir, self.hub_model_id, self._push["token"]
-            rest = how_to_finish(
-                folder, repo_id, "model", True, {"--exclude": IGNORED}, revision=self._push["revision"]
-            )
-            persist(lambda _: self._see_private(repo_id, token), repo_id, rest)
+        if self._push is not None:  # the parent's last step before it uploads
+            folder, repo_id = self.args.output_dir, self.hub_model_id
+            private, revision = self._push["private"], self._push["revision"]
+            rest = how_to_finish(folder, repo_id, "model", private, {"--exclude": IGNORED}, revision=revision)
+            persist(lambda _: self._check_push(**self._push), repo_id, rest)
+
+    def _check_push(self, private: bool | None, token: str | None, **others) -> None:
+        """Raises ValueError if what is to be pushed, or where to, is more public than was meant."""
+        refuse_to_publish(self.args.output_dir)
+        if private:
+            self._see_private(self.hub_model_id, token)
 
     def _see_private(self, repo_id: str, token: str | None) -> None:
         """Raises ValueError if the repository is public, in the process that pushes."""
@@ -139,9 +149,9 @@ class PushMixin:
         earlier = [] if self._last_push is None else list(self._last_push.jobs)
         is_free = self.args.hub_always_push or self._last_push is None or self._last_push.is_done()
         if is_free and self.args.hub_strategy != "end":
-            if self.args.hub_private_repo and self.hub_model_id is not None and not self._is_seen_private:
+            if self.hub_model_id is not None:
                 try:
-                    self._see_private(self.hub_model_id, self.args.hub_token)
+                    self._check_push(self.args.hub_private_repo and not self._is_seen_private, self.args.hub_token)
                 except Exception as error:  # the client's own errors have no class in common
                     cause = cause_of(error, self.hub_model_id)
                     logger.warning(f"Training goes on, but step {self.state.global_step} was not pushed. {cause}")
@@ -197,6 +207,13 @@ class PushMixin:
     def _save(self, output_dir=None, state_dict=None):
         hide_tokens(self.args)
         super()._save(output_dir, state_dict)
+
+
+def refuse_to_publish(folder: str | Path) -> None:
+    """Raises ValueError if secrets or judgements lie in a folder that is to be published."""
+    found = sorted(str(file) for pattern in NOT_FOR_THE_HUB for file in Path(folder).rglob(pattern))
+    if found:
+        raise ValueError(f"All of {folder} is published, and {', '.join(found)} with it: move it elsewhere.")
 
 
 def upload_or_warn(*args, **kwargs) -> CommitInfo | None:
