@@ -63,6 +63,7 @@ from .reward_adapters import RewardAdapterMixin, split_reward_adapters
 from .rewards import RewardsMixin, distinct_names
 from .rollouts import RecordingMixin
 from .shared_base import is_quantized
+from .stopping import StoppingMixin
 from .value_heads import ValueHead
 
 
@@ -72,6 +73,7 @@ class ActorCriticTrainer(
     ReportingMixin,
     PolicyCardMixin,
     PolicyGenerationMixin,
+    StoppingMixin,
     PassesMixin,
     CompactBatchesMixin,
     RecordingMixin,
@@ -152,6 +154,7 @@ class ActorCriticTrainer(
         finally:
             args.beta = beta
         take_up_start(self.ref_model, model, self.is_fsdp_enabled or self.is_deepspeed_enabled)
+        self._set_up_sampling()
 
         self.reward_func_names = distinct_names(self.reward_func_names)
         self._paying_environments = paying_environments(self)  # classes, in the order of their rewards

@@ -109,13 +109,3 @@ class PolicyGenerationMixin:
             if inspect.isawaitable(total):
                 total = asyncio.run_coroutine_threadsafe(total, self.async_loop).result()
             totals.append(float(total))
-
-    def _terminated(self, batch) -> torch.Tensor:
-        """
-        `(B,)`: whether the completion ended by itself: its last token is an eos (or pad) id, TRL's notion, and does not
-        end a call that was not answered.
-        """
-        last = (batch["completion_mask"].sum(dim=1, keepdim=True) - 1).clamp(min=0)
-        end_ids = torch.tensor([*self.eos_token_ids, self._tokenizer.pad_token_id], device=last.device)
-        has_ended = torch.isin(batch["completion_ids"].gather(1, last).squeeze(1), end_ids)
-        return has_ended & ~torch.tensor(self._awaits_answer, device=last.device)
