@@ -118,6 +118,7 @@ def test_stop_strings(speller, letters, tmp_path, by, truncation):
             assert truncation == "mask" and 0 not in all_ids
             continue
         by_text = is_ended(letters, prompt, ids)
+        assert not any(is_ended(letters, prompt, ids[:n]) for n in range(1, len(ids)))
         assert 0 not in ids[:-1] and terminated == (by_text or ids[-1] == 0)
         assert terminated or len(ids) == 5
         kinds.add("string" if by_text else "eos" if ids[-1] == 0 else "cut")
