@@ -22,7 +22,8 @@ class ActorCriticConfig(GRPOConfig):
         num_generations (`int`, *optional*, defaults to `1`):
             Completions per prompt. The critic replaces the group mean, so one is enough.
         disable_dropout (`bool`, *optional*, defaults to `True`):
-            Dropout would make the ratio of the first update differ from 1.
+            Dropout would make the ratio of the first update differ from 1. Stopped are modules of all kinds (an
+            adapter's, too), and numbers that the model hands to a function (`attention_dropout`, `layerdrop`).
         scale_rewards (`str` or `bool`, *optional*, defaults to `"none"`):
             `"none"`: the completion's score is its weighted reward. `"group"` or `"batch"`: GRPO's normalized one,
             the reward less its prompt's mean over a standard deviation, which takes `num_generations >= 2`.

@@ -23,6 +23,7 @@ import warnings
 from contextlib import contextmanager
 
 import torch
+from accelerate.logging import get_logger
 from datasets import Dataset
 from transformers import PreTrainedModel
 from transformers.integrations import is_deepspeed_zero3_enabled
@@ -44,13 +45,13 @@ from .checks import (
 from .child_modules import give_learning_rate
 from .compact_batches import CompactBatchesMixin
 from .compat import (
-    disable_dropout_in_model,
     get_config_model_id,
     paying_environments,
 )
 from .critic import CRITIC_NAME, Critic, attach_critic, detach_critic
 from .critic_files import local_folder, read_value_head
 from .critic_sources import check_vocabulary, critic_as_adapter, critic_from_model, critic_from_policy, shared_critic
+from .dropout import active_dropout, stop_dropout
 from .generation import PolicyGenerationMixin
 from .kl_controller import KLController
 from .losses import value_loss
@@ -65,6 +66,9 @@ from .rollouts import RecordingMixin
 from .shared_base import is_quantized
 from .stopping import StoppingMixin
 from .value_heads import ValueHead
+
+
+logger = get_logger(__name__)
 
 
 class ActorCriticTrainer(
@@ -156,6 +160,10 @@ class ActorCriticTrainer(
         take_up_start(self.ref_model, model, self.is_fsdp_enabled or self.is_deepspeed_enabled)
         self._set_up_sampling()
 
+        self._stop_dropout()
+        for func in self.reward_funcs:
+            if isinstance(func, torch.nn.Module):
+                func.eval()  # one built in memory may come in training mode
         self.reward_func_names = distinct_names(self.reward_func_names)
         self._paying_environments = paying_environments(self)  # classes, in the order of their rewards
 
@@ -202,6 +210,20 @@ class ActorCriticTrainer(
         self._set_up_compact_batches()
         self._last_rollout = None  # time of its start and its number of completion tokens
 
+    def _stop_dropout(self) -> None:
+        """TRL stops modules of one kind; where it is to stay, say what that means."""
+        if self.args.disable_dropout:
+            stop_dropout(self.model)
+            if self.ref_model is not None:
+                stop_dropout(self.ref_model)
+        elif active := active_dropout(self.model):
+            name, probability = next(iter(active.items()))
+            logger.warning(
+                f"`disable_dropout=False`, and the policy has dropout ({len(active)} probabilities, such as `{name}` = "
+                f"{probability}): gradients are then of another policy than the one that sampled, drawn anew in each "
+                "forward, and no clipping or correction knows of it. Set `disable_dropout=True`."
+            )
+
     # --- Critic ---
 
     def _make_critic(self, critic_model: PreTrainedModel | None) -> Critic | None:
@@ -227,7 +249,7 @@ class ActorCriticTrainer(
                     )
             critic = critic_as_adapter(self._policy, path)
             if self.args.disable_dropout:
-                disable_dropout_in_model(critic)
+                stop_dropout(critic)
             return critic
         source = critic_model or path
         if source == "reward_model":
@@ -250,7 +272,7 @@ class ActorCriticTrainer(
         else:
             critic = critic_from_policy(self._policy)
         if self.args.disable_dropout:
-            disable_dropout_in_model(critic)
+            stop_dropout(critic)
         return critic.requires_grad_(True)
 
     def _set_head(self, critic: Critic) -> None:

@@ -45,7 +45,6 @@ from trl.data_utils import _tokenize as tokenize
 from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.utils import (
     FusedCausalLMOutput,
-    disable_dropout_in_model,
     get_comet_experiment_url,
     get_config_model_id,
     get_trackio_space_url,
@@ -84,7 +83,6 @@ __all__ = [
     "FusedCausalLMOutput",
     "OneGeneration",
     "cache_argument",
-    "disable_dropout_in_model",
     "disable_gradient_checkpointing",
     "get_comet_experiment_url",
     "get_config_model_id",

@@ -11,6 +11,7 @@ from trl.data_utils import get_dataset_column_names
 from .adapters import AdapterMixin
 from .checks import checked_args
 from .compat import disable_gradient_checkpointing, use_adapter
+from .dropout import stop_dropout
 from .pushing import PushMixin
 from .ranking import judged_items
 from .ranking_card import RankingCardMixin
@@ -109,6 +110,10 @@ class RankingDPOTrainer(RankingMixin, PushMixin, RankingCardMixin, AdapterMixin,
                 "Rankings with images are not supported. Remove the columns `image` and `images`, or convert the "
                 "dataset with `to_pairs`."
             )
+        if args.disable_dropout:
+            stop_dropout(self.model)
+            if self.ref_model is not None:
+                stop_dropout(self.ref_model)
         self._set_up_rankings(data_collator)
 
     def _check_for_rankings(self, args):

@@ -13,6 +13,7 @@ from trl.data_utils import get_dataset_column_names
 
 from .adapters import AdapterMixin
 from .checks import checked_args
+from .dropout import stop_dropout
 from .pushing import PushMixin
 from .ranking import judged_items
 from .ranking_card import RankingCardMixin
@@ -87,6 +88,8 @@ class RankingRewardTrainer(RankingMixin, PushMixin, RankingCardMixin, AdapterMix
                 "The adapter has no `task_type`, so that the score head stays as it is, as in TRL. Set "
                 "`task_type='SEQ_CLS'` in the `peft_config` to train it with the adapter. It is saved either way."
             )
+        if args.disable_dropout:
+            stop_dropout(self.model)
         self._set_up_rankings(data_collator)
 
     @property

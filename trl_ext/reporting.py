@@ -165,9 +165,12 @@ class ReportingMixin:
             value = total / max(tokens, 1)
             self._metrics["train"][f"first_step/{name}"].append(value)
             if value > limit:
+                dropout = (
+                    "" if self.args.disable_dropout else "dropout (set `disable_dropout=True`, and `lora_dropout=0`), "
+                )
                 logger.warning(
                     f"Before the first update the policy differs from {other_name}: `first_step/{name}` is {value:.3g} "
-                    f"per token, and rounding explains no more than {limit}. Usual causes: dropout (set "
-                    "`disable_dropout=True`, and `lora_dropout=0`), a policy that was trained further than its "
-                    "reference, or weights in a lower precision than `bf16` computes in."
+                    f"per token, and rounding explains no more than {limit}. Usual causes: {dropout}randomness of the "
+                    "model's own (the jitter of a router, set to 0 in its config), a policy that was trained further than "
+                    "its reference, or weights in a lower precision than `bf16` computes in."
                 )
