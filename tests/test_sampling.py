@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import PROMPTS, build_policy, settings
 
-from trl_ext import NLPOConfig, NLPOTrainer, PPOConfig, PPOTrainer
+from trl_ext import CompletionSampler, NLPOConfig, NLPOTrainer, PPOConfig, PPOTrainer, ReinforceConfig
 from trl_ext.sampling import altered
 
 
@@ -87,6 +87,8 @@ def test_fields_of_the_config(policy, tokenizer, prompts, tmp_path):
         assert all(f"`{mend}`" in said for mend in ("top_p=1.0", "top_k=0", "min_p=0.0", "repetition_penalty=1.0"))
     # Of which the log-probabilities know
     assert make(policy, tokenizer, prompts, tmp_path, temperature=0.5)[1] == []
+    # Which trains no log-probabilities
+    assert make(policy, tokenizer, prompts, tmp_path, (CompletionSampler, ReinforceConfig), **fields)[1] == []
 
 
 def test_values_that_change_nothing():

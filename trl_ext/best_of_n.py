@@ -45,6 +45,9 @@ class CompletionSampler(ReinforceTrainer):
         # Processes repeat some prompts to have as many each
         return Dataset.from_list([row for i in sorted(groups) for row in groups[i][: self.num_generations_eval]])
 
+    def _warn_of_altered_sampling(self, settings):
+        """Does nothing: what is imitated later may be sampled in any way, for no log-probability is trained here."""
+
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
         rewards_per_func = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
         if self._samples is None:  # an evaluation of the user's own
