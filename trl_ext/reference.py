@@ -5,6 +5,7 @@ TRL loads it from where the policy came from. What became of the policy in memor
 an earlier training, is not on disk; with it the reference is the policy as it was given, as it is with adapters.
 """
 
+from accelerate.utils import extract_model_from_parallel
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -25,6 +26,7 @@ def take_up_start(reference: nn.Module | None, policy, is_sharded: bool) -> None
     """
     if reference is None or not isinstance(policy, PreTrainedModel) or is_quantized(policy):
         return
+    reference = extract_model_from_parallel(reference)
     num_tokens, num_loaded = (model.config.get_text_config().vocab_size for model in (policy, reference))
     if is_sharded:
         if num_tokens != num_loaded:
