@@ -16,13 +16,15 @@ writes what `RankingRewardTrainer` and `RankingDPOTrainer` train on, and prints 
 """
 
 import argparse
+import json
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from trl_ext import format_ranking, parse_ranking
-from trl_ext.collection import Item, Judgements, agreement, collected_rankings, read_items
+from trl_ext.collection import COMPLETIONS_FILE, Item, Judgements, agreement, collected_rankings, read_items
 
 
 SHORTCUTS = """
@@ -42,7 +44,15 @@ def as_text(message: str | list[dict[str, Any]]) -> str:
     """A text or a conversation, to read."""
     if isinstance(message, str):
         return message
-    return "\n\n".join(f"[{turn['role']}] {turn['content']}" for turn in message)
+    return "\n\n".join(f"[{turn['role']}] {content_of(turn)}" for turn in message)
+
+
+def content_of(turn: dict[str, Any]) -> str:
+    """What is said in a message: a text, the parts of one, or calls of tools."""
+    content, calls = turn.get("content") or "", turn.get("tool_calls") or []
+    if not isinstance(content, str):
+        content = "\n".join(part.get("text") or f"({part.get('type')})" for part in content)
+    return "\n".join([content, *map(json.dumps, calls)]) if calls else content
 
 
 class Session:
@@ -62,15 +72,23 @@ class Session:
         return self.item
 
     @property
+    def key(self) -> str:
+        """A name for the present item and its texts, by which what was shown is known again; empty without one."""
+        return "" if self.item is None else f"{self.item.id}/{self.item.texts}"
+
+    @property
     def shown(self) -> list[str]:
         """The present completions, in the order in which they are shown."""
         return [as_text(self.item.completions[i]) for i in self.item.order_for(self.judgements.annotator)]
 
     def submit(self, text: str) -> None:
         """Keep a ranking of what is shown. Raises a ValueError for one that cannot be read."""
-        shown_ranks = parse_ranking(text, len(self.item.completions))
+        try:
+            shown_ranks = parse_ranking(text, len(self.item.completions))
+        except ValueError as error:
+            raise ValueError(f"The ranking {error}") from None
         if len(shown_ranks) - shown_ranks.count(None) < 2:
-            raise ValueError("must rank two completions at least; Alt+S skips.")
+            raise ValueError("The ranking must rank two completions at least; Alt+S skips.")
         ranks = [None] * len(shown_ranks)
         for position, original in enumerate(self.item.order_for(self.judgements.annotator)):
             ranks[original] = shown_ranks[position]
@@ -88,21 +106,26 @@ class Session:
     def undo(self) -> str:
         """Go back to the last judged item; returns the ranking that was given, as text."""
         self.judgements.reload()
-        last = next(reversed(list(self.judgements)), None)
+        last = self.judgements.last(self.items)
         if last is None:
             return ""
-        self.judgements.undo()
-        self.item, self.started = self.items[last["id"]], time.monotonic()
-        if last["ranks"] is None:
+        ranks = self.judgements[last]["ranks"]
+        self.judgements.undo(self.items)
+        self.item, self.started = self.items[last], time.monotonic()
+        if ranks is None:
             return ""
-        return format_ranking([last["ranks"][i] for i in self.item.order_for(self.judgements.annotator)])
+        return format_ranking([ranks[i] for i in self.item.order_for(self.judgements.annotator)])
 
     @property
     def status(self) -> str:
-        parts = [f"{len(self.judgements)} of {len(self.items)} done"]
+        parts = [f"{sum(item in self.judgements for item in self.items.values())} of {len(self.items)} done"]
         if self.judgements.seconds_per_item is not None:
             parts.append(f"{self.judgements.seconds_per_item:.0f} s each")
-        between = agreement(self.folder)
+        try:
+            between = agreement(self.folder)
+        except ValueError as error:  # in another annotator's file, which is no reason to keep this one waiting
+            between = None
+            parts.append(f"agreement unknown: {error}")
         if between is not None:
             parts.append(
                 f"annotators agree on {between['agreement']:.0%} of {between['num_pairs']} pairs (alpha {between['alpha']:.2f})"
@@ -112,9 +135,12 @@ class Session:
 
 def build_page(folder: str):
     """The page, as `gradio.Blocks`."""
+    items = read_items(folder)
+    if not items:
+        raise ValueError(f"{Path(folder) / COMPLETIONS_FILE} is empty: there is nothing to rank.")
     import gradio as gr
 
-    most = max(len(item.completions) for item in read_items(folder))
+    most = max(len(item.completions) for item in items)
     places = [UNRANKED, *map(str, range(1, most + 1))]
 
     with gr.Blocks(title="Rank completions") as page:
@@ -125,6 +151,9 @@ def build_page(folder: str):
             enter = gr.Button("Start", variant="primary", elem_id="start")
         with gr.Column(visible=False) as room:
             status = gr.Markdown(elem_id="status")
+            # What the window shows, told by the window itself: while an answer is on its way, or if it could not be
+            # shown, the session has gone on to an item that nobody has seen
+            shown_key = gr.Textbox(visible="hidden", elem_id="shown-key")
             prompt = gr.Textbox(label="Prompt", interactive=False, lines=2, max_lines=20, elem_id="prompt")
             cards, radios = [], []
             for i in range(most):
@@ -146,6 +175,7 @@ def build_page(folder: str):
 
         def show(session: Session, text: str = "") -> dict:
             view = {status: session.status, ranking: gr.update(value=text, interactive=session.item is not None)}
+            view[shown_key] = session.key
             if session.item is None:
                 view[prompt] = "All done. Thank you!"
                 return view | {x: gr.update(visible=False) for x in [*cards, *radios]}
@@ -160,41 +190,56 @@ def build_page(folder: str):
         def start(text: str):
             try:
                 new = Session(folder, text.strip())
-            except ValueError as error:
+                if max((len(item.completions) for item in new.items.values()), default=0) > most:
+                    raise ValueError(
+                        f"{COMPLETIONS_FILE} has longer lists than when the page was started. Restart it."
+                    )
+                return {session: new, door: gr.update(visible=False), room: gr.update(visible=True), **show(new)}
+            except (ValueError, OSError) as error:
                 gr.Warning(str(error))
                 return {session: None}
-            return {session: new, door: gr.update(visible=False), room: gr.update(visible=True), **show(new)}
 
-        def answer(session: Session, text: str):
-            if session.item is not None:
+        def judge(session: Session | None, key: str, act: Callable[[Session], None], text: str = "") -> dict:
+            """Judge the item that the window shows, if the session still waits for that, and show what is next."""
+            if session is None:
+                return leave()
+            if session.item is not None and key == session.key:
                 try:
-                    session.submit(text)
-                except ValueError as error:
-                    gr.Warning(f"The ranking {error}")
+                    act(session)
+                except (ValueError, OSError) as error:
+                    gr.Warning(f"Not recorded. {error}")
                     return {ranking: text}
             return show(session)
 
+        def leave() -> dict:
+            gr.Warning("The page was started anew, and does not know who you are. Type your name to go on.")
+            return {door: gr.update(visible=True), room: gr.update(visible=False)}
+
+        def answer(session: Session | None, key: str, text: str):
+            return judge(session, key, lambda session: session.submit(text), text)
+
         def put_aside(flag: str):
-            def act(session: Session):
-                if session.item is not None:
-                    session.skip(flag)
-                return show(session)
+            return lambda session, key: judge(session, key, lambda session: session.skip(flag))
 
-            return act
-
-        def back(session: Session):
-            return show(session, session.undo())
+        def back(session: Session | None):
+            if session is None:
+                return leave()
+            try:
+                return show(session, session.undo())
+            except (ValueError, OSError) as error:
+                gr.Warning(str(error))
+                return {status: str(error)}
 
         def place(*chosen: str) -> str:
             return format_ranking([None if x == UNRANKED else int(x) for x in chosen])
 
-        views = [status, prompt, *cards, *radios, ranking]
+        views = [door, room, status, shown_key, prompt, *cards, *radios, ranking]
         for event in (enter.click, name.submit):
-            event(start, name, [session, door, room, *views]).then(None, js=FOCUS)
+            event(start, name, [session, *views]).then(None, js=FOCUS)
         for event in (submit.click, ranking.submit):
-            event(answer, [session, ranking], views).then(None, js=FOCUS)
-        skip.click(put_aside(""), session, views).then(None, js=FOCUS)
-        flag.click(put_aside("flagged"), session, views).then(None, js=FOCUS)
+            event(answer, [session, shown_key, ranking], views).then(None, js=FOCUS)
+        skip.click(put_aside(""), [session, shown_key], views).then(None, js=FOCUS)
+        flag.click(put_aside("flagged"), [session, shown_key], views).then(None, js=FOCUS)
         undo.click(back, session, views).then(None, js=FOCUS)
         for radio in radios:
             radio.input(place, radios, ranking)
@@ -202,9 +247,10 @@ def build_page(folder: str):
 
 
 def export(folder: str, file: str) -> None:
-    dataset = collected_rankings(folder)
     if Path(file).suffix not in (".parquet", ".jsonl"):
         raise ValueError(f"--export {file}: expected a name that ends in .parquet or .jsonl.")
+    dataset = collected_rankings(folder)
+    Path(file).parent.mkdir(parents=True, exist_ok=True)
     dataset.to_parquet(file) if file.endswith(".parquet") else dataset.to_json(file)
     print(f"{len(dataset)} rankings by {len(set(dataset['annotator']))} annotators: {file}")
     between = agreement(folder)
@@ -230,11 +276,9 @@ def main() -> None:
         if args.export:
             export(args.folder, args.export)
             return
-        read_items(args.folder)
+        page = build_page(args.folder)
     except ValueError as error:
         sys.exit(f"error: {error}")
-    try:
-        page = build_page(args.folder)
     except ImportError:
         sys.exit("error: the page needs Gradio: pip install -e '.[collect]'")
     page.launch(server_name=args.host, server_port=args.port, head=SHORTCUTS, inbrowser=False)

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -16,8 +17,10 @@ from conftest import PROMPTS, build_policy, ranking_settings
 from test_recipes import RECIPES, launch
 from transformers import AutoModelForSequenceClassification
 
+import trl_ext
 from trl_ext import RankingRewardConfig, RankingRewardTrainer
-from trl_ext.collection import Judgements, agreement, all_judgements, collected_rankings, read_items
+from trl_ext.collection import Judgements, agreement, all_judgements, collected_rankings, read_items, read_lines
+from trl_ext.ranking_data import prepare_rankings
 
 
 @pytest.fixture
@@ -203,8 +206,225 @@ def test_bad_input_is_named(folder, tmp_path):
         collected_rankings(folder)
     with open(folder / "completions.jsonl", "a") as file:
         file.write('{"prompt": "x", "completions": ["a"]}\n')
-    with pytest.raises(ValueError, match="line 7: expected `prompt` and two or more"):
+    with pytest.raises(ValueError, match="line 7, column `completions`: must be a list of two or more"):
         read_items(folder)
+
+
+# --- Lines that people and other tools write ---
+
+
+TEXTS = {"prompt": "a", "completions": ["x", "y"]}
+USER, REPLY = {"role": "user", "content": "a"}, [{"role": "assistant", "content": "x"}]
+CHAT = {"prompt": [USER], "completions": [REPLY, [{"role": "assistant", "content": "y"}]]}
+
+
+def written(folder, *rows):
+    """A folder of these lines: bytes as they are, else JSON."""
+    lines = [row if isinstance(row, bytes) else json.dumps(row).encode() + b"\n" for row in rows]
+    (folder / "completions.jsonl").write_bytes(b"".join(lines))
+    return folder
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b'{"prompt": "a", "completions": ["x", "y"]}\n{"prompt": "b", "completions": ["x", "y"]}',  # no last newline
+        b'\xef\xbb\xbf{"prompt": "a", "completions": ["x", "y"]}\r\n\r\n{"prompt": "b", "completions": ["x", "y"]}\r\n',
+        b'\n  \n{"id": 0, "prompt": "a", "completions": ["x", ""]}\n{"id": 1.0, "prompt": "", "completions": ["x", "y"]}',
+    ],
+)
+def test_all_lines_are_read_however_they_end(tmp_path, content):
+    items = read_items(written(tmp_path, content))
+    assert len(items) == 2 and [item.completions[0] for item in items] == ["x", "x"]
+    if b"id" in content:
+        assert [item.id for item in items] == [0, 1] and all(type(item.id) is int for item in items)
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([TEXTS, {"prompt": None, "completions": ["x", "y"]}], "line 2, column `prompt`: is missing or null"),
+        ([TEXTS, {"prompt": "b", "completions": ["x", None]}], "line 2, column `completions`.*got None to a text"),
+        ([b"\n", TEXTS, {"prompt": "b", "completions": ["x", 2]}], "line 3, column `completions`.*got 2 to a text"),
+        ([{"prompt": 1, "completions": ["x", "y"]}], "line 1, column `prompt`: must be text or a list of messages"),
+        ([{"prompt": "a", "completions": ["x"]}], "line 1, column `completions`: must be a list of two or more"),
+        ([{"prompt": "a", "completions": "x, y"}], "line 1, column `completions`.*got the text 'x, y'"),
+        ([{"prompt": [], "completions": [[], []]}], "line 1, column `prompt`: must be text or a list of messages"),
+        ([CHAT | {"completions": [[{"role": "assistant"}], REPLY]}], "`completions`: every message.*`content`"),
+        ([CHAT | {"prompt": [USER, {"role": "user", "content": None}]}], "`prompt`: every message.*`content`"),
+        ([CHAT | {"prompt": [{"role": "user", "content": 5}]}], "`prompt`: every message must have a text"),
+        ([CHAT | {"prompt": [{"content": "a"}]}], "`prompt`: every message must have a `role`"),
+        ([CHAT | {"completions": [REPLY, "y"]}], "`completions`: must all be of the kind of `prompt`"),
+        ([TEXTS, CHAT], "line 2, column `prompt`: must be a text, as in line 1, got a conversation"),
+        ([TEXTS | {"id": 0}, TEXTS | {"id": "0"}], "line 2, column `id`: must be a whole number, as in line 1"),
+        (
+            [TEXTS | {"id": 0}, TEXTS],
+            "line 2, column `id`: must be a whole number, as in line 1, got a text, or absent",
+        ),
+        ([TEXTS | {"id": 0}, CHAT | {"id": 1}], "line 2, column `prompt`"),
+        ([TEXTS | {"id": 7}, TEXTS | {"id": 8}, TEXTS | {"id": 7.0}], "line 3, column `id`.*got 7 again, of line 1"),
+        ([TEXTS, TEXTS], "line 2, column `id`: must differ from row to row.*of line 1"),
+        ([TEXTS | {"id": True}], "column `id`: must be text or a whole number, got True"),
+        ([TEXTS | {"id": 0.5}], "column `id`: must be text or a whole number, got 0.5"),
+        ([TEXTS | {"id": 2**63}], "column `id`: must be a number of 64 bits"),
+        ([TEXTS | {"sources": ["A"]}], "column `sources`: must be 2 texts"),
+        ([TEXTS | {"completions": ["x", "\ud83d"]}], "line 1, column `completions`: must be whole characters"),
+        ([TEXTS | {"id": "\ude00"}], "line 1, column `id`: must be whole characters"),
+        ([TEXTS, b'["a"]\n'], "line 2: must be one JSON object"),
+        ([TEXTS, b"null\n"], "line 2: must be one JSON object"),
+        ([TEXTS, b'{"prompt": "caf\xe9", "completions": ["x", "y"]}\n'], "line 2: must be one JSON object, in UTF-8"),
+        ([json.dumps(TEXTS).encode("utf-16")], "line 1: must be one JSON object, in UTF-8"),
+        ([TEXTS, b'{"prompt": "b", "compl'], "line 2: must be one JSON object.*if it was cut"),
+        (
+            [CHAT, CHAT | {"prompt": [USER | {"at": 1}]}, CHAT | {"prompt": [USER | {"at": "2"}]}],
+            "line 3: does not fit",
+        ),
+    ],
+)
+def test_a_line_that_is_no_item_is_named(tmp_path, rows, message):
+    with pytest.raises(ValueError, match=message):
+        read_items(written(tmp_path, *rows))
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        [TEXTS | {"id": 0}, TEXTS | {"id": 1, "prompt": "b", "sources": ["A", "B"]}],
+        [TEXTS | {"id": "a"}, TEXTS | {"id": None}],
+        [
+            CHAT | {"id": ""},
+            CHAT | {"prompt": [USER, {"role": "assistant", "content": None, "tool_calls": [{"id": "f"}]}]},
+        ],
+        [CHAT | {"prompt": [{"role": "user", "content": [{"type": "text", "text": "a"}]}], "id": 0}],
+    ],
+)
+def test_what_is_read_can_be_shown_ranked_and_exported(tmp_path, page, rows):
+    session = page.Session(str(written(tmp_path, *rows)), "ann")
+    while session.item is not None:
+        assert all(session.shown) and page.as_text(session.item.prompt)
+        session.submit("b > a")
+    exported = collected_rankings(tmp_path)
+    assert [row["id"] for row in exported] == [item.id for item in read_items(tmp_path)]
+    assert len(exported) == len(rows)
+    exported.to_parquet(str(tmp_path / "rankings.parquet"))
+    assert prepare_rankings(exported)["ranks"] == exported["ranks"]
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (b'{"status": "ranked", "ranks": [1, 2]}\n', "line 2, field `id`"),
+        (b'{"id": null, "status": "ranked", "ranks": [1, 2]}\n', "line 2, field `id`"),
+        (b'{"id": 0, "ranks": [1, 2]}\n', "line 2, field `status`"),
+        (b'{"id": 0, "status": "ranked"}\n', "line 2, field `ranks`"),
+        (b'{"id": 0, "status": "ranked", "ranks": [1, "2"]}\n', "line 2, field `ranks`"),
+        (b'{"id": 0, "status": "ranked", "ranks": [1, null]}\n', "line 2, field `ranks`"),
+        (b'{"id": 0, "status": "ranked", "ranks": [true, 2]}\n', "line 2, field `ranks`"),
+        (b'{"id": 0, "status": "ranked", "ranks": [1, 2], "seconds": "3"}\n', "line 2, field `seconds`"),
+        (b'{"id": 0, "status": "ranked", "ranks": [1, 2], "flag": null}\n', "line 2, field `flag`"),
+        (b'{"id": 0, "status": "ra\n', "line 2: must be one JSON object"),
+        (b"[0]\n", "line 2: must be one JSON object"),
+    ],
+)
+def test_a_line_that_is_no_judgement_is_named(tmp_path, line, message):
+    (tmp_path / "judgements-ann.jsonl").write_bytes(b'{"id": 1, "status": "skipped"}\n' + line)
+    with pytest.raises(ValueError, match=f"judgements-ann.jsonl, {message}"):
+        Judgements(tmp_path, "ann")
+
+
+def test_a_last_judgement_without_newline_counts_and_one_that_was_cut_does_not(tmp_path):
+    items = read_items(written(tmp_path, *(TEXTS | {"id": i, "prompt": str(i)} for i in range(3))))
+    file = tmp_path / "judgements-ann.jsonl"
+    file.write_bytes('\ufeff{"id": 0, "status": "ranked", "ranks": [2, 1]}'.encode())  # as an editor may leave it
+    ann = Judgements(tmp_path, "ann")
+    ann.record(items[1], [1, 1])
+    assert [record["id"] for record in ann] == [0, 1] and ann[0]["ranks"] == [2, 1]
+    with open(file, "ab") as opened:
+        opened.write('{"id": 2, "status": "ranked", "flag": "é'.encode()[:-1])  # in the middle of a letter
+    ann.record(items[2], [1, 2])
+    assert [record["id"] for record in Judgements(tmp_path, "ann")] == [0, 1, 2]
+    assert [row["ranks"] for row in collected_rankings(tmp_path)] == [[2, 1], [1, 1], [1, 2]]
+
+
+def test_a_judgement_is_of_the_texts_that_were_shown(tmp_path, page, caplog):
+    """Under the same id there may be others by now: these are asked again, and the ranking is not exported."""
+    session = page.Session(str(written(tmp_path, TEXTS | {"id": 0}, TEXTS | {"id": 1, "prompt": "b"})), "ann")
+    session.submit("a > b")
+    session.submit("a > b")
+    written(tmp_path, TEXTS | {"id": 0, "completions": ["y", "x"]}, TEXTS | {"id": 1, "prompt": "b"})
+    again = page.Session(str(tmp_path), "ann")
+    assert again.item.id == 0 and again.status.startswith("1 of 2")
+    assert [row["id"] for row in collected_rankings(tmp_path)] == [1]
+    assert "Left out 1 rankings" in caplog.text
+    written(tmp_path, TEXTS | {"id": 0, "completions": ["y", "x"]})  # the last judged is there no longer
+    again = page.Session(str(tmp_path), "ann")
+    assert again.undo() == "" and again.item.id == 0
+    again.submit("a > b")
+    assert again.item is None and again.undo() == "A > B"
+
+
+def test_a_file_of_judgements_with_another_name_is_named(folder):
+    (folder / "judgements-ann (copy).jsonl").write_text("")
+    with pytest.raises(ValueError, match=r"judgements-ann \(copy\).jsonl: must have letters.*Rename"):
+        all_judgements(folder)
+
+
+def test_only_one_process_writes_at_a_time(tmp_path):
+    """And no module is needed that Windows does not have."""
+    file = tmp_path / "judgements-ann.jsonl"
+    program = "import sys; sys.modules['fcntl'] = None\nfrom pathlib import Path\n"
+    program += "from trl_ext.line_files import append_line\n"
+    program += f"for i in range(40): append_line(Path({str(file)!r}), dict(id=i, text='x' * 5000, by=sys.argv[1]))"
+    loader = (
+        "import sys, types; p = types.ModuleType('trl_ext'); p.__path__ = [sys.argv[2]]; sys.modules['trl_ext'] = p\n"
+    )
+    package = str(Path(trl_ext.__file__).parent)
+    writers = [subprocess.Popen([sys.executable, "-c", loader + program, name, package]) for name in "ab"]
+    assert [writer.wait() for writer in writers] == [0, 0]
+    assert sorted((row["by"], row["id"]) for row in read_lines(file)) == [(n, i) for n in "ab" for i in range(40)]
+
+
+# --- The page ---
+
+
+def functions_of(page, folder):
+    """What the page does, by name, with its parts by their `elem_id`."""
+    blocks = page.build_page(str(folder))
+    ids = {getattr(block, "elem_id", None): block for block in blocks.blocks.values()}
+    return {fn.fn.__name__: fn.fn for fn in blocks.fns.values() if fn.fn is not None}, ids
+
+
+def test_nothing_is_recorded_of_what_the_window_did_not_show(folder, page, monkeypatch):
+    pytest.importorskip("gradio", reason="Gradio is not installed: pip install -e '.[collect]'")
+    functions, ids = functions_of(page, folder)
+    view = functions["start"]("ann")
+    session = next(value for value in view.values() if isinstance(value, page.Session))
+    key, prompt = view[ids["shown-key"]], view[ids["prompt"]]
+    assert prompt == session.item.prompt
+    view = functions["answer"](session, key, "b > a")
+    second = session.item
+    assert len(Judgements(folder, "ann")) == 1 and view[ids["prompt"]] == second.prompt != prompt
+    # Enter twice: what the window still shows was answered, and the next item was not seen
+    view = functions["answer"](session, key, "b > a")
+    assert len(Judgements(folder, "ann")) == 1 and view[ids["prompt"]] == second.prompt
+    # An item that cannot be shown
+    monkeypatch.setattr(page, "as_text", lambda text: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        functions["answer"](session, view[ids["shown-key"]], "b > a")
+    assert len(Judgements(folder, "ann")) == 2
+    third, stale = session.item, view[ids["shown-key"]]
+    for put_aside in (functions["answer"], lambda *args: functions["<lambda>"](*args[:2])):
+        with pytest.raises(ZeroDivisionError):
+            put_aside(session, stale, "b > a")
+    monkeypatch.undo()
+    assert len(Judgements(folder, "ann")) == 2 and session.item is third
+    # A window whose server was started anew
+    view = functions["answer"](None, key, "b > a")
+    assert ids["prompt"] not in view and len(Judgements(folder, "ann")) == 2
+    # Another annotator's file is broken: the page goes on, and says so
+    (folder / "judgements-bob.jsonl").write_text("[]\n")
+    view = functions["answer"](session, session.key, "b > a")
+    assert "judgements-bob.jsonl, line 1" in view[ids["status"]] and len(Judgements(folder, "ann")) == 3
 
 
 # --- The page in a browser ---

@@ -25,9 +25,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from datasets import Dataset, Features, IterableDataset, List, Value
-from trl.data_utils import get_dataset_column_names, is_conversational
+from trl.data_utils import get_dataset_column_names
 
-from .ranking_rows import report_dropped, require
+from .ranking_rows import check_texts, report_dropped, require
 
 
 # What NFKC, which takes care of full-width forms, leaves of the symbols
@@ -203,36 +203,12 @@ def normalize_ranking(row: dict[str, Any]) -> dict[str, Any]:
     ```
     """
     row = {name: value for name, value in row.items() if value is not None}
-    _check_texts(row)
+    check_texts(row)
     ranks, pairs = _read_judgements(row, len(row["completions"]))
     if ranks is not None:
         ranks = [-1 if rank is None else rank for rank in ranks]
     normalized = {"prompt": row["prompt"], "completions": row["completions"], "ranks": ranks}
     return normalized if pairs is None else normalized | {"pairs": pairs}
-
-
-def _check_texts(row: dict[str, Any]) -> None:
-    for name in ("prompt", "completions"):
-        require(name in row, f"column `{name}`: is missing or null. Fill it, or rename the column that holds it.")
-    prompt, completions = row["prompt"], row["completions"]
-    require(
-        isinstance(completions, list) and len(completions) > 1,
-        f"column `completions`: must be a list of two or more, got {completions!r:.80}. Complete or remove the row.",
-    )
-    require(_kind(prompt), f"column `prompt`: must be text or a list of messages, got {prompt!r:.80}. Convert it.")
-    for completion in completions:
-        require(
-            _kind(completion) == _kind(prompt),
-            "column `completions`: must all be of the kind of `prompt`, texts or lists of messages, got "
-            f"{completion!r:.80} to a {_kind(prompt)}. Convert one to the other.",
-        )
-
-
-def _kind(value: Any) -> str | None:
-    if isinstance(value, str):
-        return "text"
-    is_messages = isinstance(value, list) and len(value) > 0 and is_conversational({"prompt": value})
-    return "conversation" if is_messages else None
 
 
 def _read_judgements(row: dict[str, Any], num_completions: int) -> tuple[list | None, list | None]:

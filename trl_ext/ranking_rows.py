@@ -43,10 +43,73 @@ def get(record: Any, column: str, kind: type | tuple[type, ...]) -> Any:
 
 def in_row(index: int, function: Callable, *args) -> Any:
     """`function(*args)`, whose errors say in which row."""
+    return located(f"row {index}", function, *args)
+
+
+def located(where: str, function: Callable, *args) -> Any:
+    """`function(*args)`, whose errors say where."""
     try:
         return function(*args)
     except ValueError as error:
-        raise ValueError(f"row {index}, {error}") from None
+        raise ValueError(f"{where}, {error}") from None
+
+
+def check_texts(row: dict[str, Any]) -> str:
+    """
+    Look at the `prompt` and the two or more `completions` of a row.
+
+    Returns:
+        `str`: What all of them are, `"text"` or `"conversation"`.
+
+    Raises:
+        ValueError: which names the column, and says how to mend it.
+    """
+    for name in ("prompt", "completions"):
+        value = row.get(name)
+        require(
+            value is not None, f"column `{name}`: is missing or null. Fill it, or rename the column that holds it."
+        )
+    prompt, completions = row["prompt"], row["completions"]
+    require(
+        not isinstance(completions, str),
+        f"column `completions`: must be a list of two or more, got the text {completions!r:.80}. Files without lists, "
+        "such as .csv, cannot hold rankings: use .jsonl or .parquet.",
+    )
+    require(
+        isinstance(completions, list) and len(completions) > 1,
+        f"column `completions`: must be a list of two or more, got {completions!r:.80}. Complete or remove the row.",
+    )
+    kind = kind_of(prompt, "prompt")
+    require(kind, f"column `prompt`: must be text or a list of messages, got {prompt!r:.80}. Convert it.")
+    for completion in completions:
+        require(
+            kind_of(completion, "completions") == kind,
+            "column `completions`: must all be of the kind of `prompt`, texts or lists of messages, got "
+            f"{completion!r:.80} to a {kind}. Convert one to the other.",
+        )
+    return kind
+
+
+def kind_of(value: Any, column: str) -> str | None:
+    """`"text"`, `"conversation"`, whose messages are looked at, or None for anything else."""
+    if isinstance(value, str):
+        return "text"
+    if not isinstance(value, list) or not value or not all(isinstance(message, Mapping) for message in value):
+        return None
+    for message in value:
+        role, content = message.get("role"), message.get("content")
+        require(
+            isinstance(role, str) and role,
+            f"column `{column}`: every message must have a `role`, such as 'user', got {message!r:.80}. Fill it.",
+        )
+        is_text = isinstance(content, str) or (content is None and bool(message.get("tool_calls")))
+        are_parts = isinstance(content, list) and content and all(isinstance(part, Mapping) for part in content)
+        require(
+            is_text or are_parts,
+            f"column `{column}`: every message must have a text as `content`, got {message!r:.80}. Fill it, or remove "
+            "the row.",
+        )
+    return "conversation"
 
 
 def report_dropped(errors: list[str | None], dataset_name: str) -> None:

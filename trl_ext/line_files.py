@@ -1,0 +1,67 @@
+"""Files of JSON objects, one to a line: written by people and other tools, or a log that survives a loss of power."""
+
+import codecs
+import contextlib
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock
+
+
+def append_line(file: Path, record: dict[str, Any]) -> None:
+    """Add a line and return when it is on disk. What a loss of power left of a line before it is cut off."""
+    with _locked(file):
+        with open(file, "r+b" if file.is_file() else "w+b") as opened:
+            content = opened.read()
+            end = content.rfind(b"\n") + 1
+            is_whole = _parsed(content[end:]) is not None  # by an editor that leaves out the last newline
+            opened.seek(len(content) if is_whole else end)
+            opened.truncate()
+            line = json.dumps(record, ensure_ascii=False).encode() + b"\n"
+            opened.write(b"\n" + line if is_whole else line)
+            opened.flush()
+            os.fsync(opened.fileno())
+
+
+@contextlib.contextmanager
+def _locked(file: Path) -> Iterator[None]:
+    """One writer at a time, of this and other processes. Windows could not read a file that is locked itself."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(file.with_name(f".{file.name}.lock")):
+        yield
+
+
+def read_lines(file: Path) -> Iterator[dict[str, Any]]:
+    """What [`append_line`] wrote, but for a line that was cut."""
+    return (record for _, record in numbered_lines(file, is_log=True))
+
+
+def numbered_lines(file: Path, is_log: bool = False) -> Iterator[tuple[int, dict[str, Any]]]:
+    """
+    Lines that are not blank, with their numbers from 1; of a log, without a last one that was cut in the middle.
+
+    Raises:
+        ValueError: for a line that is no JSON object.
+    """
+    lines = file.read_bytes().removeprefix(codecs.BOM_UTF8).split(b"\n")
+    for number, line in enumerate(lines, start=1):
+        record = _parsed(line)
+        if record is not None:
+            yield number, record
+        elif line.strip() and not (is_log and number == len(lines)):
+            raise ValueError(
+                f"{file}, line {number}: must be one JSON object, in UTF-8, got {line[:80]!r}. Mend or remove the line, "
+                "or write the file again if it was cut."
+            )
+
+
+def _parsed(line: bytes) -> dict[str, Any] | None:
+    """None for what is no JSON object, which half of one is not either."""
+    try:
+        record = json.loads(line.removeprefix(codecs.BOM_UTF8).decode())
+    except ValueError:  # of the decoding, or the parsing
+        return None
+    return record if isinstance(record, dict) else None
