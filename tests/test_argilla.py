@@ -7,6 +7,7 @@ import pytest
 from datasets import Dataset
 
 from trl_ext.argilla import from_argilla, to_argilla
+from trl_ext.ranking_data import prepare_rankings
 
 
 ANN, BOB = str(uuid.UUID(int=1)), str(uuid.UUID(int=2))
@@ -47,8 +48,58 @@ def test_an_order_without_ranks_has_no_ties():
     """What Argilla's client makes of an answer that it reads from its server."""
     record = {"id": "1", "fields": {"prompt": "a", "first": "x", "second": "y", "third": "z"}}
     response = {"value": ["third", "first"], "user_id": ANN, "status": "submitted"}
-    rankings = from_argilla([record | {"responses": {"best": [response, response | {"status": "draft"}]}}], "best")
-    assert rankings["ranks"][:] == [[2, None, 1]] and rankings["completions"][:] == [["x", "y", "z"]]
+    answered = record | {"responses": {"best": [response, response | {"status": "draft"}]}}
+    other = record | {"id": "2", "responses": {"best": [response | {"value": ["second", "first"]}]}}
+    rankings = from_argilla([answered, other], "best")
+    assert rankings["ranks"][:] == [[2, None, 1], [2, 1, None]] and rankings["completions"][0] == ["x", "y", "z"]
+
+
+def record_of(fields, *ranks, question="ranking"):
+    responses = [{"value": [{"value": n, "rank": r} for n, r in given.items()], "user_id": ANN} for given in ranks]
+    return {"id": "1", "fields": fields, "responses": {question: responses}}
+
+
+def test_only_what_is_ranked_is_a_completion():
+    """Fields beside it are for the annotator to read, whatever they hold."""
+    fields = {"prompt": "a", "response-1": "x", "response-2": "y", "Golden Answer": "z", "context": "", "meta": None}
+    first = record_of(fields, {"response-2": 1, "response-1": 2}, {"response-1": 1, "response-2": 1})
+    rankings = from_argilla([first, record_of(fields | {"context": "some", "meta": 3})])
+    assert rankings["completions"][:] == [["x", "y"]] * 2 and rankings["ranks"][:] == [[2, 1], [1, 1]]
+
+
+def test_a_record_has_as_many_completions_as_are_filled():
+    """Argilla asks to rank optional fields that are empty, too; what training is given has no nulls."""
+    three = {"prompt": "a", "answer-1": "x", "answer-2": "y", "answer-3": "z"}
+    ranks = {"answer-3": 1, "answer-1": 2, "answer-2": 2}
+    records = [record_of(fields, ranks) for fields in (three, three | {"answer-3": None})]
+    two = {name: text for name, text in three.items() if name != "answer-3"}
+    records.append(record_of(two, {"answer-1": 1, "answer-2": 1}))
+    unranked = record_of(three | {"answer-3": ""}, {"answer-2": 1, "answer-1": 2})
+    empty = record_of(three | {"answer-2": ""}, ranks)  # somebody said nothing, and was ranked for it
+    rankings = from_argilla([*records, unranked, empty])
+    assert rankings["completions"][:] == [["x", "y", "z"], ["x", "y"], ["x", "y"], ["x", "y"], ["x", "", "z"]]
+    prepared = prepare_rankings(rankings)
+    assert prepared["ranks"][:] == [[2, 2, 1], [1, 1], [1, 1], [2, 1], [2, 2, 1]]
+
+
+def test_what_nobody_ranked_comes_back(collected):
+    alone = collected.select([0]).map(lambda row: {"ranks": [1, 2, *[None] * 10]})
+    assert from_argilla(to_argilla(alone)).to_list() == alone.to_list()
+
+
+@pytest.mark.parametrize(
+    ("record", "message"),
+    [
+        (None, "row 0, record: must be a dict"),
+        (record_of({"prompt": None, "x": "a", "y": "b"}, {"x": 1, "y": 2}), "field `prompt`: must be text, got None"),
+        (record_of({"prompt": "a", "x": "a", "y": ["b"]}, {"x": 1, "y": 2}), "field `y`: must be text"),
+        (record_of({"prompt": "a", "x": "a"}, {"x": 1, "prompt": 2}), "ranks 'prompt'"),
+        (record_of({"prompt": "a", "x": "a"}, {}), "question `ranking`: must rank fields"),
+    ],
+)
+def test_a_record_that_cannot_be_read_is_named(record, message):
+    with pytest.raises(ValueError, match=message):
+        from_argilla([record])
 
 
 def test_what_cannot_be_taken_over_is_named(collected):

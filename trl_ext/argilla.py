@@ -10,6 +10,7 @@ server's own export has the ranks.
 """
 
 import re
+from collections.abc import Mapping
 from typing import Any
 
 from datasets import Dataset
@@ -67,8 +68,9 @@ def from_argilla(records: list[dict[str, Any]], question: str = QUESTION) -> Dat
     Rankings that annotators gave in Argilla.
 
     Args:
-        records (`list[dict]`): As `to_json` writes them, or [`to_argilla`]. All fields but `prompt` that the ranking
-            names are completions.
+        records (`list[dict]`): As `to_json` writes them, or [`to_argilla`]. The fields that rankings name, in this
+            record or another, are completions, and those that [`to_argilla`] made; further fields, and optional ones that a
+            record leaves null, are none.
         question (`str`, *optional*, defaults to `"ranking"`): The ranking question's name.
 
     Returns:
@@ -77,36 +79,67 @@ def from_argilla(records: list[dict[str, Any]], question: str = QUESTION) -> Dat
     Raises:
         ValueError: for a record without prompt, or a response that ranks what is no field; it names the record.
     """
+    names, fields = set(), set()
+    for index, record in enumerate(records):
+        names.update(name for ranks, _ in in_row(index, _responses, record, question) for name in ranks)
+        fields.update(record.get("fields") or {})
+    names.update(name for name in fields if re.fullmatch(rf"{FIELD}\d+", name))
     rows = []
     for index, record in enumerate(records):
-        rows += in_row(index, _rows_of, record, question)
+        rows += in_row(index, _rows_of, record, question, sorted(names, key=_natural))
     require(rows, f"no record has a submitted response to the question {question!r}.")
     return Dataset.from_list(rows)
 
 
-def _rows_of(record: dict[str, Any], question: str) -> list[dict[str, Any]]:
-    fields = record.get("fields") or {}
-    require("prompt" in fields, f"field `prompt`: is missing, got {list(fields)}. Rename yours.")
-    names = sorted((name for name in fields if name != "prompt"), key=_natural)
-    rows = []
+def _responses(record: dict[str, Any], question: str) -> list[tuple[dict[str, int], str | None]]:
+    """For each submitted response the ranks by field, and who gave it."""
+    require(isinstance(record, Mapping), f"record: must be a dict with `fields` and `responses`, got {record!r:.80}.")
+    responses = []
     for response in (record.get("responses") or {}).get(question) or []:
         if response.get("status") not in (None, "submitted"):
             continue
+        value = response.get("value")
+        require(isinstance(value, list) and value, f"question `{question}`: must rank fields, got {value!r:.80}.")
         ranks = {}
-        for place, item in enumerate(response["value"], start=1):
-            name, rank = (item["value"], item.get("rank", place)) if isinstance(item, dict) else (item, place)
-            require(name in names, f"question `{question}`: ranks {name!r}, which is none of the fields {names}.")
-            ranks[name] = rank
-        rows.append(
-            {
-                "prompt": fields["prompt"],
-                "completions": [fields[name] for name in names],
-                "ranks": [ranks.get(name) for name in names],
-                "id": record.get("id"),
-                "annotator": None if response.get("user_id") is None else str(response["user_id"]),
-            }
+        for place, item in enumerate(value, start=1):
+            name, rank = (item.get("value"), item.get("rank")) if isinstance(item, Mapping) else (item, None)
+            require(isinstance(name, str), f"question `{question}`: must name fields, got {item!r:.80}.")
+            require(name not in ranks, f"question `{question}`: must rank each field once, got {name!r} again.")
+            ranks[name] = place if rank is None else rank
+        user = response.get("user_id")
+        responses.append((ranks, None if user is None else str(user)))
+    return responses
+
+
+def _rows_of(record: dict[str, Any], question: str, names: list[str]) -> list[dict[str, Any]]:
+    fields, responses = record.get("fields") or {}, _responses(record, question)
+    if not responses:
+        return []
+    require("prompt" in fields, f"field `prompt`: is missing, got {list(fields)}. Rename yours.")
+    for name in (name for ranks, _ in responses for name in ranks):
+        require(
+            name in fields and name != "prompt",
+            f"question `{question}`: ranks {name!r}, which is none of the fields {list(fields)} to rank. Give the record "
+            "that field, null if it is optional and empty.",
         )
-    return rows
+    # People are asked to rank a field that is empty in this record as well
+    names = [
+        name
+        for name in names
+        if fields.get(name) or (fields.get(name) == "" and any(name in ranks for ranks, _ in responses))
+    ]
+    for name in ("prompt", *names):
+        require(isinstance(fields[name], str), f"field `{name}`: must be text, got {fields[name]!r:.80}. Convert it.")
+    return [
+        {
+            "prompt": fields["prompt"],
+            "completions": [fields[name] for name in names],
+            "ranks": [ranks.get(name) for name in names],
+            "id": record.get("id"),
+            "annotator": annotator,
+        }
+        for ranks, annotator in responses
+    ]
 
 
 def _natural(name: str) -> list:
