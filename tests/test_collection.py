@@ -248,7 +248,7 @@ def test_all_lines_are_read_however_they_end(tmp_path, content):
         ([b"\n", TEXTS, {"prompt": "b", "completions": ["x", 2]}], "line 3, column `completions`.*got 2 to a text"),
         ([{"prompt": 1, "completions": ["x", "y"]}], "line 1, column `prompt`: must be text or a list of messages"),
         ([{"prompt": "a", "completions": ["x"]}], "line 1, column `completions`: must be a list of two or more"),
-        ([{"prompt": "a", "completions": "x, y"}], "line 1, column `completions`.*got the text 'x, y'"),
+        ([{"prompt": "a", "completions": "x, y"}], "line 1, column `completions`.*got 'x, y'.*jsonl"),
         ([{"prompt": [], "completions": [[], []]}], "line 1, column `prompt`: must be text or a list of messages"),
         ([CHAT | {"completions": [[{"role": "assistant"}], REPLY]}], "`completions`: every message.*`content`"),
         ([CHAT | {"prompt": [USER, {"role": "user", "content": None}]}], "`prompt`: every message.*`content`"),

@@ -70,14 +70,12 @@ def check_texts(row: dict[str, Any]) -> str:
             value is not None, f"column `{name}`: is missing or null. Fill it, or rename the column that holds it."
         )
     prompt, completions = row["prompt"], row["completions"]
-    require(
-        not isinstance(completions, str),
-        f"column `completions`: must be a list of two or more, got the text {completions!r:.80}. Files without lists, "
-        "such as .csv, cannot hold rankings: use .jsonl or .parquet.",
-    )
+    mend = "Complete or remove the row."
+    if isinstance(completions, str):
+        mend = "If the data is a .csv file, which has no lists: write it as .jsonl or .parquet."
     require(
         isinstance(completions, list) and len(completions) > 1,
-        f"column `completions`: must be a list of two or more, got {completions!r:.80}. Complete or remove the row.",
+        f"column `completions`: must be a list of two or more, got {completions!r:.80}. {mend}",
     )
     kind = kind_of(prompt, "prompt")
     require(kind, f"column `prompt`: must be text or a list of messages, got {prompt!r:.80}. Convert it.")
