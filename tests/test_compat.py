@@ -6,7 +6,7 @@ import warnings
 
 import pytest
 import torch
-from transformers import Trainer
+from transformers import MambaModel, RecurrentGemmaModel, Trainer
 from trl import DPOTrainer, GRPOConfig, GRPOTrainer, RewardTrainer
 from trl.trainer import grpo_trainer, utils
 
@@ -114,6 +114,12 @@ def test_the_cache_has_one_name_in_the_model_its_trunk_and_its_output(policy):
         first = trunk(input_ids=ids[:, :3], use_cache=True)
         second = policy(input_ids=ids[:, 3:], use_cache=True, **{name: first[name]})
     torch.testing.assert_close(second.logits[:, -1], policy(input_ids=ids).logits[:, -1])
+
+
+def test_models_that_carry_states_say_so(policy):
+    assert not compat.has_states(policy)
+    assert compat.has_states(MambaModel) and compat.has_states_alone(MambaModel)
+    assert compat.has_states(RecurrentGemmaModel) and not compat.has_states_alone(RecurrentGemmaModel)
 
 
 def test_attributes_we_read():

@@ -1,20 +1,34 @@
 """NLPO: sampling, ratio and KL within the nucleus of a snapshot that is renewed."""
 
+import contextlib
+import functools
+import logging
 import math
+import types
 
 import pytest
 import torch
-from conftest import build_policy, recorded, settings
+from conftest import build_policy, recorded, settings, tiny_settings
+from datasets import Dataset
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from reload_script import IDS, quantization_config
-from transformers import TopPLogitsWarper
+from transformers import (
+    FalconH1Config,
+    FalconH1ForCausalLM,
+    MambaConfig,
+    MambaForCausalLM,
+    RecurrentGemmaConfig,
+    RecurrentGemmaForCausalLM,
+    TopPLogitsWarper,
+)
 
 from trl_ext import NLPOConfig, NLPOTrainer, PPOConfig, PPOTrainer
+from trl_ext.lm_head import logits_of
 from trl_ext.masking import masked_log_probs, nucleus
-from trl_ext.masking_policy import refresh, snapshot, trained_weights
+from trl_ext.masking_policy import Mask, MaskingProcessor, refresh, snapshot, trained_weights
 
 
 def length(completions, **kwargs):
@@ -56,6 +70,8 @@ def test_some_tokens_are_always_in():
     assert nucleus(logits, 0.5, min_tokens_to_keep=3).tolist() == [[True, True, True, False, False]]
     assert nucleus(logits, 0.5, always=torch.tensor([4])).tolist() == [[True, False, False, False, True]]
     assert nucleus(logits, 1.0).all()
+    # Of ids that tokenizers have and models no logits of
+    assert nucleus(logits, 0.5, always=torch.tensor([5, 4, 999])).tolist() == [[True, False, False, False, True]]
 
 
 @given(st.lists(st.tuples(st.floats(-8, 8), st.booleans()), min_size=2, max_size=12))
@@ -90,6 +106,102 @@ def test_a_snapshot_shares_what_is_frozen_and_keeps_what_was(tokenizer):
     refresh(copied, trained_weights(model))
     assert torch.equal(copied(input_ids=IDS).logits, model(input_ids=IDS).logits)
     assert not torch.equal(copied(input_ids=IDS).logits, before)
+
+
+def put_forward(model):
+    """In the way of TRL's `cast_lm_head_to_fp32`: a function that knows the head."""
+    head = model.lm_head
+
+    def forward(hidden_states):
+        return 2 * torch.nn.functional.linear(hidden_states.double(), head.weight.double()).float()
+
+    head.forward = forward
+
+
+def put_wrapper(model):
+    """In the way of TRL's fused LM head and of accelerate: around what was there."""
+    forward = model.forward
+
+    @functools.wraps(forward)
+    def doubled(self, *args, **kwargs):
+        output = forward(*args, **kwargs)
+        output.logits = 2 * output.logits
+        return output
+
+    model.forward = types.MethodType(doubled, model)
+
+
+def put_partial(model):
+    model.lm_head.forward = functools.partial(scaled, model.lm_head, scale=2)
+
+
+def scaled(head, hidden_states, scale):
+    return torch.nn.functional.linear(hidden_states, scale * head.weight)
+
+
+GLOBAL = {}
+
+
+def put_script(model):
+    """In the way of a script, whose functions know the model by a global name."""
+    exec("model.lm_head.forward = lambda x: 2 * (x @ model.lm_head.weight.T)", scope := {"model": model})
+    GLOBAL["scope"] = scope
+
+
+def put_hook(model):
+    model.lm_head.register_forward_hook(lambda module, args, output: output * model.lm_head.weight.norm())
+
+
+@pytest.mark.parametrize("put", [put_forward, put_wrapper, put_partial, put_script, put_hook])
+def test_a_snapshot_has_what_was_put_on_the_model(tokenizer, put):
+    """And it runs on the snapshot's own weights."""
+    model = build_policy(tokenizer).eval()
+    plain = model(input_ids=IDS).logits
+    put(model)
+    before = model(input_ids=IDS).logits
+    assert not torch.allclose(before, plain)
+    copied = snapshot(model)
+    assert torch.equal(copied(input_ids=IDS).logits, before)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.5)
+    assert torch.equal(copied(input_ids=IDS).logits, before)
+    refresh(copied, trained_weights(model))
+    assert torch.equal(copied(input_ids=IDS).logits, model(input_ids=IDS).logits)
+    assert not torch.equal(copied(input_ids=IDS).logits, before)
+
+
+def test_a_snapshot_does_not_copy_what_its_hooks_are_methods_of(tokenizer):
+    class Recorder:
+        calls = 0
+
+        def __deepcopy__(self, memo):
+            raise AssertionError("copied")
+
+        def record(self, module, args, output):
+            self.calls += 1
+
+    model, recorder = build_policy(tokenizer), Recorder()
+    model.lm_head.register_forward_hook(recorder.record)
+    handle = model.lm_head.register_forward_hook(lambda *args: pytest.fail("left out"))
+    copied = snapshot(model, left_out={handle.id})
+    copied(input_ids=IDS)
+    assert recorder.calls == 1
+
+
+def test_the_snapshot_is_of_a_head_in_float32(tokenizer, prompts, tmp_path):
+    """`cast_lm_head_to_fp32` puts a forward on the head and, of tied embeddings, a hook on these."""
+    policy = build_policy(tokenizer, tie_word_embeddings=True).to(torch.bfloat16)
+    args = NLPOConfig(
+        **settings(tmp_path, top_p_mask=0.5, max_steps=2, mask_update_steps=5, cast_lm_head_to_fp32=True)
+    )
+    trainer = NLPOTrainer(policy, length, args, prompts, processing_class=tokenizer)
+    states = torch.ones(1, 16, dtype=torch.bfloat16)
+    before = logits_of(trainer._mask.model, states)
+    trainer.train()
+    after, live = logits_of(trainer._mask.model, states), logits_of(trainer.model, states)
+    assert torch.equal(before, after) and not torch.equal(before, live)
+    assert trainer._mask.model.model.embed_tokens(IDS).dtype == torch.bfloat16
 
 
 # --- Sampling and scoring ---
@@ -175,6 +287,71 @@ def test_the_mask_is_needed(policy_path, prompts, tmp_path):
         tokens, allowed, _ = distributions(trainer, free.rollouts[0], row)
         outside += (~allowed[torch.arange(len(tokens)), tokens]).sum().item()
     assert outside > 3
+
+
+def state_space_models(tokenizer):
+    common = tiny_settings(tokenizer)
+    recurrent = {"lru_width": 16, "head_dim": 8, "block_types": ("recurrent", "attention"), "logits_soft_cap": 30.0}
+    both = {"mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_d_state": 4}
+    return {
+        "mamba": lambda: MambaForCausalLM(MambaConfig(**common, state_size=4)),
+        "recurrent": lambda: RecurrentGemmaForCausalLM(RecurrentGemmaConfig(**common, **recurrent)),
+        "hybrid": lambda: FalconH1ForCausalLM(FalconH1Config(**common, **both)),
+    }
+
+
+@pytest.mark.parametrize("family", ["mamba", "recurrent", "hybrid"])
+def test_models_with_states_are_masked_by_all_they_have_read(tokenizer, tmp_path, caplog, family):
+    torch.manual_seed(0)
+    policy = state_space_models(tokenizer)[family]()
+    with torch.no_grad():
+        for parameter in policy.parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(0, 0.3)
+    # Of one length: RecurrentGemma has states of padding as well
+    prompts = Dataset.from_dict(
+        {"prompt": ["the film was dull", "it was a good", "the ending is sad", "a slow plot and"]}
+    )
+    still = {"max_steps": 1, "learning_rate": 0.0, "critic_learning_rate": 0.0, "num_iterations": 2}
+    args = NLPOConfig(**settings(tmp_path, top_p_mask=0.3, min_tokens_to_keep=1, **still))
+    trainer = recorded(NLPOTrainer)(policy, length, args, prompts, processing_class=tokenizer)
+    with caplog.at_level(logging.WARNING):
+        trainer.train()
+    (batch,) = trainer.rollouts
+    always = torch.tensor(tokenizer.all_special_ids)
+    policy.eval()
+    for row in range(len(batch["completion_ids"])):
+        ids, start = sequence_of(batch, row)
+        with torch.no_grad():
+            logits = policy(input_ids=ids).logits[0, start - 1 : -1].float()
+        allowed, tokens = nucleus(logits, 0.3, 1, always), ids[0, start:]
+        assert allowed.gather(1, tokens.unsqueeze(1)).all() and not allowed.all()
+        expected = masked_log_probs(logits, allowed, tokens)[0]
+        torch.testing.assert_close(batch["old_per_token_logps"][row][: len(tokens)], expected, atol=1e-4, rtol=1e-4)
+    assert trainer.state.log_history[0]["mask/forced"] == 0
+    again = [message for message in caplog.messages if "reads the whole text again for each token" in message]
+    assert len(again) == (family == "recurrent")
+
+
+def test_a_cache_that_is_not_taken_up_is_done_without(tokenizer, caplog):
+    """What a release that renames it once more would do."""
+    model = build_policy(tokenizer).eval()
+    mask = Mask(model, 0.5, 1, torch.tensor([0]), contextlib.nullcontext)
+    processor = MaskingProcessor(mask, torch.ones_like(IDS[:, :2]))
+    forward = model.model.forward
+
+    def forgetful(**kwargs):
+        kwargs = {name: value for name, value in kwargs.items() if name not in ("cache", "past_key_values")}
+        return forward(**kwargs)
+
+    model.model.forward = functools.wraps(forward)(forgetful)
+    with caplog.at_level(logging.WARNING):
+        for end in range(2, IDS.size(1) + 1):
+            scores = processor(IDS[:, :end], torch.zeros(len(IDS), len(tokenizer)))
+            expected = nucleus(model(input_ids=IDS[:, :end]).logits[:, -1], 0.5, 1, torch.tensor([0]))
+            assert torch.equal(scores == 0, expected)
+    (warning,) = [message for message in caplog.messages if "reads the whole text again" in message]
+    assert "states" in warning and "`max_completion_length`" in warning
 
 
 def test_gradients_are_those_of_the_masked_policy(policy_path, prompts, tmp_path):

@@ -208,6 +208,7 @@ class ActorCriticTrainer(
         self._is_first_update = False  # of a training, until it begins
         self._window_kl = torch.zeros(2, device=self.accelerator.device)  # sum and count within the optimizer step
         self._set_up_compact_batches()
+        self._compare_heads()
         self._last_rollout = None  # time of its start and its number of completion tokens
 
     def _stop_dropout(self) -> None:

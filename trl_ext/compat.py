@@ -61,13 +61,26 @@ def has_transformers_adapter(model) -> bool:
     return getattr(model, "_hf_peft_config_loaded", False)
 
 
-def cache_argument(model) -> str:
+def cache_argument(model) -> str | None:
     """
-    The name by which a model's forward takes, and its output gives, the states of the tokens read so far.
+    The name by which a model's forward takes, and its output gives, the states of the tokens read so far; None where
+    there is none.
 
-    `past_key_values` became `cache` in transformers 5.24; models whose code comes from the Hub keep the older name.
+    `past_key_values` and, of state-space models, `cache_params` became `cache` in transformers 5.24; models whose code
+    comes from the Hub keep the older names.
     """
-    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+    taken = inspect.signature(model.forward).parameters
+    return next((name for name in ("cache", "past_key_values", "cache_params") if name in taken), None)
+
+
+def has_states(model) -> bool:
+    """Whether some layers of a model are no attention but carry a state, which transformers calls stateful."""
+    return model._is_stateful
+
+
+def has_states_alone(model) -> bool:
+    """Whether all layers are such: no token attends to others, so that none needs a position."""
+    return has_states(model) and "position_ids" not in inspect.signature(model.forward).parameters
 
 
 def paying_environments(trainer) -> list[type]:
@@ -88,6 +101,8 @@ __all__ = [
     "get_config_model_id",
     "get_trackio_space_url",
     "global_then_local_main_first",
+    "has_states",
+    "has_states_alone",
     "has_transformers_adapter",
     "is_async_callable",
     "keep_4bit_unpacked",

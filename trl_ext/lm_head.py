@@ -16,16 +16,52 @@ def base_causal_lm(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
 
 
 def logits_of(model: PreTrainedModel, hidden_states: torch.Tensor) -> torch.Tensor:
-    """`(N, V)`, float32, of the trunk's last hidden states `(N, H)`."""
-    logits = model.get_output_embeddings()(hidden_states).float()
-    config = model.config.get_text_config()
-    # Names that only some families' configs have: Cohere's and Gemma's ways to shape logits
-    scale, softcap = getattr(config, "logit_scale", None), getattr(config, "final_logit_softcapping", None)
-    if scale is not None:
-        logits = logits * scale
-    if softcap is not None:
-        logits = softcap * (logits / softcap).tanh()
-    return logits
+    """
+    `(N, V)`, float32, of the trunk's last hidden states `(N, H)`.
+
+    The model's own forward makes them, with the trunk answered: families scale, cap and cut their logits under ever new
+    names. It is the class's forward, since one that was put on the instance (by TRL, by accelerate) stays bound to the
+    model it was put on when the model is copied.
+    """
+    trunk = getattr(model, "base_model", model)
+    if trunk is model:  # there is nothing to answer for: what has no trunk of its own has a plain head
+        return model.get_output_embeddings()(hidden_states).float()
+    name = model.base_model_prefix
+    model._modules[name] = AnsweredTrunk(trunk, hidden_states.unsqueeze(0))
+    try:
+        input_ids = torch.zeros(1, len(hidden_states), dtype=torch.long, device=hidden_states.device)
+        return type(model).forward(model, input_ids=input_ids, use_cache=False).logits.squeeze(0).float()
+    finally:
+        model._modules[name] = trunk
+
+
+class AnsweredTrunk:
+    """Stands for a trunk that has run, and whose hooks have: its output is known, its attributes are the trunk's."""
+
+    def __init__(self, trunk: torch.nn.Module, hidden_states: torch.Tensor):
+        self.trunk, self.hidden_states = trunk, hidden_states
+
+    def __call__(self, *args, **kwargs):
+        return TrunkOutput(self.hidden_states)
+
+    def __getattr__(self, name: str):
+        attribute = getattr(self.trunk, name)
+        # Some models call their trunk's decoder, past the trunk (OPT, BART)
+        return AnsweredTrunk(attribute, self.hidden_states) if isinstance(attribute, torch.nn.Module) else attribute
+
+
+class TrunkOutput(tuple):
+    """A trunk's last hidden state, and None for what else outputs of trunks hold."""
+
+    def __new__(cls, hidden_states: torch.Tensor):
+        return super().__new__(cls, (hidden_states,))
+
+    @property
+    def last_hidden_state(self) -> torch.Tensor:
+        return self[0]
+
+    def __getattr__(self, name: str) -> None:
+        return None
 
 
 def mean_over_actions(

@@ -19,7 +19,8 @@ def nucleus(
         logits (`torch.Tensor` of shape `(..., V)`): Of the masking policy.
         top_p (`float`): p. The token that reaches it is in; 1 is everything.
         min_tokens_to_keep (`int`, *optional*, defaults to `1`): So many of the most likely are in, whatever p.
-        always (`torch.Tensor`, *optional*): Ids that are in, however unlikely.
+        always (`torch.Tensor`, *optional*): Ids that are in, however unlikely. Tokenizers have ids that
+            the model has no logits of: of images, or added and never used.
 
     Returns:
         `torch.Tensor` of shape `(..., V)`, bool.
@@ -33,7 +34,7 @@ def nucleus(
     kept[..., :min_tokens_to_keep] = True
     allowed = torch.empty_like(kept).scatter_(-1, order, kept)
     if always is not None:
-        allowed[..., always] = True
+        allowed[..., always[always < allowed.size(-1)]] = True
     return allowed
 
 

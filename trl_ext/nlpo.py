@@ -117,8 +117,8 @@ class NLPOTrainer(PPOTrainer):
         self._mask = None  # with all of the vocabulary, nothing is masked
         if self.args.top_p_mask < 1:
             with self._without_critic():
-                masking_policy = snapshot(self._policy)
-            special_ids = torch.tensor(self._tokenizer.all_special_ids)
+                masking_policy = snapshot(self._policy, left_out=self._own_hooks)
+            special_ids = torch.tensor(self._tokenizer.all_special_ids, dtype=torch.long)
             self._mask = Mask(
                 masking_policy,
                 self.args.top_p_mask,
@@ -128,6 +128,16 @@ class NLPOTrainer(PPOTrainer):
             )
             models = [self._policy] if self.ref_model is None else [self._policy, self.ref_model]
             self._masked_scoring = [MaskedScoring(model, self._mask, self.temperature) for model in models]
+
+    @property
+    def _own_hooks(self) -> set[int]:
+        """Ids of the handles of what the trainer itself hooked to the policy."""
+        scoring_hooks = [hook for scoring in self._head_scoring for hook in scoring.hooks]
+        return {hook.id for hook in [*self.critic._hooks, *scoring_hooks]}
+
+    @property
+    def _reads_head(self) -> bool:
+        return self.args.top_p_mask < 1
 
     @property
     def _is_masked(self) -> bool:

@@ -5,6 +5,7 @@ from contextlib import nullcontext
 import torch
 
 from .compat import MULTIMODAL_KEYS, disable_gradient_checkpointing
+from .head_scoring import COMPARED_TEXT, score_as_the_model_does
 
 
 class PassesMixin:
@@ -12,6 +13,33 @@ class PassesMixin:
     Keeps the log-probabilities `(B, T)` and values `(B, T+1, ...)` of the present batch's scoring forwards in `_passes`,
     and leaves out the parent's pass where the first epoch's forward gives the same.
     """
+
+    _reads_head = False  # whether the algorithm itself computes logits from hidden states
+    _head_scoring = ()
+    _heads_compared = True  # until a trainer that shards weights is made
+
+    def _compare_heads(self, ids: list[int] | None = None) -> None:
+        """To be called when the trainer is made, and again with a text where weights are sharded."""
+        is_sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        self._heads_compared = self._is_vlm or not is_sharded or ids is not None
+        if self._is_vlm or not self._heads_compared:
+            return
+        self._head_scoring = score_as_the_model_does(
+            self.model,
+            [self._policy] if self.ref_model is None else [self._policy, self.ref_model],
+            self._tokenizer(COMPARED_TEXT)["input_ids"] if ids is None else ids,
+            temperature=self.temperature,
+            is_half=self.args.bf16 or self.args.fp16 or self._policy.dtype != torch.float32,
+            is_sharded=is_sharded,
+            reads_head=self._reads_head,
+        )
+
+    def _generate(self, prompts):
+        outputs = super()._generate(prompts)
+        if not self._heads_compared:
+            prompt_ids, completion_ids, *_ = outputs
+            self._compare_heads(prompt_ids[0] + completion_ids[0])
+        return outputs
 
     @property
     def _parent_scores(self) -> bool:

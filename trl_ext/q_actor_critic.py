@@ -132,6 +132,7 @@ class QActorCriticTrainer(ActorCriticTrainer):
         "not what was sampled afterwards."
     )
     config_class = QActorCriticConfig
+    _reads_head = True
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)

@@ -12,6 +12,7 @@ from .adapters import AdapterMixin
 from .checks import checked_args
 from .compat import disable_gradient_checkpointing, use_adapter
 from .dropout import stop_dropout
+from .head_scoring import COMPARED_TEXT, score_as_the_model_does
 from .pushing import PushMixin
 from .ranking import judged_items
 from .ranking_card import RankingCardMixin
@@ -115,6 +116,9 @@ class RankingDPOTrainer(RankingMixin, PushMixin, RankingCardMixin, AdapterMixin,
             if self.ref_model is not None:
                 stop_dropout(self.ref_model)
         self._set_up_rankings(data_collator)
+        self._heads_compared = self._is_vlm
+        if not (self._is_vlm or self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            self._compare_heads(self.model, self._tokenizer(COMPARED_TEXT)["input_ids"])
 
     def _check_for_rankings(self, args):
         for name, value in PAIR_ARGUMENTS.items():
@@ -124,7 +128,19 @@ class RankingDPOTrainer(RankingMixin, PushMixin, RankingCardMixin, AdapterMixin,
                     f"dataset holds rankings. Leave it at {value!r}, or convert the dataset with `to_pairs`."
                 )
 
+    def _compare_heads(self, model, ids: list[int]) -> None:
+        self._heads_compared = True
+        score_as_the_model_does(
+            model,
+            [self._model] if self.ref_model is None else [self._model, self.ref_model],
+            ids,
+            is_half=self.args.bf16 or self.args.fp16 or self._model.dtype != torch.float32,
+            is_sharded=self.is_fsdp_enabled or self.is_deepspeed_enabled,
+        )
+
     def _scores(self, model, inputs):
+        if not self._heads_compared:
+            self._compare_heads(model, inputs["input_ids"][0][inputs["attention_mask"][0].bool()].tolist())
         packed = self._use_shared_prefix(model, inputs)
         logps, outputs = self._values(model, inputs, packed)
         with torch.no_grad(), disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs):
