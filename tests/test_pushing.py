@@ -384,6 +384,7 @@ def test_a_private_push_to_a_public_repository_is_refused_when_all_is_on_disk(se
     assert (out / "model.safetensors").is_file() and (out / "README.md").is_file()
     assert len(repo.commits) == 1 and not server.called("POST", "preupload")
     HfApi().delete_repo(f"user/{name}")
+    trainer = make_trainer(name, out, policy_path, None, push_to_hub=False, save_strategy="no", max_steps=1)
     trainer.push_to_hub(private=True)
     repo = server.repos["model", f"user/{name}"]
     assert repo.private and "model.safetensors" in repo.at().files
