@@ -74,9 +74,8 @@ class StoppingMixin:
         """Options that the engine samples with, those at None left out."""
         given = self.args.generation_kwargs or {}
         if self.use_vllm:
-            names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
-            structure = {"structured_outputs": self.args.vllm_structured_outputs_regex}
-            settings = structure | {name: getattr(self, name) for name in names} | given
+            names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "vllm_structured_outputs_regex")
+            settings = {name: getattr(self.args, name) for name in names} | given
         elif self.use_transformers_continuous_batching:  # which asks the model's generation config for nothing
             settings = self.generation_config.to_dict()
         else:
