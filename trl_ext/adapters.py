@@ -7,7 +7,7 @@ import copy
 import inspect
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
@@ -19,14 +19,26 @@ from peft.utils.constants import SEQ_CLS_HEAD_NAMES
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from .adapter_start import (
+    REFERENCE,
+    adapter_kept,
+    copy_to_reference,
+    requires_grad_kept,
+    say_that_head_has_no_bias,
+    take_up_adapter,
+    without_loading_warnings,
+)
 from .compat import has_transformers_adapter, keep_4bit_unpacked
+from .critic import CRITIC_NAME
 from .precision import keep_trainables_in_fp32, trainable_weights
-from .shared_base import MAIN, is_quantized
+from .shared_base import MAIN, is_adapter, is_quantized
+from .tie_parameters import TIE_PARAMETERS_NAME
 
 
 logger = get_logger(__name__)
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
+CHILDREN = {CRITIC_NAME, TIE_PARAMETERS_NAME}  # of a model, which are not of it
 
 
 class AdapterMixin:
@@ -35,6 +47,9 @@ class AdapterMixin:
 
     - the adapter's task type is that of the model, whatever the `peft_config` says, and it is saved with the revision
       of its base, which whoever loads it needs;
+    - an adapter whose folder or Hub id is given as `model` is trained further, and its reference is a copy of its start
+      whatever it is called;
+    - what trains is what the user left to train, and there has to be something;
     - under a base in 4 or 8 bits, what trains is kept in float32;
     - of a base in 4 bits on CPU, weights are never repacked, which would make gradients wrong;
     - the head of a classifier is saved with the adapter even if it is not trained with it.
@@ -50,6 +65,14 @@ class AdapterMixin:
             raise TypeError(f"{type(self).__name__}.__init__() {error}") from None
         given = arguments.arguments
         peft_config = given.get("peft_config")
+        check_one_adapter(model, peft_config)
+        loading = nullcontext()
+        if isinstance(model, str) and is_adapter(model):
+            taken_up = take_up_adapter(model, given["args"], self._task_type, given.get("quantization_config"))
+            model, processing_class = taken_up
+            given["model"], given["quantization_config"] = model, None
+            given["processing_class"] = given.get("processing_class") or processing_class
+            loading = without_loading_warnings(trl_class)
         check_trainable(model, given.get("quantization_config"), peft_config)
         if isinstance(peft_config, PeftConfig):
             own = given["peft_config"] = copy.deepcopy(peft_config)
@@ -57,8 +80,10 @@ class AdapterMixin:
                 own.task_type = self._task_type_of(peft_config, given.get("train_dataset"))
             own.revision = revision_of(model, given.get("args"), peft_config)
         before = trainable_weights(model)
+        has_reference = isinstance(model, PeftModel) and REFERENCE in model.peft_config
         try:
-            super().__init__(*arguments.args[1:], **arguments.kwargs)
+            with loading, adapter_kept(model):
+                super().__init__(*arguments.args[1:], **arguments.kwargs)
         except RuntimeError as error:
             if "floating point" in str(error) and peft_config is not None and peft_config.modules_to_save:
                 raise ValueError(
@@ -67,10 +92,27 @@ class AdapterMixin:
                     "`llm_int8_skip_modules` of the `BitsAndBytesConfig`."
                 ) from error
             raise
+        say_that_head_has_no_bias(self.model)
         if is_quantized(self.model):
             check_biases(self.model)
             keep_trainables_in_fp32(self.model, before, is_new=peft_config is not None)
             keep_4bit_unpacked(self.model)
+        if isinstance(model, PeftModel) and REFERENCE in model.peft_config and not has_reference:
+            copy_to_reference(model)
+
+    def train(self, *args, **kwargs):
+        check_something_trains(self.model)
+        return super().train(*args, **kwargs)
+
+    # In both the parent may switch to the reference's adapter and back
+
+    def _prepare_inputs(self, inputs):
+        with requires_grad_kept(self.accelerator.unwrap_model(self.model)):
+            return super()._prepare_inputs(inputs)
+
+    def compute_loss(self, *args, **kwargs):
+        with requires_grad_kept(self.accelerator.unwrap_model(self.model)):
+            return super().compute_loss(*args, **kwargs)
 
     def _task_type_of(self, peft_config, train_dataset) -> str | None:
         return self._task_type
@@ -95,6 +137,18 @@ def revision_of(model, args, peft_config: PeftConfig) -> str | None:
     return None if revision == MAIN else revision
 
 
+def check_one_adapter(model, peft_config) -> None:
+    """Refuse a `peft_config` for what is an adapter already: its base alone, to which the new one belongs, has not learned."""
+    is_path = isinstance(model, str) and is_adapter(model)
+    if peft_config is not None and (is_path or has_transformers_adapter(model)):
+        raise ValueError(
+            f"`model` {model if is_path else type(model).__name__} is an adapter on its base, and `peft_config` makes "
+            "another on the base alone, without what the first has learned. Leave out `peft_config` (in a recipe, "
+            "`--use_peft`) and pass the adapter's folder or Hub id to train it further; or merge it into its base first "
+            "(`merge_adapter`, `recipes/merge.py`), and pass what that writes."
+        )
+
+
 def check_trainable(model, quantization_config, peft_config) -> None:
     """Refuse quantized weights without an adapter: there would be nothing to train."""
     if peft_config is not None or isinstance(model, PeftModel) or has_transformers_adapter(model):
@@ -103,6 +157,18 @@ def check_trainable(model, quantization_config, peft_config) -> None:
         raise ValueError(
             "The base model is quantized (4 or 8 bits), so its weights cannot be trained, and there is no adapter on "
             "it. Pass a `peft_config` such as `LoraConfig(target_modules='all-linear')`; in a recipe, `--use_peft`."
+        )
+
+
+def check_something_trains(model: nn.Module) -> None:
+    """Refuse a model of which nothing trains but what a trainer put into it, a critic or tie parameters."""
+    own = [(name, p) for name, p in model.named_parameters() if not {*name.split(".")} & CHILDREN]
+    if not any(parameter.requires_grad for _, parameter in own):
+        raise ValueError(
+            f"None of the {len(own)} weights of `model` train (`requires_grad` is False for all), so it would stay as it "
+            "is. `PeftModel.from_pretrained` freezes an adapter unless `is_trainable=True`; what `merge_and_unload()` "
+            "returns is frozen until `model.requires_grad_(True)`; and `prepare_model_for_kbit_training` freezes what is "
+            "there, for a `peft_config` (or `get_peft_model`) to come after it."
         )
 
 

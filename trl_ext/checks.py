@@ -12,7 +12,7 @@ from transformers import AutoConfig, PreTrainedTokenizerBase
 from .compat import get_config_model_id, is_async_callable
 from .dense_rewards import described, is_finite
 from .score_head import has_score_head
-from .shared_base import is_quantized
+from .shared_base import base_of_adapter, is_adapter, is_quantized
 
 
 def checked_args(args, trainer_class, model):
@@ -35,6 +35,7 @@ def check_base_for_vllm(model, args, quantization_config) -> None:
     init_kwargs = args.model_init_kwargs or {}
     quantization_config = quantization_config or init_kwargs.get("quantization_config")
     if isinstance(model, str) and quantization_config is None:
+        model = base_of_adapter(model)[0] if is_adapter(model) else model
         loading = {name: init_kwargs[name] for name in ("revision", "trust_remote_code") if name in init_kwargs}
         config = AutoConfig.from_pretrained(model, **{"trust_remote_code": args.trust_remote_code} | loading)
         quantization_config = getattr(config, "quantization_config", None)  # absent from other models

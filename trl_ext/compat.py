@@ -45,6 +45,7 @@ from trl.data_utils import _tokenize as tokenize
 from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.utils import (
     FusedCausalLMOutput,
+    create_model_from_path,
     get_comet_experiment_url,
     get_config_model_id,
     get_trackio_space_url,
@@ -95,6 +96,7 @@ __all__ = [
     "MULTIMODAL_KEYS",
     "FusedCausalLMOutput",
     "OneGeneration",
+    "create_model_from_path",
     "cache_argument",
     "disable_gradient_checkpointing",
     "get_comet_experiment_url",

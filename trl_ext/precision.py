@@ -18,10 +18,15 @@ from .shared_base import is_quantized
 
 
 def trainable_weights(model) -> dict[str, torch.Tensor]:
-    """Copies of what trains in a `PeftModel` on a quantized base; nothing of other models."""
+    """Copies of what trains in a `PeftModel` on a quantized base, or could with its adapters; nothing of other models."""
     if not (isinstance(model, PeftModel) and is_quantized(model)):
         return {}
-    return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+    adapters = [f".{name}." for name in model.peft_config]
+    return {
+        name: parameter.detach().clone()
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad or any(adapter in f"{name}." for adapter in adapters)
+    }
 
 
 def keep_trainables_in_fp32(model: nn.Module, before: dict[str, torch.Tensor], is_new: bool) -> None:
@@ -35,7 +40,7 @@ def keep_trainables_in_fp32(model: nn.Module, before: dict[str, torch.Tensor], i
             it trains whole (`modules_to_save`) is taken from the original.
     """
     for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
+        if parameter.requires_grad or name in before:
             parameter.data = before.get(name, parameter.data).to(parameter.device, torch.float32)
     for module in model.modules():
         if isinstance(module, ModulesToSaveWrapper):

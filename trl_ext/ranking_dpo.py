@@ -8,6 +8,7 @@ from peft import PeftModel
 from trl import DPOConfig, DPOTrainer
 from trl.data_utils import get_dataset_column_names
 
+from .adapter_start import REFERENCE, requires_grad_kept
 from .adapters import AdapterMixin
 from .checks import checked_args
 from .compat import disable_gradient_checkpointing, use_adapter
@@ -146,12 +147,17 @@ class RankingDPOTrainer(RankingMixin, PushMixin, RankingCardMixin, AdapterMixin,
         with torch.no_grad(), disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs):
             if self.ref_model is None and isinstance(self._model, PeftModel):
                 # A new adapter's reference is the base model; one trained further has a copy of its start
-                with use_adapter(self._model, adapter_name="ref" if "ref" in self._model.peft_config else None):
+                name = REFERENCE if REFERENCE in self._model.peft_config else None
+                with requires_grad_kept(self._model), use_adapter(self._model, adapter_name=name):
                     ref_logps, _ = self._values(self.model, inputs, packed)
             else:
                 ref_logps, _ = self._values(self.ref_model, inputs, packed)
         self._log_policy(logps.detach(), outputs, inputs, packed)
         return self.beta * (logps - ref_logps), outputs
+
+    def compute_ref_log_probs(self, model, inputs):
+        with requires_grad_kept(self._model):
+            return super().compute_ref_log_probs(model, inputs)
 
     def _values(self, model, inputs, packed):
         """`(B, K)` log pi(y_i | x)."""
