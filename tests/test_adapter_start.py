@@ -17,7 +17,20 @@ from peft import (
     prepare_model_for_kbit_training,
 )
 from reload_script import IDS, quantization_config
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    BertConfig,
+    BertForMaskedLM,
+    DebertaV2Config,
+    DebertaV2Model,
+    DistilBertConfig,
+    DistilBertModel,
+    ModernBertConfig,
+    ModernBertModel,
+    RobertaConfig,
+    RobertaForMaskedLM,
+)
 
 from trl_ext import (
     A2CConfig,
@@ -34,7 +47,9 @@ from trl_ext import (
     RankingRewardTrainer,
     ReinforceConfig,
     ReinforceTrainer,
+    merge_adapter,
 )
+from trl_ext.reward_adapters import reward_model_of_its_own
 
 
 ACTOR_CRITIC = {
@@ -261,3 +276,88 @@ def test_of_two_adapters_the_reference_is_the_active_one(policy_path, tmp_path):
         trainer.model.set_adapter("ref")
         assert torch.equal(trainer.model(input_ids=IDS).logits, own)
     assert set(trainer.model.peft_config) == {"default", "mine", "ref"}
+
+
+# --- Newly initialised layers ---
+
+
+def small(**sizes):
+    return {"vocab_size": 27, "pad_token_id": 0, "max_position_embeddings": 64} | sizes
+
+
+SIZES = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+# What reward models start from, and the layers that they find missing there
+ENCODERS = {
+    "deberta-v2": (DebertaV2Model, DebertaV2Config(**small(**SIZES)), {"pooler", "classifier"}),
+    "bert": (BertForMaskedLM, BertConfig(**small(**SIZES)), {"bert.pooler", "classifier"}),
+    "roberta": (RobertaForMaskedLM, RobertaConfig(**small(**SIZES)), {"classifier"}),
+    "distilbert": (
+        DistilBertModel,
+        DistilBertConfig(**small(dim=16, hidden_dim=32, n_layers=1, n_heads=2)),
+        {"pre_classifier", "classifier"},
+    ),
+    "modernbert": (
+        ModernBertModel,
+        ModernBertConfig(**small(**SIZES, cls_token_id=1, sep_token_id=2, bos_token_id=1, eos_token_id=2)),
+        {"head", "classifier"},
+    ),
+}
+
+
+@torch.no_grad()
+def scores(model):
+    return model.eval()(input_ids=IDS, attention_mask=torch.ones_like(IDS)).logits
+
+
+@pytest.mark.parametrize("kind", ENCODERS)
+def test_all_that_is_drawn_anew_is_trained_and_saved(tokenizer, tmp_path, kind):
+    """Loaded twice, as each load draws other weights, the model scores as the trainer's."""
+    model_class, config, missing = ENCODERS[kind]
+    path = str(tmp_path / "base")
+    model_class(config).save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    trainer = make("reward", path, tmp_path, kwargs={"peft_config": LoraConfig(target_modules="all-linear", r=2)})
+    assert set(trainer._new_layers) == missing
+    start = weights_of(trainer.model)
+    trainer.train()
+    trained = {path for path in moved(trainer.model, start) if "modules_to_save" in path}
+    new = {path.removeprefix("base_model.model.").partition(".modules_to_save.")[0] for path in trained}
+    assert new == missing
+    trainer.save_model()
+    for seed in range(2):
+        torch.manual_seed(seed)
+        loaded = AutoPeftModelForSequenceClassification.from_pretrained(str(tmp_path), num_labels=1)
+        assert torch.equal(scores(loaded), scores(trainer.model))
+        assert torch.equal(scores(reward_model_of_its_own(str(tmp_path))), scores(trainer.model))
+    merge_adapter(str(tmp_path), str(tmp_path / "merged"), "float32")
+    whole = AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged")
+    torch.testing.assert_close(scores(whole), scores(trainer.model), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("how", ["pairs", "instance", "peft_model", "4bit"])
+def test_whatever_way_a_model_comes_its_new_layers_are_saved(tokenizer, tmp_path, how):
+    """Also where, as in TRL, they are not trained."""
+    model_class, config, _ = ENCODERS["deberta-v2"]
+    path = str(tmp_path / "base")
+    model_class(config).save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    lora = LoraConfig(target_modules="all-linear" if how == "pairs" else ["query_proj"], r=2)
+    model, dataset, kwargs, quantized = path, None, {"peft_config": lora}, {}
+    if how == "pairs":
+        dataset = Dataset.from_dict(PAIRS)
+    if how in ("instance", "peft_model"):
+        model = AutoModelForSequenceClassification.from_pretrained(path, num_labels=1)
+        kwargs["processing_class"] = tokenizer
+    if how == "peft_model":
+        model = get_peft_model(model, kwargs.pop("peft_config"))
+    if how == "4bit":
+        quantized = {"quantization_config": quantization_config("4bit")}
+    trainer = make("reward", model, tmp_path, dataset, kwargs | quantized)
+    trainer.train()
+    trainer.save_model()
+    for seed in range(2):
+        torch.manual_seed(seed)
+        assert torch.equal(scores(reward_model_of_its_own(str(tmp_path), **quantized)), scores(trainer.model))
+        if how != "4bit":
+            base = AutoModelForSequenceClassification.from_pretrained(path, num_labels=1)
+            assert torch.equal(scores(PeftModel.from_pretrained(base, str(tmp_path))), scores(trainer.model))

@@ -277,6 +277,13 @@ def test_hook_signature_of_preference_trainers(trainer, name, expected):
     assert parameters(getattr(trainer, name)) == expected, f"{trainer.__name__}.{name} has moved"
 
 
+@pytest.mark.parametrize("trainer", [GRPOTrainer, DPOTrainer])
+def test_the_reference_of_an_adapter_is_made_of_the_default_one(trainer):
+    source = inspect.getsource(trainer.__init__)
+    assert 'model.peft_config["default"]' in source and 'model.add_adapter("ref", default_config)' in source
+    assert "your model is already instantiated" in source
+
+
 @pytest.mark.parametrize("trainer", [RewardTrainer, DPOTrainer])
 def test_the_collator_is_not_used_before_the_trainer_is_made(trainer):
     source = inspect.getsource(trainer.__init__)
@@ -289,6 +296,7 @@ def test_the_collator_is_not_used_before_the_trainer_is_made(trainer):
         (compat.tokenize, ["processing_class", "input", "apply_chat_template_kwargs"]),
         (compat.pad, ["tensors", "padding_value", "padding_side", "pad_to_multiple_of"]),
         (compat.use_adapter, ["model", "adapter_name"]),
+        (compat.create_model_from_path, ["model_id", "architecture", "kwargs"]),
         (compat.global_then_local_main_first, []),
     ],
 )

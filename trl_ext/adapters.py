@@ -6,7 +6,7 @@ head that goes with them.
 import copy
 import inspect
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
@@ -30,6 +30,7 @@ from .adapter_start import (
 )
 from .compat import has_transformers_adapter, keep_4bit_unpacked
 from .critic import CRITIC_NAME
+from .new_layers import new_layers, save_whole, unquantized
 from .precision import keep_trainables_in_fp32, trainable_weights
 from .shared_base import MAIN, is_adapter, is_quantized
 from .tie_parameters import TIE_PARAMETERS_NAME
@@ -52,7 +53,8 @@ class AdapterMixin:
     - what trains is what the user left to train, and there has to be something;
     - under a base in 4 or 8 bits, what trains is kept in float32;
     - of a base in 4 bits on CPU, weights are never repacked, which would make gradients wrong;
-    - the head of a classifier is saved with the adapter even if it is not trained with it.
+    - the head of a classifier, and whatever else of it was drawn anew when it was loaded, is trained with the adapter,
+      and saved with it even if it is not trained.
     """
 
     _task_type: str  # of PEFT
@@ -79,6 +81,13 @@ class AdapterMixin:
             if peft_config.task_type != self._task_type:
                 own.task_type = self._task_type_of(peft_config, given.get("train_dataset"))
             own.revision = revision_of(model, given.get("args"), peft_config)
+        self._new_layers = []
+        if self._task_type == "SEQ_CLS" and (isinstance(peft_config, PeftConfig) or isinstance(model, PeftModel)):
+            self._new_layers = new_layers(model, given["args"].model_init_kwargs or {})
+            if peft_config is not None and own.task_type == self._task_type:
+                save_whole(own, self._new_layers)
+            if given.get("quantization_config") is not None:
+                given["quantization_config"] = unquantized(given["quantization_config"], self._new_layers)
         before = trainable_weights(model)
         has_reference = isinstance(model, PeftModel) and REFERENCE in model.peft_config
         try:
@@ -120,7 +129,7 @@ class AdapterMixin:
     def _save(self, output_dir=None, state_dict=None):
         super()._save(output_dir, state_dict)
         if self.args.should_save and isinstance(self.model, PeftModel):
-            save_heads(self.model, output_dir or self.args.output_dir)
+            save_heads(self.model, output_dir or self.args.output_dir, {*SEQ_CLS_HEAD_NAMES, *self._new_layers})
 
 
 def revision_of(model, args, peft_config: PeftConfig) -> str | None:
@@ -185,33 +194,37 @@ def check_biases(model: nn.Module) -> None:
 # --- Heads ---
 
 
-def save_heads(model: PeftModel, directory: str) -> None:
+def save_heads(model: PeftModel, directory: str, names: Iterable[str] = SEQ_CLS_HEAD_NAMES) -> None:
     """
-    Add the head of a classifier to saved adapters that do not hold it, under the names that PEFT reads it back by.
+    Add the head of a classifier, and other layers of these `names`, to saved adapters that do not hold them, under the
+    names that PEFT reads them back by.
 
     A reward adapter without its head has random rewards: transformers draws a new head whenever the base is loaded.
     """
-    for name in SEQ_CLS_HEAD_NAMES:
-        head = model.get_base_model()._modules.get(name)
-        if head is None or isinstance(head, ModulesToSaveWrapper):
-            continue
-        for adapter in model.peft_config:
-            file = Path(directory) / ("" if adapter == "default" else adapter) / ADAPTER_WEIGHTS
-            if file.is_file():
-                prefix = f"base_model.model.{name}."
-                weights = load_file(file) | {prefix + key: weight for key, weight in weights_of_head(head).items()}
-                weights = {key: weight.detach().cpu().contiguous() for key, weight in weights.items()}
-                save_file(weights, file, metadata={"format": "pt"})
+    modules = dict(model.get_base_model().named_modules())
+    heads = {name: modules[name] for name in names if name in modules}
+    heads = {name: head for name, head in heads.items() if not isinstance(head, ModulesToSaveWrapper)}
+    for adapter in model.peft_config if heads else ():
+        file = Path(directory) / ("" if adapter == "default" else adapter) / ADAPTER_WEIGHTS
+        if file.is_file():
+            weights = load_file(file)
+            for name, head in heads.items():
+                weights |= {f"base_model.model.{name}.{key}": weight for key, weight in weights_of_head(head).items()}
+            weights = {key: weight.detach().cpu().contiguous() for key, weight in weights.items()}
+            save_file(weights, file, metadata={"format": "pt"})
 
 
 @torch.no_grad()
 def weights_of_head(head: nn.Module) -> dict[str, torch.Tensor]:
     """
-    Of a head that an adapter is on, the two apart, for `PeftModel`, and their sum, for PEFT's classes of classifiers,
+    Of layers that an adapter is on, the two apart, for `PeftModel`, and their sum, for PEFT's classes of classifiers,
     which put another head in its place.
     """
     if not isinstance(head, BaseTunerLayer):
-        return head.state_dict()
+        weights = {key: weight for key, weight in head.state_dict().items() if "." not in key}
+        for name, child in head.named_children():
+            weights |= {f"{name}.{key}": weight for key, weight in weights_of_head(child).items()}
+        return weights
     weights = {key: weight.clone() for key, weight in head.get_base_layer().state_dict().items()}
     apart = {f"base_layer.{key}": weight for key, weight in weights.items()}
     head.merge()

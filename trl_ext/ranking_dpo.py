@@ -156,7 +156,7 @@ class RankingDPOTrainer(RankingMixin, PushMixin, RankingCardMixin, AdapterMixin,
         return self.beta * (logps - ref_logps), outputs
 
     def compute_ref_log_probs(self, model, inputs):
-        with requires_grad_kept(self._model):
+        with requires_grad_kept(model):
             return super().compute_ref_log_probs(model, inputs)
 
     def _values(self, model, inputs, packed):

@@ -6,12 +6,13 @@ from pathlib import Path
 import torch
 from accelerate.logging import get_logger
 from accelerate.utils import patch_environment
-from peft import PeftModel, load_peft_weights
+from peft import PeftConfig, PeftModel, load_peft_weights
 from peft.utils.constants import SEQ_CLS_HEAD_NAMES
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from .compat import get_config_model_id
+from .new_layers import unquantized
 from .precision import cast_input
 from .shared_base import (
     MAIN,
@@ -169,6 +170,9 @@ def reward_model_of_its_own(path: str, **model_init_kwargs) -> PeftModel:
     check_reward_adapter(path)
     name, revision = base_of_adapter(path)
     model_init_kwargs |= {"num_labels": 1, "revision": revision}
+    if model_init_kwargs.get("quantization_config") is not None:
+        trained = list(getattr(PeftConfig.from_pretrained(path), "modules_to_save", None) or [])
+        model_init_kwargs["quantization_config"] = unquantized(model_init_kwargs["quantization_config"], trained)
     base = AutoModelForSequenceClassification.from_pretrained(name, **model_init_kwargs)
     fit_embeddings(base, path, model_init_kwargs.get("trust_remote_code", False))
     return load_adapter(base, path).eval()
