@@ -8,11 +8,12 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from datasets import Dataset, List, Value
+from datasets import Dataset, DatasetDict, List, Value
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trl_ext import ranking_converters, ranking_data, ranking_layouts
+from trl_ext.argilla import to_argilla
 from trl_ext.ranking_converters import from_pairs, from_scores, to_pairs
 from trl_ext.ranking_data import is_ranking, prepare_rankings, weak_order
 from trl_ext.ranking_layouts import (
@@ -414,6 +415,10 @@ CONVERTED = [
 ]
 
 
+PAIRS_OF_TWO = [{"prompt": "a", "chosen": "x", "rejected": "y", "tie": True}]
+SCORES_OF_TWO = [{"prompt": "a", "completions": ["x", "y"], "scores": [1.0, 0.5], "ranks": [1, 2]}]
+
+
 @pytest.mark.parametrize(("convert", "source", "expected"), CONVERTED)
 def test_converts(convert, source, expected):
     converted = convert(Dataset.from_list(source))
@@ -421,6 +426,46 @@ def test_converts(convert, source, expected):
     assert is_ranking(converted.column_names)
     usable = [row for row in expected if "pairs" in row or len(row["ranks"]) > 1]
     assert len(prepare_rankings(converted, on_error="drop")) == len(usable)
+
+
+def test_a_format_changes_nothing(form="torch"):
+    for convert, source, expected in [
+        *CONVERTED,
+        (from_pairs, PAIRS_OF_TWO, None),
+        (from_scores, SCORES_OF_TWO, None),
+    ]:
+        dataset = Dataset.from_list(source)
+        converted = convert(dataset.with_format(form))
+        assert converted.to_list() == convert(dataset).to_list()
+        assert expected is None or converted.to_list() == expected
+    prepared = [prepare_rankings(data) for data in (converted.with_format("numpy"), converted)]
+    assert prepared[0].to_list() == prepared[1].to_list()
+    assert to_pairs(converted.with_format(form)).to_list() == to_pairs(converted).to_list()
+
+
+def test_a_stream_is_named_with_what_to_do():
+    converters = [
+        *dict.fromkeys(convert for convert, _, _ in CONVERTED),
+        from_pairs,
+        from_scores,
+        to_pairs,
+        to_argilla,
+    ]
+    dataset = Dataset.from_list(SCORES_OF_TWO)
+    for convert in converters:
+        with pytest.raises(ValueError, match=r"got a stream.*`Dataset.from_list\(list\(stream\)\)`"):
+            convert(dataset.to_iterable_dataset())
+        with pytest.raises(ValueError, match="got splits. Pass one of them: train"):
+            convert(DatasetDict(train=dataset))
+        with pytest.raises(ValueError, match="got list. `Dataset.from_list`"):
+            convert(SCORES_OF_TWO)
+
+
+def test_a_transform_is_refused():
+    dataset = Dataset.from_list(SCORES_OF_TWO).with_transform(lambda batch: batch)
+    for convert in (from_scores, to_pairs, prepare_rankings):
+        with pytest.raises(ValueError, match=r"has a transform.*by `map`, and drop it, by `with_format\(None\)`"):
+            convert(dataset)
 
 
 def test_other_ratings():

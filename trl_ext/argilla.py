@@ -16,7 +16,7 @@ from typing import Any
 from datasets import Dataset
 
 from .ranking_data import prepare_rankings
-from .ranking_rows import in_row, require
+from .ranking_rows import in_row, require, whole
 
 
 QUESTION = "ranking"
@@ -38,7 +38,7 @@ def to_argilla(rankings: Dataset) -> list[dict[str, Any]]:
         ValueError: for conversations, or judgements of pairs that amount to no order.
     """
     records = {}
-    for index, row in enumerate(prepare_rankings(rankings)):
+    for index, row in enumerate(prepare_rankings(whole(rankings))):
         in_row(index, _check_texts, row)
         key = row.get("id") or repr((row["prompt"], row["completions"]))
         fields = {"prompt": row["prompt"]} | {

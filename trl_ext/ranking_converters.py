@@ -22,7 +22,7 @@ from datasets import Dataset, Features, List, Value
 from trl.data_utils import maybe_extract_prompt
 
 from .ranking_data import prepare_rankings, weak_order
-from .ranking_rows import NUMBER, PAIRS, RANKS, TEXT, convert_rows, get, in_row, ranks_of_scores, require
+from .ranking_rows import NUMBER, PAIRS, RANKS, TEXT, convert_rows, get, in_row, ranks_of_scores, require, whole
 
 
 # --- Any source ---
@@ -49,6 +49,7 @@ def from_scores(dataset: Dataset, tie_threshold: float = 0.0) -> Dataset:
     ```
     """
     require(0 <= tie_threshold < math.inf, f"`tie_threshold` must be a number from 0, got {tie_threshold}.")
+    dataset = whole(dataset)
     for name in (*TEXT, "scores"):
         require(name in dataset.features, f"column `{name}`: is missing, got {dataset.column_names}. Rename yours.")
 
@@ -86,7 +87,7 @@ def from_pairs(dataset: Dataset) -> Dataset:
     {'prompt': '2 + 2 =', 'completions': [' 4', ' 5', ' four'], 'ranks': [1, 2, 1], 'pairs': None}
     ```
     """
-    rankings = {}
+    dataset, rankings = whole(dataset), {}
     for index, row in enumerate(dataset):
         pair = in_row(index, _explicit_pair, row)
         prompt, numbers, pairs = rankings.setdefault(json.dumps(pair["prompt"]), (pair["prompt"], {}, []))
@@ -138,7 +139,7 @@ def to_pairs(dataset: Dataset, ties: bool = False) -> Dataset:
     {'prompt': ['2 + 2 =', '2 + 2 ='], 'chosen': [' 4', ' four'], 'rejected': [' 5', ' 5']}
     ```
     """
-    dataset = prepare_rankings(dataset, dataset_name="dataset")
+    dataset = prepare_rankings(whole(dataset), dataset_name="dataset")
     completion = dataset.features["completions"].feature
     types = {"prompt": dataset.features["prompt"], "chosen": completion, "rejected": completion, "tie": Value("bool")}
     if not ties:

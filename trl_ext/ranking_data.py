@@ -27,7 +27,7 @@ from typing import Any
 from datasets import Dataset, Features, IterableDataset, List, Value
 from trl.data_utils import get_dataset_column_names
 
-from .ranking_rows import check_texts, report_dropped, require
+from .ranking_rows import check_texts, plain, report_dropped, require
 
 
 # What NFKC, which takes care of full-width forms, leaves of the symbols
@@ -318,6 +318,7 @@ def prepare_rankings(
     ```
     """
     require(on_error in ("raise", "drop"), f"`on_error` must be 'raise' or 'drop', got {on_error!r}.")
+    dataset = plain(dataset)
     columns = get_dataset_column_names(dataset)
     require(
         is_ranking(columns),

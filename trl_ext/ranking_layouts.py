@@ -21,7 +21,7 @@ from typing import Any
 
 from datasets import Dataset, Features, List, Value
 
-from .ranking_rows import NUMBER, PAIRS, RANKS, TEXT, convert_rows, get, in_row, ranks_of_scores, require
+from .ranking_rows import NUMBER, PAIRS, RANKS, TEXT, convert_rows, get, in_row, ranks_of_scores, require, whole
 
 
 MESSAGES = List({"role": Value("string"), "content": Value("string")})
@@ -117,7 +117,7 @@ def from_oasst1(dataset: Dataset) -> Dataset:
     {'prompt': [{'role': 'user', 'content': 'Is it?'}], 'ranks': [2, 1]}
     ```
     """
-    rows = list(dataset.select_columns(["message_id", "parent_id", "text", "role", "rank"]))
+    rows = list(whole(dataset).select_columns(["message_id", "parent_id", "text", "role", "rank"]))
     messages = {row["message_id"]: row for row in rows}
     replies = {}
     for index, row in enumerate(rows):
@@ -203,7 +203,7 @@ def from_helpsteer2(dataset: Dataset, by: str = "helpfulness") -> Dataset:
     ```
     """
     kinds = {"prompt": str, "response": str, by: NUMBER}
-    rows = [{name: in_row(i, get, row, name, kinds[name]) for name in kinds} for i, row in enumerate(dataset)]
+    rows = [{name: in_row(i, get, row, name, kinds[name]) for name in kinds} for i, row in enumerate(whole(dataset))]
     rankings, index = [], 0
     for prompt, group in itertools.groupby(rows, key=lambda row: row["prompt"]):
         group = list(group)

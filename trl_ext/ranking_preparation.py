@@ -13,7 +13,7 @@ from .ranking import initial_log_tie, max_tie_order
 from .ranking_collator import judged_indices
 from .ranking_config import RankingArguments
 from .ranking_data import prepare_rankings
-from .ranking_rows import report_dropped
+from .ranking_rows import plain, report_dropped
 from .shared_prefix import common_prefix_length
 
 
@@ -72,6 +72,7 @@ def prepare_ranking_dataset(
     Raises:
         ValueError: which names row and column, for malformed rows unless `args.on_error` drops them.
     """
+    dataset = plain(dataset)
     columns = get_dataset_column_names(dataset)
     is_map_style = isinstance(dataset, Dataset)
     map_kwargs = {"num_proc": args.dataset_num_proc} if is_map_style else {}

@@ -6,7 +6,7 @@ from typing import Any
 
 from accelerate import PartialState
 from accelerate.logging import get_logger
-from datasets import Dataset, Features, List, Value
+from datasets import Dataset, Features, IterableDataset, List, Value
 
 
 logger = get_logger(__name__)
@@ -125,7 +125,44 @@ def report_dropped(errors: list[str | None], dataset_name: str) -> None:
         logger.warning("\n- ".join(lines))
 
 
+def plain(dataset: Dataset | IterableDataset) -> Dataset | IterableDataset:
+    """
+    The dataset with rows of python objects, whatever `with_format` made of them.
+
+    Raises:
+        ValueError: for a transform, which would be applied again after each step.
+    """
+    require(
+        not isinstance(dataset, Dataset) or dataset.format["type"] != "custom",
+        "The dataset has a transform (`set_transform` or `with_transform`), which would be applied again and again while "
+        "it is prepared. Apply it once, by `map`, and drop it, by `with_format(None)`.",
+    )
+    return dataset.with_format(None)
+
+
+def whole(dataset: Dataset) -> Dataset:
+    """
+    A dataset to convert, with rows of python objects.
+
+    Raises:
+        ValueError: for a stream, or the splits of one; it says how to make a dataset of it.
+    """
+    if isinstance(dataset, IterableDataset):
+        raise ValueError(
+            "Converters take a whole dataset, got a stream. Load it without `streaming=True`, or make one of its rows: "
+            "`Dataset.from_list(list(stream))`."
+        )
+    if isinstance(dataset, dict):  # of splits, streamed or not
+        raise ValueError(f"Converters take one dataset, got splits. Pass one of them: {', '.join(map(str, dataset))}.")
+    if not isinstance(dataset, Dataset):
+        raise ValueError(
+            f"Converters take a `datasets.Dataset`, got {type(dataset).__name__}. `Dataset.from_list` makes one."
+        )
+    return plain(dataset)
+
+
 def convert_rows(dataset: Dataset, convert: Callable, types: dict[str, Any]) -> Dataset:
+    dataset = whole(dataset)
     return dataset.map(
         lambda row, index: in_row(index, convert, row),
         with_indices=True,
