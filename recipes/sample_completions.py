@@ -23,10 +23,13 @@ from pathlib import Path
 import torch
 from sft import RecipeArguments, load_split
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
-from trl.data_utils import is_conversational
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, set_seed
 
 from trl_ext.collection import COMPLETIONS_FILE, append_line, item_id, read_lines
+from trl_ext.ranking_rows import kind_of, located
+
+
+LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"  # of models
 
 
 def parse_args() -> argparse.Namespace:
@@ -51,10 +54,23 @@ def parse_args() -> argparse.Namespace:
         parser.error("--num_completions must be at least 2: there is nothing to rank in one.")
     if args.num_completions < len(args.model_name_or_path):
         parser.error("--num_completions must be at least the number of models.")
+    if len(args.model_name_or_path) > len(LETTERS):
+        parser.error(f"--model_name_or_path takes up to {len(LETTERS)} models: each is a letter.")
     return args
 
 
 def load_prompts(args: argparse.Namespace) -> list:
+    """The prompts, each once, all texts or all conversations."""
+    return list(prompts_by_row(args).values())
+
+
+def prompts_by_row(args: argparse.Namespace) -> dict[int, str | list]:
+    """
+    The prompts, each once, by the row in which it is first.
+
+    Raises:
+        ValueError: for a row that is neither text nor a conversation, or not what the first row is.
+    """
     dataset = load_split(
         RecipeArguments(dataset_name=args.dataset_name, dataset_config=args.dataset_config), args.split
     )
@@ -63,25 +79,69 @@ def load_prompts(args: argparse.Namespace) -> list:
             f"{args.dataset_name} has no column {args.prompt_column!r}, only {dataset.column_names}. Name the one that "
             "holds the prompts with --prompt_column."
         )
-    prompts = [
-        row[args.prompt_column] for row in dataset.select(range(min(len(dataset), args.max_prompts or len(dataset))))
-    ]
-    distinct = list({json.dumps(prompt): prompt for prompt in prompts}.values())
-    if args.system_prompt is None:
-        return distinct
-    turns = [p if is_conversational({"prompt": p}) else [{"role": "user", "content": p}] for p in distinct]
-    return [[{"role": "system", "content": args.system_prompt}, *turn] for turn in turns]
+    prompts, rows, first = dataset[args.prompt_column][: args.max_prompts or len(dataset)], {}, None
+    for row, prompt in enumerate(prompts):
+        where = f"{args.dataset_name}, row {row}"
+        kind = located(where, kind_of, prompt, args.prompt_column)
+        first = first or kind
+        if kind is None or kind != first:
+            expected = "a text or a list of messages" if kind is None else f"a {first} like those before it"
+            raise ValueError(
+                f"{where}, column `{args.prompt_column}`: must be {expected}, got {prompt!r:.80}. Fill or remove the row."
+            )
+        if args.system_prompt is not None:
+            turns = [{"role": "user", "content": prompt}] if kind == "text" else prompt
+            prompt = [{"role": "system", "content": args.system_prompt}, *turns]
+        rows.setdefault(json.dumps(prompt), (row, prompt))
+    return dict(rows.values())
+
+
+def check_prompts(args: argparse.Namespace, prompts: dict[int, str | list]) -> None:
+    """
+    See that every model can go on from every prompt, before the first is sampled.
+
+    Raises:
+        ValueError: for a prompt that a chat template refuses, or that leaves no room for a completion; and a model
+            whose tokenizer cannot do what it is asked.
+    """
+    for name in args.model_name_or_path:
+        tokenizer = load_tokenizer(name)
+        context = getattr(AutoConfig.from_pretrained(name).get_text_config(), "max_position_embeddings", None)
+        for row, prompt in prompts.items():
+            where = f"{args.dataset_name}, row {row}, column `{args.prompt_column}`"
+            if not isinstance(prompt, str) and tokenizer.chat_template is None:
+                raise ValueError(
+                    f"{name} has no chat template, and {where} is a conversation (--system_prompt makes one of a text). "
+                    "Use a model that has one, or texts."
+                )
+            try:
+                text = input_text(tokenizer, prompt)
+            except Exception as error:  # whatever the template raises
+                raise ValueError(
+                    f"{where}: the chat template of {name} refuses it ({error}). Mend or remove the row."
+                ) from None
+            length = len(tokenizer(text, add_special_tokens=isinstance(prompt, str))["input_ids"])
+            if length == 0:
+                raise ValueError(f"{where}: has no tokens for {name} to go on from. Fill or remove the row.")
+            if context is not None and length + args.max_completion_length > context:
+                raise ValueError(
+                    f"{where}: has {length} tokens, which with {args.max_completion_length} for the completion are more "
+                    f"than the {context} of {name}. Shorten or remove the row, or lower --max_completion_length."
+                )
+
+
+def input_text(tokenizer, prompt: str | list) -> str:
+    """What the model is given to go on from."""
+    if isinstance(prompt, str):
+        return prompt
+    return tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
 
 
 @torch.no_grad()
 def sample(model, tokenizer, prompts: list, count: int, args: argparse.Namespace) -> list[list]:
     """`count` completions of each prompt, of the prompt's kind: texts, or a reply as a list of one message."""
-    is_chat = is_conversational({"prompt": prompts[0]})
-    texts = (
-        [tokenizer.apply_chat_template(p, tokenize=False, add_generation_prompt=True) for p in prompts]
-        if is_chat
-        else prompts
-    )
+    is_chat = not isinstance(prompts[0], str)
+    texts = [input_text(tokenizer, prompt) for prompt in prompts]
     inputs = tokenizer(
         texts, return_tensors="pt", padding=True, padding_side="left", add_special_tokens=not is_chat
     ).to(model.device)
@@ -101,10 +161,20 @@ def sample(model, tokenizer, prompts: list, count: int, args: argparse.Namespace
     return [replies[i : i + count] for i in range(0, len(replies), count)]
 
 
-def load_model(name: str, dtype: str):
+def load_tokenizer(name: str):
     tokenizer = AutoTokenizer.from_pretrained(name)
     if tokenizer.pad_token_id is None:
+        if tokenizer.eos_token is None:
+            raise ValueError(
+                f"The tokenizer of {name} has neither a padding nor an end-of-sequence token, so prompts cannot be put "
+                "into one batch. Give it one (`tokenizer.pad_token = ...`) and save it."
+            )
         tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_model(name: str, dtype: str):
+    tokenizer = load_tokenizer(name)
     model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
     return model.to("cuda" if torch.cuda.is_available() else "cpu").eval(), tokenizer
 
@@ -130,7 +200,7 @@ def sample_all(args: argparse.Namespace, prompts: list, folder: Path) -> None:
 def combine(args: argparse.Namespace, folder: Path) -> int:
     """Mix the models' completions, anonymous and in random order, into `completions.jsonl`."""
     rng = random.Random(args.seed)
-    letters = rng.sample("ABCDEFGHIJKLMNOPQRSTUVWXYZ"[: len(args.model_name_or_path)], len(args.model_name_or_path))
+    letters = rng.sample(LETTERS[: len(args.model_name_or_path)], len(args.model_name_or_path))
     (folder / "models.json").write_text(json.dumps(dict(zip(letters, args.model_name_or_path, strict=True)), indent=2))
     by_prompt = {}
     for number, letter in enumerate(letters):
@@ -149,7 +219,7 @@ def combine(args: argparse.Namespace, folder: Path) -> int:
         )
     partial = folder / f"{COMPLETIONS_FILE}.partial"
     partial.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-    partial.rename(folder / COMPLETIONS_FILE)
+    partial.replace(folder / COMPLETIONS_FILE)  # which `rename` would not do on Windows
     return len(rows)
 
 
@@ -159,16 +229,19 @@ def main() -> None:
     folder.mkdir(parents=True, exist_ok=True)
     settings = {name: value for name, value in vars(args).items() if name != "batch_size"}
     kept = folder / "settings.json"
+    has_samples = any(file.stat().st_size for file in folder.glob("samples-*.jsonl"))
     try:
-        if kept.is_file() and json.loads(kept.read_text()) != settings:
+        if has_samples and kept.is_file() and json.loads(kept.read_text()) != settings:
             raise ValueError(
                 f"{folder} holds completions sampled with other settings ({kept}). Use another --output_dir, or the same "
                 "settings to go on."
             )
-        kept.write_text(json.dumps(settings, indent=2))
-        prompts = load_prompts(args)
-    except ValueError as error:
+        rows = prompts_by_row(args)
+        check_prompts(args, rows)
+    except (ValueError, OSError) as error:  # the latter where there is no such model
         sys.exit(f"error: {error}")
+    prompts = list(rows.values())
+    kept.write_text(json.dumps(settings, indent=2))
     sample_all(args, prompts, folder)
     count = combine(args, folder)
     print(f"{count} prompts with {args.num_completions} completions: {folder / COMPLETIONS_FILE}")

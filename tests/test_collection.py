@@ -4,6 +4,7 @@ import importlib
 import itertools
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -15,12 +16,17 @@ from types import SimpleNamespace
 import pytest
 from conftest import PROMPTS, build_policy, ranking_settings
 from test_recipes import RECIPES, launch
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from trl_ext import RankingRewardConfig, RankingRewardTrainer
 from trl_ext.collection import Judgements, agreement, all_judgements, collected_rankings, read_items
 from trl_ext.line_files import append_line, read_lines
 from trl_ext.ranking_data import prepare_rankings
+
+
+TEXTS = {"prompt": "a", "completions": ["x", "y"]}
+USER, REPLY = {"role": "user", "content": "a"}, [{"role": "assistant", "content": "x"}]
+CHAT = {"prompt": [USER], "completions": [REPLY, [{"role": "assistant", "content": "y"}]]}
 
 
 @pytest.fixture
@@ -128,6 +134,78 @@ def test_sampling_mixes_models_and_goes_on_where_it_was(policy_path, tokenizer, 
     assert refused.returncode == 1 and "with other settings" in refused.stderr
 
 
+@pytest.fixture
+def sample_from(policy_path, tmp_path, monkeypatch):
+    """Runs the recipe on these prompts with more arguments, and returns what it says where it stops."""
+    monkeypatch.syspath_prepend(RECIPES)
+    recipe = importlib.import_module("sample_completions")
+
+    def run(prompts, *arguments, model=policy_path, column="prompt"):
+        (tmp_path / "prompts.jsonl").write_text("".join(json.dumps({column: p}) + "\n" for p in prompts))
+        command = [
+            "sample_completions.py",
+            "--dataset_name",
+            tmp_path / "prompts.jsonl",
+            "--output_dir",
+            tmp_path / "out",
+        ]
+        command += ["--num_completions", 2, "--model_name_or_path", model, *arguments]
+        monkeypatch.setattr(sys, "argv", [*map(str, command)])
+        try:
+            recipe.main()
+        except SystemExit as stop:
+            return stop.code
+
+    return run
+
+
+def test_what_an_error_advises_can_be_done(sample_from, tmp_path):
+    """Nothing is settled before the first sample."""
+    long = " ".join(["film"] * 50)
+    assert "Name the one that holds the prompts with --prompt_column" in sample_from([long], column="text")
+    arguments = ["--prompt_column", "text"]
+    said = sample_from(["the film", long], *arguments, "--max_completion_length", 20, column="text")
+    assert "prompts.jsonl, row 1, column `text`: has 50 tokens" in said and "64 of" in said
+    assert "lower --max_completion_length" in said and not (tmp_path / "out" / "settings.json").exists()
+    arguments += ["--max_completion_length", 14]
+    assert sample_from(["the film", long], *arguments, column="text") is None
+    assert len(read_items(tmp_path / "out")) == 2
+    assert "with other settings" in sample_from(["the film", long], *arguments, "--seed", 1, column="text")
+
+
+@pytest.mark.parametrize(
+    ("prompts", "message"),
+    [
+        (["the", None], "row 1, column `prompt`: must be a text or a list of messages, got None"),
+        ([5, 6], "row 0, column `prompt`: must be a text or a list of messages, got 5"),
+        (["the", ""], "row 1, column `prompt`: has no tokens for"),
+        ([[USER], []], "row 1, column `prompt`: must be a text or a list of messages"),
+        ([[USER], [USER | {"content": None}]], "row 1, column `prompt`: every message must have a text"),
+        ([[USER], [USER, USER]], "row 1, column `prompt`: the chat template of .* refuses it .Roles must alternate"),
+    ],
+)
+def test_a_prompt_that_cannot_be_sampled_is_named_before_any_is(sample_from, policy_path, tmp_path, prompts, message):
+    model = str(shutil.copytree(policy_path, tmp_path / "model"))
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    refusal = "{% if messages | length > 1 %}{{ raise_exception('Roles must alternate') }}{% endif %}"
+    tokenizer.chat_template = refusal + "{{ messages[0]['content'] }}"
+    tokenizer.save_pretrained(model)
+    said = sample_from(prompts, "--max_completion_length", 4, model=model)
+    assert re.search(message, said) and not any((tmp_path / "out").iterdir())
+
+
+def test_conversations_need_a_template_and_batches_padding(sample_from, policy_path, tmp_path):
+    model = str(shutil.copytree(policy_path, tmp_path / "model"))
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer.chat_template = tokenizer.pad_token = tokenizer.eos_token = None
+    tokenizer.save_pretrained(model)
+    assert "neither a padding nor an end-of-sequence token" in sample_from(["the"], model=model)
+    tokenizer.pad_token = "<pad>"
+    tokenizer.save_pretrained(model)
+    (tmp_path / "model" / "chat_template.jinja").unlink(missing_ok=True)
+    assert "has no chat template" in sample_from(["the"], "--system_prompt", "a", model=model)
+
+
 def test_the_order_is_random_and_each_annotators_own(folder):
     items = [item for item in read_items(folder) if len(item.completions) == 4]
     orders = {tuple(item.order_for(name)) for item in items for name in map(str, range(40))}
@@ -211,11 +289,6 @@ def test_bad_input_is_named(folder, tmp_path):
 
 
 # --- Lines that people and other tools write ---
-
-
-TEXTS = {"prompt": "a", "completions": ["x", "y"]}
-USER, REPLY = {"role": "user", "content": "a"}, [{"role": "assistant", "content": "x"}]
-CHAT = {"prompt": [USER], "completions": [REPLY, [{"role": "assistant", "content": "y"}]]}
 
 
 def written(folder, *rows):
