@@ -100,3 +100,8 @@ def warning_of(options: dict[str, Any], temperature: float, own: set[str], is_co
         f"softmax(logits / {temperature:g}), know nothing of it: {cost}. To train on what is sampled, set "
         f"{', '.join(mends)}. `NLPOTrainer` has a nucleus (`top_p_mask`) that is in its log-probabilities."
     )
+
+
+def shortened(text: str, length: int = 60) -> str:
+    """The beginning of a text that is longer than `length`: lists of tokens may be."""
+    return text if len(text) <= length else f"{text[:length]}..."
