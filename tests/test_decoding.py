@@ -19,7 +19,7 @@ from transformers import (
 )
 
 from trl_ext import NLPOConfig, NLPOTrainer, ReinforceConfig, ReinforceTrainer, decoding
-from trl_ext.decoding import can_decode, decode, settings_of
+from trl_ext.decoding import decode, settings_of, why_not_decode
 
 
 @pytest.mark.parametrize("shards", [None, "is_fsdp_enabled", "is_deepspeed_enabled"])
@@ -69,7 +69,7 @@ def test_greedy_completions_are_those_of_generate(tokenizer, family, penalty):
     config = config_of(tokenizer, do_sample=False, repetition_penalty=penalty)
     expected = model.generate(**batch, generation_config=config)
     options = settings_of(model, config)
-    assert can_decode(model, options, batch)
+    assert why_not_decode(model, options, batch) is None
     actual = decode(model, **batch, settings=options)
     assert actual.tolist() == expected.tolist()
     lengths = (actual[:, batch["input_ids"].size(1) :] != tokenizer.pad_token_id).sum(dim=1)
@@ -143,23 +143,23 @@ def test_prompts_are_read_once_and_ended_rows_not_at_all(tokenizer):
 def test_what_is_not_handled_is_left_to_generate(tokenizer, option):
     model = build_policy(tokenizer)
     batch = batch_of(tokenizer, PROMPTS)
-    assert can_decode(model, settings_of(model, config_of(tokenizer)), batch)
-    assert not can_decode(model, settings_of(model, config_of(tokenizer, **option)), batch)
+    assert why_not_decode(model, settings_of(model, config_of(tokenizer)), batch) is None
+    assert why_not_decode(model, settings_of(model, config_of(tokenizer, **option)), batch) is not None
 
 
 def test_models_that_generate_in_their_own_way_are_left_to_it(tokenizer):
     config, batch = config_of(tokenizer), batch_of(tokenizer, PROMPTS)
     prompted = get_peft_model(build_policy(tokenizer), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2))
-    assert not can_decode(prompted, settings_of(prompted, config), batch)
+    assert why_not_decode(prompted, settings_of(prompted, config), batch) is not None
     model = build_policy(tokenizer)
-    assert not can_decode(model, settings_of(model, config), {**batch, "pixel_values": None})
+    assert why_not_decode(model, settings_of(model, config), {**batch, "pixel_values": None}) is not None
     for method in ("generate", "prepare_inputs_for_generation"):  # the latter as Phi-3 does
         own = type("Own", (type(model),), {method: lambda self: None})(model.config)
-        assert not can_decode(own, settings_of(model, config), batch)
+        assert why_not_decode(own, settings_of(model, config), batch) is not None
     linear = Qwen3NextForCausalLM(
         Qwen3NextConfig(**tiny_settings(tokenizer), layer_types=["linear_attention", "full_attention"], head_dim=8)
     )
-    assert not can_decode(linear, settings_of(linear, config), batch)
+    assert why_not_decode(linear, settings_of(linear, config), batch) is not None
 
 
 def test_what_the_model_says_of_generation_holds_where_the_call_is_silent(tokenizer):
@@ -168,11 +168,11 @@ def test_what_the_model_says_of_generation_holds_where_the_call_is_silent(tokeni
     model.generation_config.update(top_k=7, top_p=0.2, no_repeat_ngram_size=2)
     settings = settings_of(model, config)
     assert (settings["top_k"], settings["top_p"], settings["eos_token_id"]) == (7, 0.9, tokenizer.eos_token_id)
-    assert not can_decode(model, settings, batch_of(tokenizer, PROMPTS))
+    assert why_not_decode(model, settings, batch_of(tokenizer, PROMPTS)) is not None
     model.generation_config.no_repeat_ngram_size = None
-    assert can_decode(model, settings_of(model, config), batch_of(tokenizer, PROMPTS))
+    assert why_not_decode(model, settings_of(model, config), batch_of(tokenizer, PROMPTS)) is None
     model.generation_config.eos_token_id = None
-    assert not can_decode(model, settings_of(model, config), batch_of(tokenizer, PROMPTS))
+    assert why_not_decode(model, settings_of(model, config), batch_of(tokenizer, PROMPTS)) is not None
 
 
 # --- In a trainer ---

@@ -90,7 +90,8 @@ class ActorCriticConfig(GRPOConfig):
 
         compact_generation (`bool`, *optional*, defaults to `True`):
             Without vLLM or continuous batching: read a prompt once for all its completions, and drop completions from
-            the batch as they end. Generation options that this does not know of are left to `generate`.
+            the batch as they end. Left to `generate`, with a warning: options that this does not know of, FSDP and
+            DeepSpeed, images, prompt tuning, and models whose layers carry a state.
         length_batches (`bool`, *optional*, defaults to `True`):
             Sort the completions of an optimizer step into micro-batches of similar length, and cut each to its own
             longest; reward models score so, too. Not done where the loss depends on who shares a micro-batch
@@ -100,7 +101,7 @@ class ActorCriticConfig(GRPOConfig):
             many completions, so that its peak of memory is lower. Only for a `loss_type` that is normalized over the
             whole step: `"dapo"`, `"cispo"` or `"vespo"`.
         compact_scoring (`bool`, *optional*, defaults to `True`):
-            Run the LM head only where a token is scored. Not done with images or prompt tuning.
+            Run the LM head only where a token is scored. Not done with images or prompt tuning, as a warning says.
         shared_prefix (`str`, *optional*, defaults to `"auto"`):
             With `compact_scoring`, run a prompt once for all its completions in a micro-batch where that is less work;
             with `length_batches`, causal reward models do so, too. `"auto"`: where the model gives the same
@@ -241,8 +242,8 @@ class ActorCriticConfig(GRPOConfig):
         default=True,
         metadata={
             "help": "Without vLLM or continuous batching: read a prompt once for all its completions, and drop "
-            "completions from the batch as they end. Generation options that this does not know of are left to "
-            "`generate`."
+            "completions from the batch as they end. Left to `generate`, with a warning: options that this does not "
+            "know of, FSDP and DeepSpeed, images, prompt tuning, and models whose layers carry a state."
         },
     )
 
@@ -250,7 +251,7 @@ class ActorCriticConfig(GRPOConfig):
         default=True,
         metadata={
             "help": "Sort the completions of an optimizer step into micro-batches of similar length, and cut each to its "
-            "own longest, where that leaves the step as it is."
+            "own longest. Where the step would not be the same, or shapes are fixed, a warning says so."
         },
     )
     balance_tokens: bool = field(
@@ -263,7 +264,10 @@ class ActorCriticConfig(GRPOConfig):
     )
     compact_scoring: bool = field(
         default=True,
-        metadata={"help": "Run the LM head only where a token is scored. Not done with images or prompt tuning."},
+        metadata={
+            "help": "Run the LM head only where a token is scored. Not done with images or prompt tuning, as a warning "
+            "says."
+        },
     )
     shared_prefix: str = field(
         default="auto",

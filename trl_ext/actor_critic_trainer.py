@@ -55,6 +55,7 @@ from .dropout import active_dropout, stop_dropout
 from .generation import PolicyGenerationMixin
 from .kl_controller import KLController
 from .losses import value_loss
+from .notices import Notices
 from .passes import PassesMixin
 from .policy_card import PolicyCardMixin
 from .pushing import PushMixin
@@ -176,6 +177,7 @@ class ActorCriticTrainer(
 
         self.kl_controller = KLController(args.kl_in_reward, args.kl_target, args.kl_horizon)
         self._policy = self.model  # before any distributed wrapper
+        self._say_unused = Notices()
         detach_critic(self._policy)  # an earlier trainer's
         self._reward_adapters = reward_adapters  # paths by their index in `reward_funcs`
         for index, path in reward_adapters.items():

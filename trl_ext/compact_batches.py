@@ -27,6 +27,11 @@ class CompactBatchesMixin:
                 "`shared_prefix='always'` runs a prompt once for all its completions, and the loss that balances experts "
                 "(`output_router_logits` of the model) counts it once for each. Set `shared_prefix='auto'`."
             )
+        if self.args.shared_prefix == "always" and self.args.compact_scoring and self._why_not_compactly({}):
+            raise ValueError(
+                "`shared_prefix='always'` runs a prompt once for all its completions where they are scored compactly, and "
+                f"they are not: {self._why_not_compactly({})}. Set `shared_prefix='auto'`."
+            )
         self._prefix_check = PrefixCheck(self.args, self.accelerator, self._policy)
         self._critic_prefix_check = PrefixCheck(self.args, self.accelerator, self._policy, name="The critic")
 
@@ -41,13 +46,34 @@ class CompactBatchesMixin:
         return inputs
 
     def _by_length(self, batches: list[Batch]) -> list[Batch]:
-        if not self.args.length_batches or self.pad_to_multiple_of is not None or has_images(batches[0]):
+        if not self.args.length_batches:
             return batches
         window, num_batches = self.args.gradient_accumulation_steps, len(batches)
-        is_aligned = window % num_batches == 0 or num_batches % window == 0
-        if is_aligned and not self._loss_depends_on_micro_batches:
+        if self.pad_to_multiple_of is not None or has_images(batches[0]):
+            length = f"`pad_to_multiple_of={self.pad_to_multiple_of}` says how long batches are"
+            self._say_not_by_length("batches hold images" if has_images(batches[0]) else length)
+            return batches
+        reason = None
+        if window % num_batches != 0 and num_batches % window != 0:
+            reason = (
+                f"optimizer steps of {window} micro-batches and rollouts of {num_batches} do not divide each other"
+            )
+        elif self._loss_depends_on_micro_batches:
+            reason = "the loss takes means, or quantiles, over the tokens of a micro-batch, which would be others"
+        if reason is None:
             return sort_windows(batches, window, self.args.balance_tokens)
+        if min(window, num_batches) > 1:
+            self._say_not_by_length(reason)
         return [trim(batch) for batch in batches]
+
+    def _say_not_by_length(self, reason: str) -> None:
+        for option in ("length_batches", *(["balance_tokens"] if self.args.balance_tokens else [])):
+            self._say_unused(
+                option,
+                reason,
+                "completions of different lengths lie in one micro-batch, and more of what is computed is padding",
+                f"Change that, or set `{option}=False` to be told no more.",
+            )
 
     @property
     def _loss_depends_on_micro_batches(self) -> bool:
@@ -66,16 +92,37 @@ class CompactBatchesMixin:
         return by_length(input_ids[:, :num_prompt], attention_mask[:, :num_prompt], attention_mask[:, num_prompt:])
 
     def _scores_compactly(self, kwargs) -> bool:
-        is_prompt_tuned = isinstance(self._policy, PeftModel) and self._policy.active_peft_config.is_prompt_learning
-        return self.args.compact_scoring and not is_prompt_tuned and not self._is_vlm and not has_images(kwargs)
+        return self.args.compact_scoring and self._why_not_compactly(kwargs) is None
+
+    def _why_not_compactly(self, kwargs) -> str | None:
+        if isinstance(self._policy, PeftModel) and self._policy.active_peft_config.is_prompt_learning:
+            return "a prompt-tuned policy puts virtual tokens before the prompt"
+        if self._is_vlm or has_images(kwargs):
+            return "the policy takes images"
+        return None
 
     def _compact_scoring(self, model, input_ids, attention_mask, completion_length, batch_size, kwargs):
         """What is scored with in place of `model`."""
         if not self._scores_compactly(kwargs):
+            if self.args.compact_scoring:
+                self._say_unused(
+                    "compact_scoring",
+                    self._why_not_compactly(kwargs),
+                    "each prompt is run once for each of its completions, and padding with them",
+                    "Use LoRA, or a policy of texts; or set `compact_scoring=False` to be told no more.",
+                )
             return model
         unwrapped = self.accelerator.unwrap_model(model)
         rows = CompactScoring(model, unwrapped, completion_length, "rows")
         # Of a mixture of experts, the balancing loss counts prompts as often as they are run
+        if kwargs.get("compute_aux_loss") and self.args.shared_prefix == "auto" and self.num_generations > 1:
+            self._say_unused(
+                "shared_prefix",
+                "the loss that balances experts (`output_router_logits` of the model) counts prompts as often as they "
+                "are run",
+                "the prompt is run again for each completion",
+                "Load the model with `output_router_logits=False`, or set `shared_prefix='never'` to be told no more.",
+            )
         if kwargs.get("compute_aux_loss") or self.num_generations == 1:
             return rows
         packed = CompactScoring(model, unwrapped, completion_length, "packed")

@@ -3,10 +3,11 @@ Sampling that runs a prompt once for all its completions, and runs no completion
 
 `generate` reads a prompt as often as it is completed, and steps every row until the last one ends. [`decode`] gives
 what it gives (the same tokens, if greedy; the same distribution, if not) for the options that reinforcement learning
-uses; [`can_decode`] says whether these are they.
+uses; [`why_not_decode`] says what stands against it.
 """
 
 import inspect
+from collections.abc import Iterable
 
 import torch
 from peft import PeftModel
@@ -24,7 +25,7 @@ from transformers import (
 )
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from .compat import cache_argument
+from .compat import cache_argument, has_states
 from .lm_head import base_causal_lm
 
 
@@ -52,6 +53,7 @@ IRRELEVANT = {
 }
 NEUTRAL = {
     "use_cache": True,
+    "cache_implementation": "hybrid",  # of Gemma's models on the Hub, which `generate` has come to ignore
     "num_beams": 1,
     "num_beam_groups": 1,
     "num_return_sequences": 1,
@@ -80,30 +82,45 @@ def settings_of(model: PreTrainedModel | PeftModel, generation_config: Generatio
     return {name: value for config in configs for name, value in config.to_dict().items() if value is not None}
 
 
-def can_decode(model: PreTrainedModel | PeftModel, settings: dict, model_inputs: dict) -> bool:
+def why_not_decode(model: PreTrainedModel | PeftModel, settings: dict, model_inputs: dict) -> str | None:
     """
-    Whether [`decode`] does what `generate` would.
+    What keeps [`decode`] from doing what `generate` would; None where nothing does.
 
     Args:
         model (`PreTrainedModel` or `PeftModel`): The policy.
         settings (`dict`): From [`settings_of`].
         model_inputs (`dict`): What `generate` is given beside the configuration.
     """
-    if isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning:
-        return False
     base = base_causal_lm(model)
-    is_usual = type(base).generate is GENERATE and type(base).prepare_inputs_for_generation is PREPARE_INPUTS
-    if not is_usual or set(model_inputs) != {"input_ids", "attention_mask"}:
-        return False
-    if not {"max_new_tokens", "eos_token_id", "pad_token_id"} <= set(settings):
-        return False
-    if any(NEUTRAL.get(name) != value for name, value in settings.items() if name not in HANDLED | IRRELEVANT):
-        return False
-    if not set(inspect.signature(base.forward).parameters) >= NEEDED | {cache_argument(base)}:
-        return False
-    # States of other kinds of layers cannot be picked by row
-    layers = DynamicCache(config=base.config.get_text_config()).layers
-    return {type(layer) for layer in layers} <= {DynamicLayer, DynamicSlidingWindowLayer}
+    if isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning:
+        return "a prompt-tuned policy puts virtual tokens before the prompt"
+    if has_states(base):
+        return f"layers of {type(base).__name__} carry a state, from which no rows can be picked"
+    for name, usual in {"generate": GENERATE, "prepare_inputs_for_generation": PREPARE_INPUTS}.items():
+        if getattr(type(base), name) is not usual:
+            return f"{type(base).__name__} has a method `{name}` of its own"
+    if set(model_inputs) != {"input_ids", "attention_mask"}:
+        return f"`generate` is given {named(set(model_inputs) - {'input_ids', 'attention_mask'})} as well"
+    missing = {"max_new_tokens", "eos_token_id", "pad_token_id"} - set(settings)
+    if missing:
+        return f"the generation config has no {named(missing)}"
+    others = set(settings) - HANDLED - IRRELEVANT
+    unknown = [f"{name}={settings[name]!r}" for name in sorted(others) if NEUTRAL.get(name) != settings[name]]
+    if unknown:
+        return f"the generation config has {named(unknown)}, which is left to `generate`"
+    cache_name = cache_argument(base)
+    untaken = NEEDED - set(inspect.signature(base.forward).parameters)
+    if untaken or cache_name is None:
+        return f"the forward of {type(base).__name__} takes no {named(untaken or {'cache'})}"
+    layers = {type(layer) for layer in DynamicCache(config=base.config.get_text_config()).layers}
+    layers -= {DynamicLayer, DynamicSlidingWindowLayer}
+    if layers:
+        return f"rows cannot be picked from a cache with {named({layer.__name__ for layer in layers})}"
+    return None
+
+
+def named(names: Iterable[str]) -> str:
+    return ", ".join(f"`{name}`" for name in sorted(names))
 
 
 def logits_processors(settings: dict) -> LogitsProcessorList:
@@ -176,12 +193,16 @@ def decode(
 def next_logits(model, sequences, mask, cache: DynamicCache, num_new: int) -> torch.Tensor:
     """`(B, V)`: those of the next token, once the last `num_new` of each row are read."""
     positions = (mask.cumsum(dim=1) - 1).masked_fill(mask == 0, 0)[:, -num_new:]
+    base = base_causal_lm(model)
+    kwargs = {cache_argument(base): cache}
+    if getattr(base.config.get_text_config(), "output_router_logits", False):  # absent where there are no experts
+        kwargs["output_router_logits"] = False  # whose balance is weighed by the mask of all tokens, not the new ones'
     outputs = model(
         input_ids=sequences[:, -num_new:],
         attention_mask=mask,
         position_ids=positions,
         use_cache=True,
         logits_to_keep=1,
-        **{cache_argument(base_causal_lm(model)): cache},
+        **kwargs,
     )
     return outputs.logits[:, -1]

@@ -10,7 +10,7 @@ from peft import PeftModel
 
 from .adapters import can_merge, merged
 from .checks import check_completion_ids, check_prompt_ids
-from .decoding import can_decode, decode, settings_of
+from .decoding import decode, settings_of, why_not_decode
 from .precision import trainables_kept
 from .shared_base import is_quantized
 
@@ -52,23 +52,29 @@ class PolicyGenerationMixin:
     @contextmanager
     def _compact_generate(self):
         """The parent's `generate` is [`decoding.decode`] where that does the same."""
+        if not self.args.compact_generation or self.use_vllm or self.use_transformers_continuous_batching:
+            yield
+            return
         generate = self._policy.generate
-        # One that was put on the instance knows what it does; ranks that shard weights must run equally many forwards
-        if (
-            not self.args.compact_generation
-            or "generate" in vars(self._policy)
-            or self._is_vlm
-            or self.is_fsdp_enabled
-            or self.is_deepspeed_enabled
-        ):
+        reason = None
+        if "generate" in vars(self._policy):
+            reason = "a `generate` was put on the policy, by you or, to mask what is sampled, by NLPO"
+        elif self._is_vlm:
+            reason = "the policy takes images"
+        elif self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            reason = "FSDP or DeepSpeed has processes run equally many forwards, and their completions end apart"
+        if reason is not None:
+            self._say_not_compact(reason)
             yield
             return
 
         @functools.wraps(generate)
         def compact(*, generation_config, **model_inputs):
             settings = settings_of(self._policy, generation_config)
-            if can_decode(self._policy, settings, model_inputs):
+            reason = why_not_decode(self._policy, settings, model_inputs)
+            if reason is None:
                 return decode(self._policy, **model_inputs, settings=settings)
+            self._say_not_compact(reason)
             return generate(generation_config=generation_config, **model_inputs)
 
         self._policy.generate = compact
@@ -77,24 +83,55 @@ class PolicyGenerationMixin:
         finally:
             del self._policy.generate
 
+    def _say_not_compact(self, reason: str) -> None:
+        self._say_unused(
+            "compact_generation",
+            reason,
+            "`generate` reads a prompt once for each completion and runs completions that have ended: rollouts take "
+            "longer, up to twice as long where lengths differ",
+            "Remove what stands against it, or set `compact_generation=False` to be told no more.",
+        )
+
     # --- The adapter ---
 
     def _merged_adapter(self):
         """Generation runs no adapter layers, where merging is exact to undo; vLLM merges for itself."""
         if self._merges is None:
-            self._merges = self._should_merge() and can_merge(self._policy)
+            self._merges = self._should_merge()
             self._base_weights = {}  # kept while the adapter is merged into them
         return merged(self._policy, self._base_weights) if self._merges else nullcontext()
 
     def _should_merge(self) -> bool:
         if self.use_vllm or self.rollout_func is not None:  # then it is not generated here
             return False
-        is_adapter = isinstance(self._policy, PeftModel) and not self._policy.active_peft_config.is_prompt_learning
-        is_whole = not (self.is_fsdp_enabled or self.is_deepspeed_enabled or is_quantized(self._policy))
         is_wanted = self.args.generate_merged
         if is_wanted is None:  # where rounding the sum loses nothing of the adapter
             is_wanted = self._policy.dtype == torch.float32
-        return is_wanted and is_adapter and is_whole
+        reason = self._why_not_merge() if is_wanted else None
+        if self.args.generate_merged and reason is not None:
+            self._say_not_merged(reason)
+        return is_wanted and reason is None
+
+    def _why_not_merge(self) -> str | None:
+        if not isinstance(self._policy, PeftModel):
+            return "the policy has no adapter"
+        if self._policy.active_peft_config.is_prompt_learning:
+            return "virtual tokens cannot be merged"
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            return "FSDP or DeepSpeed shards the base"
+        if is_quantized(self._policy):
+            return "a base in few bits cannot hold what an adapter adds to it"
+        if not can_merge(self._policy):
+            return "the adapter cannot be merged, or is on weights that another module shares"
+        return None
+
+    def _say_not_merged(self, reason: str) -> None:
+        self._say_unused(
+            "generate_merged",
+            reason,
+            "where the policy has an adapter, its layers are run for every token that is generated",
+            "Leave `generate_merged` unset, which merges where that is possible.",
+        )
 
     # --- Turns ---
 

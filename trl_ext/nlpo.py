@@ -45,6 +45,7 @@ class NLPOConfig(PPOConfig):
         min_tokens_to_keep (`int`, *optional*, defaults to `100`): So many of its most likely tokens are in it at least.
         mask_update_steps (`int`, *optional*, defaults to `20`): Rollouts after which the masking policy is renewed.
         mask_in_eval (`bool`, *optional*, defaults to `False`): Also evaluate within the mask.
+        compact_generation (`bool`, *optional*, defaults to `False`): Not done within the mask, which is `generate`'s.
     """
 
     top_p_mask: float = field(
@@ -58,6 +59,9 @@ class NLPOConfig(PPOConfig):
         default=20, metadata={"help": "Rollouts after which the masking policy is renewed from the policy."}
     )
     mask_in_eval: bool = field(default=False, metadata={"help": "Also evaluate within the mask."})
+    compact_generation: bool = field(
+        default=False, metadata={"help": "Not done within the mask, which `generate` is given."}
+    )
 
     def __post_init__(self):
         super().__post_init__()
@@ -158,8 +162,12 @@ class NLPOTrainer(PPOTrainer):
             return super()._generate_single_turn(*args, **kwargs)
 
     def _merged_adapter(self):
+        if not self._is_masked:
+            return super()._merged_adapter()
         # The masking policy runs on the same base, which must stay as it is meanwhile
-        return nullcontext() if self._is_masked else super()._merged_adapter()
+        if self.args.generate_merged:
+            self._say_not_merged("NLPO's masking policy runs on the same base while the policy samples")
+        return nullcontext()
 
     @contextmanager
     def _masked_generate(self):

@@ -71,7 +71,10 @@ class PrefixCheck:
                 )
                 if self.mode == "always":
                     raise ValueError(f"{message}. Set `shared_prefix='auto'`, or another `attn_implementation`.")
-                logger.warning(f"{message}: the prompt is run again for each.")
+                logger.warning(
+                    f"{message}: the prompt is run again for each. Load it with `attn_implementation='sdpa'` if it has "
+                    "another, or set `shared_prefix='never'` to be told no more."
+                )
                 self.verdict = False
         return self.verdict
 
