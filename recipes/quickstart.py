@@ -75,7 +75,7 @@ def common_settings(output_dir: str, seed: int) -> dict:
         "seed": seed,
         "bf16": torch.cuda.is_available(),
         "dataloader_pin_memory": torch.cuda.is_available(),
-        "gradient_checkpointing": False,  # the models are tiny: time is what is short
+        "activation_checkpointing": False,  # the models are tiny: time is what is short
         "save_strategy": "no",
         "report_to": "none",
     }

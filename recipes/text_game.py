@@ -188,7 +188,7 @@ def imitate(script_args: GameArguments, args: PPOConfig, model_args: ModelConfig
             use_cpu=args.use_cpu,
             bf16=args.bf16,
             dataloader_pin_memory=args.dataloader_pin_memory,
-            gradient_checkpointing=args.gradient_checkpointing,
+            activation_checkpointing=args.activation_checkpointing,
             save_strategy="no",
             report_to="none",
             logging_steps=5,

@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import deprecations  # it replaces what the libraries below import by name
+
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
@@ -27,6 +29,14 @@ from transformers import (
 
 
 torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def nothing_deprecated():
+    """Fails a test in which this project's own code calls what a library has deprecated."""
+    deprecations.found.clear()
+    yield
+    assert deprecations.found == []
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -370,6 +370,40 @@ def test_arguments_may_go_through_classes_in_between(policy_path, prompts, tmp_p
     assert {p.dtype for p in trainer.model.parameters() if p.requires_grad} == {torch.float32}
 
 
+# --- Adapters that transformers loads ---
+
+
+@pytest.fixture
+def loaded_by_transformers(policy_path, tmp_path):
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(policy_path), lora(init_lora_weights=False))
+    model.save_pretrained(tmp_path / "adapter")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "adapter")
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("lora_" in name)
+    return model
+
+
+@pytest.mark.parametrize("task", ["dpo", "ppo"])
+def test_an_adapter_that_could_not_be_saved_is_not_trained(
+    loaded_by_transformers, prompts, tmp_path, monkeypatch, task
+):
+    """transformers 5.24 asks for PEFT 0.22 when it saves an adapter that it loaded itself."""
+    monkeypatch.setattr("transformers.integrations.peft.MIN_PEFT_VERSION", "99.0")
+    with pytest.raises(ValueError, match=r"cannot save it \(.*99.0\).*AutoPeftModelForCausalLM"):
+        make(task, loaded_by_transformers, tmp_path, prompts, kwargs={})
+
+
+def test_an_adapter_that_can_be_saved_is_trained(loaded_by_transformers, policy_path, prompts, tmp_path, monkeypatch):
+    monkeypatch.setattr("transformers.integrations.peft.MIN_PEFT_VERSION", "0.1")
+    start = loaded_by_transformers(input_ids=IDS).logits
+    trainer = make("ppo", loaded_by_transformers, tmp_path, prompts, kwargs={})
+    trainer.train()
+    trainer.save_model()
+    loaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(policy_path), tmp_path)
+    logits = loaded(input_ids=IDS).logits
+    assert torch.equal(logits, trainer.model.eval()(input_ids=IDS).logits) and not torch.equal(logits, start)
+
+
 # --- 4 bits on CPU ---
 
 

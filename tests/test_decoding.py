@@ -1,5 +1,6 @@
 """Decoding that reads prompts once and drops what has ended gives what `generate` gives."""
 
+import copy
 from unittest.mock import patch
 
 import pytest
@@ -91,7 +92,9 @@ def test_samples_have_the_distribution_of_generate(tokenizer, options):
     model = build_policy(tokenizer).eval()
     config = config_of(tokenizer, do_sample=True, max_new_tokens=2, **options)
     prompt = batch_of(tokenizer, ["it was"])
-    first = model.generate(**prompt, generation_config=config, output_scores=True, return_dict_in_generate=True)
+    scored = copy.deepcopy(config)
+    scored.update(output_scores=True, return_dict_in_generate=True)
+    first = model.generate(**prompt, generation_config=scored)
     probs = first.scores[0].softmax(dim=-1).squeeze(0)
     many = {name: tensor.repeat(20_000, 1) for name, tensor in prompt.items()}
     torch.manual_seed(0)
@@ -106,7 +109,7 @@ def test_samples_have_the_distribution_of_generate(tokenizer, options):
         "input_ids": torch.cat([prompt["input_ids"], torch.tensor([[token]])], dim=1),
         "attention_mask": torch.ones(1, prompt["input_ids"].size(1) + 1, dtype=torch.long),
     }
-    second = model.generate(**longer, generation_config=config, output_scores=True, return_dict_in_generate=True)
+    second = model.generate(**longer, generation_config=scored)
     probs = second.scores[0].softmax(dim=-1).squeeze(0)
     following = drawn[drawn[:, 0] == token, 1]
     shares = torch.bincount(following, minlength=len(tokenizer)) / len(following)

@@ -161,7 +161,7 @@ def test_gradients_are_those_of_two_bases(tokenizer, checkpointing):
     for model in (policy, critic.trunk):
         model.train()
         if checkpointing is not None:
-            model.gradient_checkpointing_enable(checkpointing)
+            model.activation_checkpointing_enable(checkpointing)
             model.enable_input_require_grads()
     for _ in range(2):  # accumulated over two micro-batches
         logits = policy(input_ids=IDS, use_cache=False).logits
@@ -228,7 +228,7 @@ def test_checkpointing_recomputes_under_the_wrong_adapter(tokenizer):
     right = gradients()
     for name, gradient in expected.items():
         torch.testing.assert_close(right[name], gradient, atol=1e-5, rtol=1e-4)
-    policy.gradient_checkpointing_enable({"use_reentrant": False})
+    policy.activation_checkpointing_enable({"use_reentrant": False})
     policy.enable_input_require_grads()
     wrong = gradients()
     errors = [(wrong[name] - gradient).abs().max() / gradient.abs().max() for name, gradient in expected.items()]

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 
 from trl import GRPOConfig
 
-from .compat import OneGeneration
+from .compat import OneGeneration, take_newer_names
 
 
 # Those of TRL 1.16, each of which was seen to take advantages of shape `(B, T)`
@@ -311,6 +311,7 @@ class ActorCriticConfig(GRPOConfig):
         one_generation = self.num_generations == 1
         if one_generation:
             self.num_generations = OneGeneration()
+        take_newer_names(self)
         super().__post_init__()
         if one_generation:
             self.num_generations = 1

@@ -45,6 +45,7 @@ from .checks import (
 from .child_modules import give_learning_rate
 from .compact_batches import CompactBatchesMixin
 from .compat import (
+    enable_checkpointing,
     get_config_model_id,
     paying_environments,
 )
@@ -193,8 +194,7 @@ class ActorCriticTrainer(
             attach_critic(self._policy, self.critic)
             if self.critic.trunk is not None and args.gradient_checkpointing:
                 # The parent asks only the policy itself, in which PEFT hides children of its wrapper
-                self.critic.trunk.gradient_checkpointing_enable(args.gradient_checkpointing_kwargs)
-                self.critic.trunk.enable_input_require_grads()
+                enable_checkpointing(self.critic.trunk, args)
             if self.optimizer is not None:
                 self.optimizer.param_groups[-1]["params"].extend(self.critic.own_parameters())
 

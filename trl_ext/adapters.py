@@ -28,7 +28,7 @@ from .adapter_start import (
     take_up_adapter,
     without_loading_warnings,
 )
-from .compat import has_transformers_adapter, keep_4bit_unpacked
+from .compat import has_transformers_adapter, keep_4bit_unpacked, take_newer_names
 from .critic import CRITIC_NAME
 from .new_layers import new_layers, save_whole, unquantized
 from .precision import keep_trainables_in_fp32, trainable_weights
@@ -76,6 +76,7 @@ class AdapterMixin:
             given["processing_class"] = given.get("processing_class") or processing_class
             loading = without_loading_warnings(trl_class)
         check_trainable(model, given.get("quantization_config"), peft_config)
+        check_savable(model)
         if isinstance(peft_config, PeftConfig):
             own = given["peft_config"] = copy.deepcopy(peft_config)
             if peft_config.task_type != self._task_type:
@@ -101,6 +102,7 @@ class AdapterMixin:
                     "`llm_int8_skip_modules` of the `BitsAndBytesConfig`."
                 ) from error
             raise
+        take_newer_names(self.args)  # TRL sets them by the older ones, under ZeRO-3
         say_that_head_has_no_bias(self.model)
         if is_quantized(self.model):
             check_biases(self.model)
@@ -179,6 +181,19 @@ def check_something_trains(model: nn.Module) -> None:
             "returns is frozen until `model.requires_grad_(True)`; and `prepare_model_for_kbit_training` freezes what is "
             "there, for a `peft_config` (or `get_peft_model`) to come after it."
         )
+
+
+def check_savable(model) -> None:
+    """Refuse what would train and then could not be saved: transformers 5.24 wants a PEFT for it that is not out yet."""
+    if not has_transformers_adapter(model):
+        return
+    try:
+        model.active_adapters()  # asks for the version that saving does
+    except ValueError as error:
+        raise ValueError(
+            f"transformers has loaded the adapter of `model` into its base, and cannot save it ({error}). Load it with "
+            "PEFT, `AutoPeftModelForCausalLM.from_pretrained(folder, is_trainable=True)`, which saves it itself."
+        ) from error
 
 
 def check_biases(model: nn.Module) -> None:

@@ -62,6 +62,19 @@ def has_transformers_adapter(model) -> bool:
     return getattr(model, "_hf_peft_config_loaded", False)
 
 
+def enable_checkpointing(model: nn.Module, args) -> None:
+    """Have `model`, or the model under an adapter, recompute activations in the backward pass as `args` say."""
+    model.activation_checkpointing_enable(args.gradient_checkpointing_kwargs)
+    model.enable_input_require_grads()
+
+
+def take_newer_names(args) -> None:
+    """Set by its newer name what TRL's arguments have by one that transformers 5.23 deprecates, as a default even."""
+    for name in ("checkpointing", "checkpointing_kwargs"):
+        if getattr(args, f"activation_{name}") is None:
+            setattr(args, f"activation_{name}", getattr(args, f"gradient_{name}"))
+
+
 def cache_argument(model) -> str | None:
     """
     The name by which a model's forward takes, and its output gives, the states of the tokens read so far; None where
@@ -99,6 +112,7 @@ __all__ = [
     "create_model_from_path",
     "cache_argument",
     "disable_gradient_checkpointing",
+    "enable_checkpointing",
     "get_comet_experiment_url",
     "get_config_model_id",
     "get_trackio_space_url",
@@ -112,6 +126,7 @@ __all__ = [
     "paying_environments",
     "stop_repacking",
     "strip_images_from_messages",
+    "take_newer_names",
     "tokenize",
     "use_adapter",
 ]

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 
+from .compat import take_newer_names
 from .ranking import LISTWISE_MODELS, RANKING_MODELS
 
 
@@ -121,6 +122,7 @@ class RankingArguments:
             )
         if self.ranking_model == "rao_kupper" and self.log_tie is not None and self.log_tie[0] <= 0:
             raise ValueError(f"`log_tie` of 'rao_kupper' is log theta and must be above 0, got {self.log_tie[0]}.")
+        take_newer_names(self)
         super().__post_init__()
 
     @property
