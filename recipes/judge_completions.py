@@ -28,10 +28,11 @@ from actor_critic import import_reward
 from rank_completions import as_text, export
 from sample_completions import load_model, sample
 from tqdm import tqdm
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, set_seed
+from transformers import set_seed
 
 from trl_ext.collection import Item, Judgements, agreement, read_items
 from trl_ext.ranking_rows import ranks_of_scores
+from trl_ext.reward_models import RewardModel, load_reward_model
 
 
 QUESTION = """{rubric}
@@ -65,28 +66,22 @@ def parse_args() -> argparse.Namespace:
 Scores = list[float | None]
 
 
-def reward_model_scores(path: str) -> Callable[[Item], Scores]:
-    """The reward model's score of prompt and completion."""
-    tokenizer = AutoTokenizer.from_pretrained(path)
-    model = AutoModelForSequenceClassification.from_pretrained(path, num_labels=1).eval()
-    model.to("cuda" if torch.cuda.is_available() else "cpu")
+def reward_model_scores(path: str, prompts: list) -> Callable[[Item], Scores]:
+    """
+    The reward model's score of prompt and completion, read as in its training; None where they are too long for it.
 
-    @torch.no_grad()
+    Args:
+        path (`str`): Folder or Hub id.
+        prompts (`list`): All that it shall score completions of.
+    """
+    model, tokenizer = load_reward_model(path)
+    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    reward_model = RewardModel(model, tokenizer, path)
+    for is_chat in {not isinstance(prompt, str) for prompt in prompts}:
+        reward_model.check(is_chat)
+
     def score(item):
-        if isinstance(item.prompt, str):
-            texts = [item.prompt + completion for completion in item.completions]
-        else:
-            chats = [item.prompt + completion for completion in item.completions]
-            texts = [tokenizer.apply_chat_template(chat, tokenize=False) for chat in chats]
-        inputs = tokenizer(
-            texts,
-            return_tensors="pt",
-            padding=True,
-            padding_side="right",
-            add_special_tokens=isinstance(item.prompt, str),
-        ).to(model.device)
-        inputs.pop("token_type_ids", None)
-        return model(**inputs).logits[:, 0].tolist()
+        return reward_model.score([reward_model.input_ids(item.prompt, completion) for completion in item.completions])
 
     return score
 
@@ -130,7 +125,7 @@ def main() -> None:
         items = read_items(args.folder)
         judgements = Judgements(args.folder, "judge-" + (args.name or re.sub(r"[^\w.-]", "-", Path(source).name)))
         if args.reward_model:
-            score = reward_model_scores(source)
+            score = reward_model_scores(source, [item.prompt for item in items])
         else:
             score = function_scores(source) if args.reward_func else grades(source, args.rubric)
     except ValueError as error:

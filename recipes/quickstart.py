@@ -130,18 +130,6 @@ def rank_samples(task: Task, sft_path: str, tokenizer) -> list[dict]:
     return broadcast_object_list([rankings])[0]
 
 
-def tokenized_rankings(rankings: list[dict], tokenizer) -> Dataset:
-    """
-    As `RankingRewardTrainer` would tokenize them, but without the end-of-sequence token that it would add: the PPO
-    trainer shows prompt and completion to the reward model without it, too.
-    """
-    rows = []
-    for ranking in rankings:
-        texts = [ranking["prompt"] + completion for completion in ranking["completions"]]
-        rows.append({"group_ids": tokenizer(texts)["input_ids"], "ranks": ranking["ranks"]})
-    return Dataset.from_list(rows)
-
-
 def train_reward_model(task: Task, rankings: list[dict], paths: dict[str, str], tokenizer, seed: int) -> float:
     """
     Return the share of held-out pairs with a winner that the reward model orders as the judge does.
@@ -154,9 +142,10 @@ def train_reward_model(task: Task, rankings: list[dict], paths: dict[str, str], 
     trainer = RankingRewardTrainer(
         model=LlamaForSequenceClassification(small_llama(tokenizer, 64, 1, num_labels=1)),
         processing_class=tokenizer,
-        train_dataset=tokenized_rankings(rankings[num_held_out:], tokenizer),
-        eval_dataset=tokenized_rankings(rankings[:num_held_out], tokenizer),
+        train_dataset=Dataset.from_list(rankings[num_held_out:]),
+        eval_dataset=Dataset.from_list(rankings[:num_held_out]),
         args=RankingRewardConfig(
+            bare_texts=True,  # for `compare.py`, where TRL's own trainers ask it, too
             num_train_epochs=2,
             per_device_train_batch_size=8,
             learning_rate=3e-3,

@@ -16,6 +16,8 @@ from transformers import (
     set_seed,
 )
 
+from trl_ext.reward_models import RewardModel
+
 
 @dataclass
 class Samples:
@@ -66,13 +68,11 @@ def token_logps(model: PreTrainedModel, samples: Samples, temperature: float) ->
     return torch.where(samples.completion_mask.bool(), logps, 0)
 
 
-@torch.no_grad()
 def rewards_of(reward_model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, samples: Samples) -> torch.Tensor:
     """The reward model's score of prompt and completion, `(B,)`."""
-    texts = [p + c for p, c in zip(samples.prompts, samples.completions, strict=True)]
-    inputs = tokenizer(texts, return_tensors="pt", padding=True, padding_side="right").to(reward_model.device)
-    inputs.pop("token_type_ids", None)
-    return reward_model(**inputs).logits[:, 0]
+    model = RewardModel(reward_model, tokenizer, "of the quickstart")
+    pairs = zip(samples.prompts, samples.completions, strict=True)
+    return torch.tensor(model.score([model.input_ids(prompt, completion) for prompt, completion in pairs]))
 
 
 def commonest_sentence(completions: list[str]) -> float:

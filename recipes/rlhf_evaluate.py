@@ -14,6 +14,7 @@ and writes `evaluation.json`, `evaluation.md` and `evaluation.png`. Intervals ar
 """
 
 import argparse
+import itertools
 import json
 import random
 import statistics
@@ -115,9 +116,14 @@ def compare(baseline: list, other: list, rankings: list[dict[str, int | None]]) 
 
 
 def add_rewards_and_lengths(answers: list[Answers], reward_model: str) -> None:
-    score, tokenizer = reward_model_scores(reward_model), AutoTokenizer.from_pretrained(reward_model)
+    score = reward_model_scores(reward_model, [row.prompt for row in answers])
+    tokenizer = AutoTokenizer.from_pretrained(reward_model)
     for row in answers:
         row.rewards = tuple(score(Item("", row.prompt, texts, [])) for texts in row.texts)
+        if None in itertools.chain(*row.rewards):
+            raise ValueError(
+                f"{reward_model} has too few positions for an answer to {as_text(row.prompt)!r:.80}. Evaluate by another."
+            )
         row.lengths = tuple([num_tokens(tokenizer, text) for text in texts] for texts in row.texts)
 
 
@@ -259,9 +265,9 @@ def main() -> None:
     output = Path(args.output_dir)
     try:
         names, judges, answers = read_answers(Path(args.folder))
+        add_rewards_and_lengths(answers, args.reward_model)
     except ValueError as error:
         sys.exit(f"error: {error}")
-    add_rewards_and_lengths(answers, args.reward_model)
     results = measure(names, judges, answers)
     shown = examples(names, answers, args.num_examples)
     output.mkdir(parents=True, exist_ok=True)

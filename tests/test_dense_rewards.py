@@ -357,11 +357,11 @@ def test_prefix_scores_are_those_of_the_prefixes(reward_model, tokenizer):
 
 
 @pytest.mark.parametrize("use_adapter", [False, True])
-def test_a_reward_model_pays_every_token(policy_path, reward_model_path, prompts, tmp_path, use_adapter):
+def test_a_reward_model_pays_every_token(policy_path, reward_model_path, tokenizer, prompts, tmp_path, use_adapter):
     """The return of each is what the whole scores more than the prefix that it is added to."""
-    path, peft_config = reward_model_path, None
-    if use_adapter:
-        path, peft_config = reward_adapter(policy_path, tmp_path / "adapter"), LoraConfig(r=4)
+    path, peft_config, ending = reward_model_path, None, ""
+    if use_adapter:  # trained on texts that end
+        path, peft_config, ending = reward_adapter(policy_path, tmp_path / "adapter"), LoraConfig(r=4), "<eos>"
     args = PPOConfig(**settings(tmp_path, prefix_rewards=True, lam=1.0, max_steps=1, reward_weights=[2.0]))
     trainer = recorded(PPOTrainer)(policy_path, path, args, prompts, peft_config=peft_config)
     trainer.train()
@@ -376,7 +376,8 @@ def test_a_reward_model_pays_every_token(policy_path, reward_model_path, prompts
     for b, mask in enumerate(rollout["completion_mask"].bool()):
         prompt = rollout["prompt_ids"][b][rollout["prompt_mask"][b].bool()].tolist()
         completion = rollout["completion_ids"][b][mask].tolist()
-        end = score(prompt + completion)
+        text = tokenizer.decode(prompt) + tokenizer.decode(completion, skip_special_tokens=True)
+        end = score(tokenizer(text + ending)["input_ids"])
         expected = [2 * (end - score(prompt + completion[:t])) for t in range(len(completion))]
         assert rollout["returns"][b][mask].tolist() == pytest.approx(expected, abs=1e-5)
 

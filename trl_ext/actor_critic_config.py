@@ -52,7 +52,9 @@ class ActorCriticConfig(GRPOConfig):
 
         prefix_rewards (`bool`, *optional*, defaults to `False`):
             Reward models score every prefix of a completion, and each token earns what it adds. In sum that is the
-            score of the whole less that of the prompt, so the best policy is the same, but credit is dense.
+            score of the whole less that of the prompt (which is logged as `reward`), so the best policy is the same,
+            but credit is dense. A critic that starts from a reward model starts at 0 then: what the model says of a
+            prefix has been paid when the prefix is there.
         turn_rewards (`bool`, *optional*, defaults to `False`):
             An environment's `get_reward` is asked after every turn, not at the end alone, and each turn earns what it
             added. In sum that is what it says at the end.

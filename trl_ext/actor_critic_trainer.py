@@ -63,6 +63,7 @@ from .pushing import PushMixin
 from .reference import take_up_start
 from .reporting import ReportingMixin
 from .reward_adapters import RewardAdapterMixin, split_reward_adapters
+from .reward_models import with_loaded_reward_models
 from .rewards import RewardsMixin, distinct_names
 from .rollouts import RecordingMixin
 from .shared_base import is_quantized
@@ -153,6 +154,8 @@ class ActorCriticTrainer(
                 "in memory. Save it with `model.save_pretrained(path)` and pass the path."
             )
 
+        reward_funcs, other_args, kwargs = with_loaded_reward_models(reward_funcs, args, other_args, kwargs)
+
         # The parent prepares the reference if `args.beta` is not 0, wherever the KL is used afterwards
         beta, args.beta = args.beta, args.beta or args.kl_in_reward
         try:
@@ -183,6 +186,7 @@ class ActorCriticTrainer(
         self._reward_adapters = reward_adapters  # paths by their index in `reward_funcs`
         for index, path in reward_adapters.items():
             self._load_reward_adapter(index, path)
+        self._set_up_reward_models()
         self.turn_rewards = args.turn_rewards
         if self.turn_rewards:
             check_turn_rewards(self._paying_environments, self.rollout_func)
@@ -201,6 +205,7 @@ class ActorCriticTrainer(
         self.add_callback(StartOfTraining(self))
         self._scores = None  # (B,), of the completions being scored; nan where no reward function applies
         self._token_rewards = None  # (B, T), of the same; None if no reward is dense
+        self._dense_totals = None  # (B,), what those are in the score
         self._reward_prefix_checks = {}  # by reward model
         self._records_values = False  # in the next pass
         self._skips_pass = False  # the next one, which the first epoch makes anyway
@@ -243,20 +248,25 @@ class ActorCriticTrainer(
                     "over the processes and gather only where the policy itself runs. Use DDP (or ZeRO-2), or "
                     "`critic='shared'` or 'separate'."
                 )
+            weight = 0.0 if self.args.prefix_rewards else 1.0
             if path == "reward_model":
-                path = next(iter(self._reward_adapters.values()), None)
+                index, path = next(iter(self._reward_adapters.items()), (0, None))
+                weight *= self.reward_weights[index].item()
                 if path is None:
                     raise ValueError(
                         "`critic_model_name_or_path='reward_model'` takes the critic from a reward adapter in "
                         "`reward_funcs`, given by its path or Hub id, and there is none. Pass one, or leave it unset."
                     )
-            critic = critic_as_adapter(self._policy, path)
+            critic = critic_as_adapter(self._policy, path, weight)
             if self.args.disable_dropout:
                 stop_dropout(critic)
             return critic
-        source = critic_model or path
+        source, weight = critic_model or path, 0.0 if self.args.prefix_rewards else 1.0
         if source == "reward_model":
-            source = next((f for f in self.reward_funcs if isinstance(f, PreTrainedModel)), None)
+            index, source = next(
+                ((i, f) for i, f in enumerate(self.reward_funcs) if isinstance(f, PreTrainedModel)), (0, None)
+            )
+            weight *= self.reward_weights[index].item()
             if source is None:
                 raise ValueError(
                     "`critic_model_name_or_path='reward_model'` takes the critic from a model in `reward_funcs`, but "
@@ -265,7 +275,7 @@ class ActorCriticTrainer(
         if source is not None:
             # A policy in 4 bits is no model for the dtype of what is to be trained
             dtype = torch.float32 if is_quantized(self._policy) else self._policy.dtype
-            critic = critic_from_model(source, dtype, trust_remote_code=self.args.trust_remote_code)
+            critic = critic_from_model(source, dtype, self.args.trust_remote_code, weight)
             check_vocabulary(critic, self._policy)
         elif is_quantized(self._policy) or is_deepspeed_zero3_enabled():
             raise ValueError(
@@ -301,6 +311,7 @@ class ActorCriticTrainer(
 
     def _generate_and_score_completions(self, inputs):
         mode = "train" if self.model.training else "eval"
+        self._check_reward_models(inputs[0])
         if mode == "train":
             self._epochs_ended = False
             self.kl_controller.update()

@@ -21,7 +21,9 @@ def shared_critic(model: PreTrainedModel | PeftModel, detach: bool = False) -> C
     return Critic(hidden_size_of(model), detach=detach)
 
 
-def critic_as_adapter(model: PreTrainedModel | PeftModel, path: str | None = None) -> Critic:
+def critic_as_adapter(
+    model: PreTrainedModel | PeftModel, path: str | None = None, reward_weight: float = 1.0
+) -> Critic:
     """
     A critic with an adapter of its own on the frozen base of `model`, of the policy adapter's kind and size.
 
@@ -29,6 +31,8 @@ def critic_as_adapter(model: PreTrainedModel | PeftModel, path: str | None = Non
         model (`PeftModel`): The policy.
         path (`str`, *optional*): What it starts from, in place of V = 0: the folder or Hub id of a trained policy with
             such a critic beside it, or of a reward adapter on the same base, whose score head becomes the value head.
+        reward_weight (`float`, *optional*, defaults to `1.0`): What a reward model's score is worth, see
+            [`critic_from_model`].
     """
     if not isinstance(model, PeftModel) or model.active_peft_config.is_prompt_learning:
         raise ValueError(
@@ -46,7 +50,7 @@ def critic_as_adapter(model: PreTrainedModel | PeftModel, path: str | None = Non
             f"{path} holds neither a critic that is an adapter, beside a policy, nor a reward adapter. Pass another "
             "`critic_model_name_or_path`, or leave it unset to start at V = 0."
         )
-    return critic_from_reward_adapter(model, base, str(folder))
+    return critic_from_reward_adapter(model, base, str(folder), reward_weight)
 
 
 def read_adapter_critic(policy: PeftModel, base: PreTrainedModel, folder: Path, is_trainable: bool = False) -> Critic:
@@ -58,7 +62,9 @@ def read_adapter_critic(policy: PeftModel, base: PreTrainedModel, folder: Path, 
 
 
 @torch.no_grad()
-def critic_from_reward_adapter(policy: PeftModel, base: PreTrainedModel, path: str) -> Critic:
+def critic_from_reward_adapter(
+    policy: PeftModel, base: PreTrainedModel, path: str, reward_weight: float = 1.0
+) -> Critic:
     """A critic on the policy's base that starts as the reward adapter at `path`: V of a whole text is its reward."""
     reward_model = reward_model_on_base(policy, path)
     if reward_model is None:
@@ -71,7 +77,8 @@ def critic_from_reward_adapter(policy: PeftModel, base: PreTrainedModel, path: s
     for name, parameter in critic.trunk.get_base_model().named_parameters():
         if parameter.requires_grad:
             parameter.copy_(source.get_parameter(name))
-    critic.value_head.weight.copy_(load_peft_weights(path, device="cpu")["base_model.model.score.weight"])
+    score = load_peft_weights(path, device="cpu")["base_model.model.score.weight"]
+    critic.value_head.weight.copy_(reward_weight * score.to(critic.value_head.weight.device))
     return critic
 
 
@@ -88,11 +95,21 @@ def critic_from_policy(model: PreTrainedModel | PeftModel) -> Critic:
     return Critic(hidden_size_of(model), trunk=copied.base_model)
 
 
-def critic_from_model(source: str | PreTrainedModel, dtype: torch.dtype, trust_remote_code: bool = False) -> Critic:
+def critic_from_model(
+    source: str | PreTrainedModel, dtype: torch.dtype, trust_remote_code: bool = False, reward_weight: float = 1.0
+) -> Critic:
     """
     A separate critic of `dtype` from a model or its path or Hub id: a folder with a separate critic (trunk and head
     are taken up), a reward model (its score head becomes the value head, Ouyang et al. 2022), or any causal model
     (V starts at 0).
+
+    Args:
+        source (`str` or `PreTrainedModel`): The model.
+        dtype (`torch.dtype`): The critic's.
+        trust_remote_code (`bool`, *optional*, defaults to `False`): Whether code in its repository may be run.
+        reward_weight (`float`, *optional*, defaults to `1.0`):
+            What a reward model's score Phi(s) is worth: V starts at this times Phi. Under `prefix_rewards` Phi has been
+            paid by the time s is reached, and what is still to come starts at Phi(s) - Phi(s) = 0.
     """
     model_init_kwargs = {"dtype": dtype, "trust_remote_code": trust_remote_code}
     if isinstance(source, PreTrainedModel):
@@ -124,7 +141,7 @@ def critic_from_model(source: str | PreTrainedModel, dtype: torch.dtype, trust_r
                 "whose `score` can be taken up. Pass another `critic_model_name_or_path` or `critic_model`."
             )
         with torch.no_grad():
-            critic.value_head.weight.copy_(model.score.weight)
+            critic.value_head.weight.copy_(reward_weight * model.score.weight)
     elif isinstance(source, str) and (Path(source) / VALUE_HEAD_FILE).is_file():
         read_value_head(critic, source)
     return critic

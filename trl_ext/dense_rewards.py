@@ -15,6 +15,7 @@ as Wu et al. 2023, Fine-Grained Human Feedback, https://huggingface.co/papers/23
 import math
 import os
 from bisect import bisect_left
+from dataclasses import dataclass
 from typing import Any, SupportsFloat
 
 import numpy as np
@@ -28,23 +29,62 @@ MAX_WINDOW = 32
 INVALID = "\N{REPLACEMENT CHARACTER}"
 
 
-def shaped_rewards(potentials: torch.Tensor, gamma: float = 1.0) -> torch.Tensor:
+def shaped_rewards(potentials: torch.Tensor, gamma: float = 1.0, end: torch.Tensor | None = None) -> torch.Tensor:
     r"""
     A potential's rise with each token: r_t = gamma Phi(s_{t+1}) - Phi(s_t).
 
-    Discounted they sum to gamma^T Phi(s_T) - Phi(s_0): to the potential of the whole, less what no action changes. So
-    the best policy is that for the reward Phi(s_T) at the end, and each token is told at once what it did.
+    With `end` the episode ends there, and its last token is paid that reward where no potential is left:
+    r_{T-1} = R - Phi(s_{T-1}). Discounted the rewards then sum to gamma^{T-1} R - Phi(s_0): to what R on the last token
+    is worth, less what no action changes. So the best policy is that for R at the end, and each token is told at once
+    what it did. Without, where somebody goes on from s_T, they sum to gamma^T Phi(s_T) - Phi(s_0).
 
     Args:
         potentials (`torch.Tensor` of shape `(1 + T,)`): Phi of the prompt and of each prefix after it.
         gamma (`float`, *optional*, defaults to `1.0`): The discount of the MDP.
+        end (`torch.Tensor` of shape `()`, *optional*): R, the reward of the whole.
 
     Returns:
         `torch.Tensor` of shape `(T,)`.
 
     Reference: Ng, Harada and Russell 1999, Policy invariance under reward transformations, theorem 1.
     """
-    return gamma * potentials[1:] - potentials[:-1]
+    rises = gamma * potentials[1:] - potentials[:-1]
+    if end is not None:
+        rises[-1] = end - potentials[-2]
+    return rises
+
+
+@dataclass
+class ShapedReward:
+    """
+    What `prefix_rewards` pays a completion.
+
+    Args:
+        rewards (`list[float]`): One for each token.
+        total (`float`): What is logged of it: the score of the whole less that of the prompt, whatever gamma is.
+    """
+
+    rewards: list[float]
+    total: float
+
+
+def shaped_reward(
+    potentials: torch.Tensor, end: torch.Tensor, own: list[int], gamma: float = 1.0, goes_on: bool = False
+) -> ShapedReward:
+    """
+    [`shaped_rewards`] of the policy's own tokens; those between, of a tool or an environment, are no time steps.
+
+    Args:
+        potentials (`torch.Tensor` of shape `(1 + T,)`): Phi of the prompt and of each prefix after it.
+        end (`torch.Tensor` of shape `()`): The score of the whole.
+        own (`list[int]`): T, 1 at the policy's own tokens.
+        gamma (`float`, *optional*, defaults to `1.0`): The discount of the MDP.
+        goes_on (`bool`, *optional*, defaults to `False`): Whether the last state is worth what may come after it.
+    """
+    steps = torch.tensor(own, device=potentials.device).nonzero().squeeze(1)
+    rewards = torch.zeros_like(potentials[1:])
+    rewards[steps] = shaped_rewards(potentials[[*steps.tolist(), -1]], gamma, None if goes_on else end)
+    return ShapedReward(rewards.tolist(), (end - potentials[0]).item())
 
 
 def rewards_of_turns(totals: list[float], tool_mask: list[int]) -> list[float]:
@@ -216,6 +256,7 @@ class DenseRewards:
     def __init__(self, completions: list, completion_ids: list[list[int]], tokenizer: PreTrainedTokenizerBase):
         self.completions, self.completion_ids, self.tokenizer = completions, completion_ids, tokenizer
         self.rewards = [[0.0] * len(ids) for ids in completion_ids]
+        self.unpaid = [0.0] * len(completion_ids)  # what the totals of shaped rewards are more than their tokens' sum
         self.is_empty = True
 
     def totals(self, rewards: list, name: str, weight: float) -> list[float | None]:
@@ -225,6 +266,9 @@ class DenseRewards:
     def _total(self, row: int, reward: Any, name: str, weight: float) -> float | None:
         if reward is None:
             return None
+        if isinstance(reward, ShapedReward):
+            self.unpaid[row] += weight * (reward.total - self._total(row, reward.rewards, name, weight))
+            return reward.total
         try:
             if not is_dense(reward):
                 return number_of(reward)
@@ -244,3 +288,7 @@ class DenseRewards:
     def tensor(self, device: torch.device) -> torch.Tensor:
         """`(B, T)`, T the longest completion's; 0 where nothing was given."""
         return pad_sequence([torch.tensor(row) for row in self.rewards], batch_first=True).to(device)
+
+    def totals_of_rows(self, device: torch.device) -> torch.Tensor:
+        """`(B,)`: what the dense rewards are in each score."""
+        return self.tensor(device).sum(dim=1) + torch.tensor(self.unpaid, device=device)

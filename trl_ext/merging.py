@@ -22,6 +22,7 @@ from .adapters import shared_adapted_weights
 from .critic import CRITIC_NAME, Critic
 from .critic_files import ADAPTER_CONFIG, ADAPTER_NAME, VALUE_HEAD_FILE, read_value_head, save_critic
 from .reward_adapters import check_reward_adapter, fit_embeddings, head_names, tokenizer_of_adapter
+from .reward_inputs import REWARD_INPUT, write_reward_input
 from .shared_base import base_of_adapter, frozen_base
 from .tie_parameters import TIE_PARAMETERS_FILE, read_config, write_to_config
 
@@ -96,8 +97,11 @@ def merge_adapter(
     elif (folder / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(folder)
     if (folder / TIE_PARAMETERS_FILE).is_file():
-        ties = read_config(str(folder))
-        write_to_config(model, ties["ranking_model"], ties["log_tie"])
+        saved = read_config(str(folder))
+        if "ranking_model" in saved:
+            write_to_config(model, saved["ranking_model"], saved["log_tie"])
+        if REWARD_INPUT in saved:
+            write_reward_input(model.config, saved[REWARD_INPUT])
     model.save_pretrained(output)
     tokenizer.save_pretrained(output)
     losses.update(merge_critic(folder, critic_base, output, dtype))

@@ -5,6 +5,7 @@ import torch
 from .model_card import CardContent, ModelCardMixin, shown
 from .ranking import predict_pair
 from .ranking_config import RankingArguments
+from .reward_inputs import RewardInput
 from .training_curves import Panel
 
 
@@ -71,6 +72,21 @@ LIKELIHOODS = {
 }
 
 
+def reading(how: RewardInput | None) -> dict:
+    """What a card says of how a reward model reads texts; nothing of other models."""
+    if how is None:
+        return {}
+    left_out = [f"the special tokens {', '.join(f'`{token}`' for token in how.special_tokens)}"] * bool(
+        how.special_tokens
+    ) + [f"the `{how.ending}` at their end"] * bool(how.ending)
+    return {
+        "is_tokenized": how.kind == "tokens",
+        "is_bare": how.kind == "text" and not left_out,
+        "has_ending": bool(how.ending),
+        "left_out": " and ".join(left_out),
+    }
+
+
 class RankingCardMixin(ModelCardMixin):
     """The card says which rankings were learned from, how, and what the scores mean."""
 
@@ -81,6 +97,7 @@ class RankingCardMixin(ModelCardMixin):
             "likelihood": LIKELIHOODS[self.args.ranking_model] if on_rankings else "that of single pairs, as in TRL",
             "explanation": EXPLANATION if on_rankings else None,
             "is_chat": self._is_chat,
+            **reading(self.reward_input),
             "max_length": self.args.max_length,
             "learn_ties": self.args.learn_ties,
             "tie_of_equals": None if self.ties is None else f"{self._tie_of_equals():.1%}",

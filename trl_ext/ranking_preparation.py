@@ -1,11 +1,9 @@
 """From rankings as text to rankings as tokens: tokenization, lengths, and what a likelihood can learn from."""
 
-import json
 from collections.abc import Callable
 
 from accelerate.logging import get_logger
 from datasets import Dataset, IterableDataset
-from transformers import ProcessorMixin
 from trl.data_utils import extract_prompt, get_dataset_column_names, is_conversational
 
 from .compat import global_then_local_main_first, tokenize
@@ -14,6 +12,7 @@ from .ranking_collator import judged_indices
 from .ranking_config import RankingArguments
 from .ranking_data import prepare_rankings
 from .ranking_rows import plain, report_dropped
+from .reward_inputs import RewardInput, input_in_training, reward_input_ids, template_kwargs_of
 from .shared_prefix import common_prefix_length
 
 
@@ -113,32 +112,22 @@ def check_not_empty(dataset: Dataset | IterableDataset, dataset_name: str, reaso
         raise ValueError(f"The {dataset_name} dataset has no rankings to learn from: {reason}")
 
 
-def tokenize_kwargs(row: dict) -> dict:
-    """What a row tells the chat template."""
-    tools = row.get("tools")
-    return {"tools": json.loads(tools) if isinstance(tools, str) else tools, **(row.get("chat_template_kwargs") or {})}
+def tokenize_for_reward(row: dict, processing_class, how: RewardInput) -> dict:
+    """`group_ids`: each completion with its prompt, texts read as `how` says."""
+    return {"group_ids": tokenize_completions(row, processing_class, how)}
 
 
-def tokenize_completion(row: dict, completion, processing_class) -> list[int]:
-    """Prompt and completion as tokens, as TRL's trainers tokenize a chosen or rejected one."""
-    if is_conversational(row):
-        return tokenize(processing_class, row["prompt"] + completion, **tokenize_kwargs(row))["input_ids"]
-    text = row["prompt"] + completion
-    is_processor = isinstance(processing_class, ProcessorMixin)  # of a model that could see images
-    eos_token = (processing_class.tokenizer if is_processor else processing_class).eos_token
-    return tokenize(processing_class, text if text.endswith(eos_token) else text + eos_token)["input_ids"]
-
-
-def tokenize_for_reward(row: dict, processing_class) -> dict:
-    """`group_ids`: each completion with its prompt."""
-    return {"group_ids": [tokenize_completion(row, completion, processing_class) for completion in row["completions"]]}
+def tokenize_completions(row: dict, processing_class, how: RewardInput) -> list[list[int]]:
+    """Each completion after its prompt."""
+    kwargs = template_kwargs_of(row)
+    return [reward_input_ids(row["prompt"], c, processing_class, how, **kwargs) for c in row["completions"]]
 
 
 def tokenize_for_dpo(row: dict, processing_class) -> dict:
     """`prompt_ids` and `completion_ids`. The completions start where the first of them leaves the prompt."""
-    whole = [tokenize_completion(row, completion, processing_class) for completion in row["completions"]]
+    whole = tokenize_completions(row, processing_class, input_in_training(processing_class, "text"))
     if is_conversational(row):
-        prompt = tokenize(processing_class, row["prompt"], add_generation_prompt=True, **tokenize_kwargs(row))
+        prompt = tokenize(processing_class, row["prompt"], add_generation_prompt=True, **template_kwargs_of(row))
     else:
         prompt = tokenize(processing_class, row["prompt"])
     length = min(common_prefix_length([prompt["input_ids"], ids]) for ids in whole)

@@ -2,6 +2,7 @@
 
 import textwrap
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from accelerate.logging import get_logger
@@ -9,7 +10,7 @@ from datasets import Dataset, IterableDataset
 from peft import PeftModel
 from peft.utils.constants import SEQ_CLS_HEAD_NAMES
 from trl import RewardConfig, RewardTrainer
-from trl.data_utils import get_dataset_column_names
+from trl.data_utils import get_dataset_column_names, is_conversational
 
 from .adapters import AdapterMixin
 from .checks import checked_args
@@ -18,21 +19,42 @@ from .pushing import PushMixin
 from .ranking import judged_items
 from .ranking_card import RankingCardMixin
 from .ranking_config import RankingArguments
+from .ranking_data import is_ranking
 from .ranking_preparation import has_tied_pairs, tokenize_for_reward
 from .ranking_trainer import RankingMixin
+from .reward_inputs import input_in_training, write_reward_input
 from .score_head import scores_of_all_tokens
 
 
 logger = get_logger(__name__)
+
+# Columns of pairs that are tokenized, as TRL calls and called them
+IDS_OF_PAIRS = {"chosen_ids", "rejected_ids"}
+LEGACY_IDS_OF_PAIRS = {"chosen_input_ids", "rejected_input_ids"}
 
 
 @dataclass
 class RankingRewardConfig(RankingArguments, RewardConfig):
     __doc__ = f"""
     Configuration of [`RankingRewardTrainer`]: [`~trl.RewardConfig`] and
-    {RankingArguments.__doc__.partition("beside the TRL config they are mixed with.")[2]}
+    {RankingArguments.__doc__.partition("beside the TRL config they are mixed with.")[2].rstrip()}
+
+        > What it reads
+
+        bare_texts (`bool`, *optional*, defaults to `False`):
+            Read plain texts without special tokens and without an end-of-sequence token, as TRL's `GRPOTrainer` asks
+            a reward model about them. By default they have both, as in TRL's `RewardTrainer`. The saved config says
+            which, and everything in this package asks so. Conversations are read by the chat template either way.
     """
 
+    bare_texts: bool = field(
+        default=False,
+        metadata={
+            "help": "Read plain texts without special tokens and without an end-of-sequence token, as TRL's GRPOTrainer "
+            "asks a reward model about them. By default they have both, as in TRL's RewardTrainer; trl_ext asks as "
+            "trained."
+        },
+    )
     overlong: str = field(
         default="prune",
         metadata={
@@ -51,7 +73,8 @@ class RankingRewardTrainer(RankingMixin, PushMixin, RankingCardMixin, AdapterMix
       all completions of a prompt are one element of the batch, and each is scored once;
     - the loss is the negative log-likelihood of the ranking under `args.ranking_model`, with learned tie parameters;
     - the prompt is run once for all of its completions, where the model allows (`args.shared_prefix`);
-    - of pairs (`chosen`, `rejected`) a boolean column `tie` may say that neither was better.
+    - of pairs (`chosen`, `rejected`) a boolean column `tie` may say that neither was better;
+    - the saved config says what was read (`reward_input`), for those who ask the model, see [`reward_inputs`].
 
     Args:
         All are [`~trl.RewardTrainer`]'s; `args` is a [`RankingRewardConfig`].
@@ -76,7 +99,6 @@ class RankingRewardTrainer(RankingMixin, PushMixin, RankingCardMixin, AdapterMix
     _pipeline_tag = "text-classification"
     _template_file = "reward_model.md"
     _tokenized_columns = ["group_ids"]
-    _tokenize_ranking = staticmethod(tokenize_for_reward)
 
     def __init__(self, model, args: RankingRewardConfig | None = None, data_collator=None, *other_args, **kwargs):
         args = checked_args(args, type(self), model)
@@ -91,6 +113,33 @@ class RankingRewardTrainer(RankingMixin, PushMixin, RankingCardMixin, AdapterMix
         if args.disable_dropout:
             stop_dropout(self.model)
         self._set_up_rankings(data_collator)
+        write_reward_input(self.model.config, self.reward_input)
+
+    def _prepare_dataset(self, dataset, processing_class, args, dataset_name):
+        if self.reward_input is None:  # the training data come first
+            kind = self._kind_of(dataset)
+            if args.bare_texts and kind == "text" and self._are_plain_pairs(get_dataset_column_names(dataset)):
+                raise ValueError(
+                    "`bare_texts` is for rankings: pairs go to TRL, which adds an end-of-sequence token. Leave it out, "
+                    "or give the pairs a column `tie`, false where one is better."
+                )
+            self.reward_input = input_in_training(processing_class, kind, args.bare_texts)
+        how = input_in_training(processing_class, "text", args.bare_texts)
+        self._tokenize_ranking = partial(tokenize_for_reward, how=how)
+        return super()._prepare_dataset(dataset, processing_class, args, dataset_name)
+
+    def _kind_of(self, dataset: Dataset | IterableDataset) -> str:
+        """`kind` of [`RewardInput`]."""
+        columns = set(get_dataset_column_names(dataset))
+        are_ids_of_rankings = set(self._tokenized_columns) <= columns and not self._are_plain_pairs(columns)
+        if are_ids_of_rankings or IDS_OF_PAIRS <= columns or LEGACY_IDS_OF_PAIRS <= columns:
+            return "tokens"
+        return "chat" if is_conversational(next(iter(dataset), {})) else "text"
+
+    @staticmethod
+    def _are_plain_pairs(columns) -> bool:
+        """Whether the parent reads them."""
+        return "chosen" in columns and not has_tied_pairs(columns) and not is_ranking(columns)
 
     @property
     def _trains_head(self) -> bool:

@@ -21,6 +21,7 @@ from .ranking_collator import DataCollatorForRanking
 from .ranking_data import is_ranking
 from .ranking_metrics import baseline_nll, means_of_sums, ranking_sums
 from .ranking_preparation import has_tied_pairs, prepare_ranking_dataset, ranks_of, starting_log_tie
+from .reward_inputs import RewardInput
 from .shared_prefix import attention_mask
 from .tie_parameters import (
     TIE_PARAMETERS_FILE,
@@ -64,6 +65,7 @@ class RankingMixin:
     _has_rankings = None  # likewise
     _saved_with_model = (TIE_PARAMETERS_FILE,)
     _is_chat = False  # whether what it was trained on are conversations
+    reward_input: RewardInput | None = None  # what a reward model reads, once the training data has been seen
 
     def _set_up_rankings(self, data_collator) -> None:
         """To be called when the parent's `__init__` has prepared model and data."""
@@ -331,12 +333,8 @@ class RankingMixin:
                 state_dict, _ = split_state_dict(state_dict, TIE_PARAMETERS_NAME)
         with self._without_ties():
             super()._save(output_dir, state_dict)
-        if self._is_adapter_on_rankings and self.args.should_save:
+        if isinstance(self._model, PeftModel) and self.args.should_save:
             save_beside_adapter(self._model, output_dir or self.args.output_dir)
-
-    @property
-    def _is_adapter_on_rankings(self) -> bool:
-        return isinstance(self._model, PeftModel) and "ranking_model" in self._model.config.to_dict()
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         if self.is_fsdp_enabled:  # one sharded state for all

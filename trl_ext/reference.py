@@ -27,8 +27,8 @@ def take_up_start(reference: nn.Module | None, policy, is_sharded: bool) -> None
     if reference is None or not isinstance(policy, PreTrainedModel) or is_quantized(policy):
         return
     reference = extract_model_from_parallel(reference)
+    num_tokens, num_loaded = (model.config.get_text_config().vocab_size for model in (policy, reference))
     if is_sharded:
-        num_tokens, num_loaded = (model.config.get_text_config().vocab_size for model in (policy, reference))
         if num_tokens != num_loaded:
             raise ValueError(
                 f"`model` has a vocabulary of {num_tokens} tokens, and the reference, which is loaded from where `model` "

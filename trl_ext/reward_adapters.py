@@ -14,6 +14,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from .compat import get_config_model_id
 from .new_layers import unquantized
 from .precision import cast_input
+from .reward_inputs import REWARD_INPUT, write_reward_input
 from .shared_base import (
     MAIN,
     base_of_adapter,
@@ -76,10 +77,6 @@ class RewardAdapterMixin:
         tokenizer = self.reward_processing_classes[index]
         if tokenizer is None:
             tokenizer = tokenizer_of_adapter(path, self.args.trust_remote_code)
-        if tokenizer.pad_token_id is None:
-            tokenizer.pad_token = tokenizer.eos_token
-        # The score is that of the last token that is no padding
-        reward_model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
         self.reward_funcs[index] = self.accelerator.prepare_model(
             reward_model, device_placement=False, evaluation_mode=True
         )
@@ -180,12 +177,15 @@ def reward_model_of_its_own(path: str, **model_init_kwargs) -> PeftModel:
 
 def load_adapter(model: PreTrainedModel, path: str) -> PeftModel:
     """
-    `PeftModel.from_pretrained`, for inference, with the head in the precision it was trained in; an error says what to
-    do about an adapter that does not fit.
+    `PeftModel.from_pretrained`, for inference, with the head in the precision it was trained in, and the note of how in
+    its config; an error says what to do about an adapter that does not fit.
     """
     for name in SEQ_CLS_HEAD_NAMES:
         if name in model._modules:
             model._modules[name].float().register_forward_pre_hook(cast_input)
+    note = read_config(path).get(REWARD_INPUT)
+    if note is not None:
+        write_reward_input(model.config, note)
     try:
         return PeftModel.from_pretrained(model, path)
     except (RuntimeError, ValueError, KeyError) as error:

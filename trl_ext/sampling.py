@@ -43,7 +43,6 @@ UNALTERED = {
     "logit_bias": None,
     "allowed_token_ids": None,
     "structured_outputs": None,
-    "vllm_structured_outputs_regex": None,
     "logits_processors": None,
     "watermarking_config": None,
     "dola_layers": None,

@@ -8,6 +8,8 @@ from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel
 
+from .shared_prefix import common_prefix_length, last_real_token
+
 
 def has_score_head(model: nn.Module) -> bool:
     """Whether it is one of transformers' causal models that score texts, those with a `score` head."""
@@ -36,6 +38,18 @@ def scores_of_all_tokens(model: PreTrainedModel | PeftModel) -> Iterator[None]:
 
 
 @torch.inference_mode()
+def scores_of_tokens(model: PreTrainedModel | PeftModel, sequences: list[list[int]]) -> torch.Tensor:
+    """`(N, L)`, float32: a causal reward model's score of the text that each token ends; anything after its end."""
+    pad_token_id = model.config.get_text_config().pad_token_id
+    rows = [torch.tensor(sequence) for sequence in sequences]
+    input_ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=pad_token_id)
+    lengths = torch.tensor([len(sequence) for sequence in sequences])
+    mask = (torch.arange(input_ids.size(1)) < lengths.unsqueeze(1)).long()
+    with scores_of_all_tokens(model):
+        outputs = model(input_ids=input_ids.to(model.device), attention_mask=mask.to(model.device), use_cache=False)
+    return outputs.logits.squeeze(-1).float()
+
+
 def prefix_scores(
     model: PreTrainedModel | PeftModel, prompt_ids: list[list[int]], completion_ids: list[list[int]]
 ) -> list[torch.Tensor]:
@@ -49,15 +63,47 @@ def prefix_scores(
     Returns:
         `list[torch.Tensor]`: N of shape `(1 + T_n,)`, float32.
     """
-    sequences = [torch.tensor(prompt + ids) for prompt, ids in zip(prompt_ids, completion_ids, strict=True)]
-    pad_token_id = model.config.get_text_config().pad_token_id
-    input_ids = torch.nn.utils.rnn.pad_sequence(sequences, batch_first=True, padding_value=pad_token_id)
-    lengths = torch.tensor([len(sequence) for sequence in sequences])
-    mask = (torch.arange(input_ids.size(1)) < lengths.unsqueeze(1)).long()
-    with scores_of_all_tokens(model):
-        outputs = model(input_ids=input_ids.to(model.device), attention_mask=mask.to(model.device), use_cache=False)
-    scores = outputs.logits.squeeze(-1).float()
+    scores = scores_of_tokens(model, [prompt + ids for prompt, ids in zip(prompt_ids, completion_ids, strict=True)])
     return [
         row[len(prompt) - 1 : len(prompt) + len(ids)]
         for row, prompt, ids in zip(scores, prompt_ids, completion_ids, strict=True)
     ]
+
+
+def scores_of_prefixes_and_whole(
+    model: PreTrainedModel | PeftModel,
+    prompt_ids: list[list[int]],
+    completion_ids: list[list[int]],
+    whole_ids: list[list[int]],
+    max_length: int | None = None,
+) -> tuple[list[torch.Tensor], torch.Tensor]:
+    """
+    [`prefix_scores`], and the scores of the whole texts as the model is asked about them otherwise. Those may hold more
+    than the policy's own tokens (what a chat template puts after a turn, an end that the policy has not reached) or
+    less; where one is the beginning of the other, both are read off one row.
+
+    Args:
+        model, prompt_ids, completion_ids: As [`prefix_scores`] takes them.
+        whole_ids (`list[list[int]]`): N, what the model reads of prompt and completion.
+        max_length (`int`, *optional*): So many tokens of each are run at most; the scores of longer ones mean nothing.
+
+    Returns:
+        `tuple[list[torch.Tensor], torch.Tensor]`: N of shape `(1 + T_n,)`, and `(N,)`; float32.
+    """
+    pad_token_id = model.config.get_text_config().pad_token_id
+    own = [prompt + ids for prompt, ids in zip(prompt_ids, completion_ids, strict=True)]
+    rows, row_of_whole = list(own), []
+    for n, (ids, whole) in enumerate(zip(own, whole_ids, strict=True)):
+        if common_prefix_length([ids, whole]) == min(len(ids), len(whole)):
+            rows[n] = max(ids, whole, key=len)
+            row_of_whole.append(n)
+        else:
+            row_of_whole.append(len(rows))
+            rows.append(whole)
+    scores = scores_of_tokens(model, [row[:max_length] for row in rows])
+    prefixes = [
+        row[len(prompt) - 1 : len(prompt) + len(ids)]
+        for row, prompt, ids in zip(scores, prompt_ids, completion_ids, strict=False)
+    ]
+    ends = [last_real_token(whole, pad_token_id) for whole in whole_ids]
+    return prefixes, scores[row_of_whole, torch.tensor(ends).clamp(max=scores.size(1) - 1)]

@@ -74,8 +74,9 @@ class StoppingMixin:
         """Options that the engine samples with, those at None left out."""
         given = self.args.generation_kwargs or {}
         if self.use_vllm:
-            names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "vllm_structured_outputs_regex")
-            settings = {name: getattr(self.args, name) for name in names} | given
+            names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+            structure = {"structured_outputs": self.args.vllm_structured_outputs_regex}
+            settings = structure | {name: getattr(self, name) for name in names} | given
         elif self.use_transformers_continuous_batching:  # which asks the model's generation config for nothing
             settings = self.generation_config.to_dict()
         else:
@@ -154,13 +155,17 @@ class StoppingMixin:
         return batch
 
     def _terminated(self, batch) -> torch.Tensor:
+        """`(B,)`: [`_have_ended`] of a batch."""
+        lengths = batch["completion_mask"].sum(dim=1).clamp(min=1).tolist()
+        rows = [ids[:length] for ids, length in zip(batch["completion_ids"].tolist(), lengths, strict=True)]
+        return torch.tensor(self._have_ended(rows), device=batch["completion_ids"].device)
+
+    def _have_ended(self, completion_ids: list[list[int]]) -> list[bool]:
         """
-        `(B,)`: True where the completion ended by itself: its last token is an eos (or pad) id, TRL's notion, or
-        completes a stop string, and does not end a call that was not answered.
+        True where the completion ended by itself: its last token is an eos (or pad) id, TRL's notion, or completes a
+        stop string, and does not end a call that was not answered.
         """
-        last = (batch["completion_mask"].sum(dim=1, keepdim=True) - 1).clamp(min=0)
-        end_ids = torch.tensor([*self.eos_token_ids, self._tokenizer.pad_token_id], device=last.device)
-        has_ended = torch.isin(batch["completion_ids"].gather(1, last).squeeze(1), end_ids)
-        if self._ended_by_string is not None:
-            has_ended |= torch.tensor(self._ended_by_string, device=last.device)
-        return has_ended & ~torch.tensor(self._awaits_answer, device=last.device)
+        ends = {*self.eos_token_ids, self._tokenizer.pad_token_id}
+        by_string = self._ended_by_string or [False] * len(completion_ids)
+        rows = zip(completion_ids, by_string, self._awaits_answer, strict=True)
+        return [(ids[-1] in ends or met) and not awaits for ids, met, awaits in rows]

@@ -4,7 +4,7 @@ The tie parameters of a ranking likelihood, learned with a model and kept in its
 They are a child module of the model while it trains, and are part of its output there, so that distributed wrappers see
 them used. On disk they are two entries, `ranking_model` and `log_tie`, of `config.json`; or of `tie_parameters.json`
 beside an adapter, whose folder must not have a `config.json`: transformers would look for a whole model there. The
-latter also says how the base was quantized that the adapter's scores are for.
+latter also says how the base was quantized that the adapter's scores are for, and what it reads ([`reward_inputs`]).
 [`tie_parameters`] reads either.
 """
 
@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import ModelOutput
 
 from .child_modules import keep_out_of_saves
+from .reward_inputs import REWARD_INPUT
 from .shared_base import quantization_of
 
 
@@ -110,9 +111,12 @@ def write_to_config(model: PreTrainedModel | PeftModel, ranking_model: str, log_
 
 
 def save_beside_adapter(model: PeftModel, directory: str) -> None:
-    entries = {name: getattr(model.config, name) for name in ("ranking_model", "log_tie")}
-    entries["base_quantization"] = quantization_of(model)
-    (Path(directory) / TIE_PARAMETERS_FILE).write_text(json.dumps(entries, indent=2))
+    """Write what a config would say of the adapter's scores, if there is anything."""
+    config = model.config.to_dict()
+    entries = {name: config[name] for name in ("ranking_model", "log_tie", REWARD_INPUT) if name in config}
+    if entries:
+        entries["base_quantization"] = quantization_of(model)
+        (Path(directory) / TIE_PARAMETERS_FILE).write_text(json.dumps(entries, indent=2))
 
 
 def read_config(path: str) -> dict:
