@@ -8,13 +8,17 @@ import re
 import numpy as np
 import pytest
 import torch
-from conftest import PROMPTS, build_encoder, build_policy, count_good, scripted_rollout, settings
+from conftest import PROMPTS, build_encoder, build_policy, count_good, recorded, scripted_rollout, settings
 from datasets import Dataset
+from hypothesis import given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
 from peft import LoraConfig, PromptTuningConfig
 from transformers import BitsAndBytesConfig
 from trl import GRPOConfig, GRPOTrainer
 
 from trl_ext import A2CConfig, A2CTrainer, ActorCriticConfig, PPOConfig, PPOTrainer, ReinforceConfig, load_rollouts
+from trl_ext.prompts import check_prompts, cut_to_context
 
 
 def make(model, tokenizer, tmp_path, reward_funcs=count_good, prompts=PROMPTS, config=None, **kwargs):
@@ -116,11 +120,103 @@ def test_too_long_prompt_is_refused(policy, tokenizer, tmp_path):
         make(policy, tokenizer, tmp_path, prompts=["a", "good " * 60, "a", "b"])
 
 
-def test_too_long_prompt_of_a_stream_is_refused(policy, tokenizer, tmp_path):
-    stream = Dataset.from_dict({"prompt": ["good " * 60] * 8}).to_iterable_dataset()
-    trainer = A2CTrainer(policy, count_good, A2CConfig(**settings(tmp_path)), stream, processing_class=tokenizer)
-    with pytest.raises(ValueError, match="60 tokens.*leaves 58"):
+LONG = " ".join(["good"] * 60)
+CHATS = [[{"role": "user", "content": text}] for text in ["a", "b a", LONG, "c"]]
+
+
+@pytest.mark.parametrize("texts, num_tokens", [(["a", "b a", LONG, "c"], 60), (CHATS, 62)])
+def test_too_long_prompts_are_refused_wherever_one_can_look(policy, tokenizer, tmp_path, texts, num_tokens):
+    """Chats with what their template adds; data for evaluation, given at the start, in a dict or later on."""
+    message = f"row 2 of the dataset has {num_tokens} tokens.*leaves 58 .1 rows of `%s` are too long"
+    data, short = Dataset.from_dict({"prompt": texts}), Dataset.from_dict({"prompt": [*texts[:2], *texts[:2]]})
+    with pytest.raises(ValueError, match=message % "train_dataset"):
+        make(policy, tokenizer, tmp_path, prompts=texts)
+    with pytest.raises(ValueError, match=message % "eval_dataset"):
+        make(policy, tokenizer, tmp_path, prompts=short["prompt"], eval_dataset=data)
+    with pytest.raises(ValueError, match=message % r"eval_dataset\['b'\]"):
+        make(policy, tokenizer, tmp_path, prompts=short["prompt"], eval_dataset={"a": short, "b": data})
+    trainer = make(policy, tokenizer, tmp_path, prompts=short["prompt"], eval_dataset=short)
+    with pytest.raises(ValueError, match=message % "eval_dataset"):
+        trainer.evaluate(data)
+
+
+@given(st.lists(st.lists(st.text("aé好", max_size=12), min_size=1, max_size=3), min_size=1, max_size=5), st.booleans())
+@hypothesis_settings(max_examples=40, deadline=None)
+def test_no_prompt_is_too_long_unseen(rows, are_chats):
+    """By counting each, of a tokenizer of bytes that adds a beginning, in a template that says much."""
+    prompts = [[{"role": "user", "content": text} for text in row] if are_chats else "a" + row[0] for row in rows]
+
+    def lengths_of(prompts):
+        texts = ["".join(f"<|message|>{m['content']}" for m in p) if are_chats else p for p in prompts]
+        return [1 + len(text.encode()) for text in texts]
+
+    longest = max(lengths_of(prompts))
+    data = Dataset.from_dict({"prompt": prompts})
+    check_prompts(data, "`data`", lengths_of, longest)
+    with pytest.raises(ValueError, match=f"row {lengths_of(prompts).index(longest)} of the dataset has {longest} tok"):
+        check_prompts(data, "`data`", lengths_of, longest - 1)
+
+
+@pytest.mark.parametrize("prompts", [[*["a", "b a", LONG, "c"] * 2], CHATS * 2])
+def test_too_long_prompts_of_a_stream_are_cut_and_counted(policy, tokenizer, tmp_path, prompts, caplog):
+    """From the left, and the run goes on; in an evaluation too."""
+    stream = Dataset.from_dict({"prompt": prompts}).to_iterable_dataset()
+    args = A2CConfig(**settings(tmp_path, max_steps=3))
+    trainer = recorded(A2CTrainer)(policy, count_good, args, stream, stream, processing_class=tokenizer)
+    trainer.train()
+    trainer.evaluate()
+    whole = (
+        trainer._tokenizer(LONG)["input_ids"]
+        if prompts[2] == LONG
+        else tokenizer.apply_chat_template(prompts[2], add_generation_prompt=True)["input_ids"]
+    )
+    cut = [
+        ids[mask.bool()].tolist()
+        for batch in trainer.rollouts
+        for ids, mask in zip(batch["prompt_ids"], batch["prompt_mask"], strict=True)
+        if mask.sum() > 10
+    ]
+    assert all(ids == whole[-58:] for ids in cut)
+    logs = trainer.state.log_history
+    num_cut = [4 * entry.get("prompts/clipped_ratio", 0) for entry in logs]
+    assert len(cut) == sum(num_cut) + 2 >= 4 and logs[-1]["eval_prompts/clipped_ratio"] == 2 / 8
+    assert caplog.text.count("prompts of a rollout have more than the 58 tokens") == 1
+    assert "lost their first tokens" in caplog.text
+
+
+def test_a_cut_prompt_keeps_its_beginning_of_sequence():
+    assert cut_to_context([1, 5, 6, 7, 8], 3, bos_token_id=1) == [1, 7, 8]
+    assert cut_to_context([4, 5, 6, 7, 8], 3, bos_token_id=1) == [6, 7, 8]
+    assert cut_to_context([1, 5, 6], 3, bos_token_id=None) == [1, 5, 6]
+    assert cut_to_context([1, 5, 6], 1, bos_token_id=1) == [6]
+
+
+@pytest.mark.parametrize("empty", [None, ""])
+def test_a_row_without_a_prompt_is_named(policy, tokenizer, tmp_path, empty):
+    """In all data, also in what is only seen as it comes, which is shuffled then."""
+    data = Dataset.from_dict({"prompt": [*PROMPTS[:5], empty, *PROMPTS[5:]]})
+    message = f"%s has an empty prompt in row 5: {empty!r}. Remove it"
+    with pytest.raises(ValueError, match=message % "`train_dataset`"):
+        make(policy, tokenizer, tmp_path, prompts=data["prompt"])
+    with pytest.raises(ValueError, match=message % "`eval_dataset`"):
+        make(policy, tokenizer, tmp_path, eval_dataset=data)
+    args = A2CConfig(**settings(tmp_path, max_steps=6))
+    stream = data.to_iterable_dataset()
+    trainer = A2CTrainer(policy, count_good, args, stream, {"x": stream}, processing_class=tokenizer)
+    with pytest.raises(ValueError, match=message % "`train_dataset`"):
         trainer.train()
+    with pytest.raises(ValueError, match=message % "`eval_dataset`"):
+        trainer.evaluate()
+
+
+def test_prompts_of_another_kind_are_refused(policy, tokenizer, tmp_path):
+    with pytest.raises(TypeError, match="`train_dataset` has a prompt in row 0 that is neither.*: 3 .`int`."):
+        make(policy, tokenizer, tmp_path, prompts=[3, 4, 5, 6])
+
+
+def test_completions_as_long_as_the_context_are_refused(policy, tokenizer, tmp_path):
+    with pytest.raises(ValueError, match="`max_completion_length=64` leaves no room.*context has 64 positions"):
+        make(policy, tokenizer, tmp_path, config={"max_completion_length": 64})
 
 
 def test_dataset_smaller_than_a_rollout_is_refused(policy, tokenizer, tmp_path):

@@ -58,6 +58,24 @@ def test_each_prompt_has_n_scored_completions(policy_path, reward_model_path, ch
     assert len(set(with_model["score"])) > 1
 
 
+def test_samples_can_be_sampled_from_again(policy_path, prompts, tmp_path):
+    """Their own `prompt_index` goes to the reward functions, and what is returned counts the rows that were given."""
+    seen = []
+
+    def constant(completions, prompt_index=None, **kwargs):
+        seen.append(prompt_index)
+        return [1.0] * len(completions)
+
+    sampler = sampler_of(policy_path, prompts, tmp_path, constant, num_generations=2)
+    first = sampler.sample(prompts.select([3, 1]))
+    second = sampler.sample(first)
+    assert first["prompt_index"] == [0, 0, 1, 1] and second["prompt_index"] == [0, 0, 1, 1, 2, 2, 3, 3]
+    assert second["prompt"] == [first[i]["prompt"] for i in second["prompt_index"]]
+    assert (
+        second.column_names == first.column_names and seen[0] is None and sorted(seen[1]) == sorted([0, 0, 1, 1] * 2)
+    )
+
+
 def samples_of(scores, completions=None):
     rows = [(i, n) for i, group in enumerate(scores) for n in range(len(group))]
     return Dataset.from_dict(

@@ -37,7 +37,6 @@ from .checks import (
     check_base_for_vllm,
     check_dataset_size,
     check_prefix_rewards,
-    check_prompts,
     check_turn_rewards,
     checked_args,
     checked_rollout,
@@ -59,6 +58,7 @@ from .losses import value_loss
 from .notices import Notices
 from .passes import PassesMixin
 from .policy_card import PolicyCardMixin
+from .prompts import check_context
 from .pushing import PushMixin
 from .reference import take_up_start
 from .reporting import ReportingMixin
@@ -175,9 +175,11 @@ class ActorCriticTrainer(
         text_config = self.model.config.get_text_config()
         context = getattr(text_config, "max_position_embeddings", None)  # absent where positions are unbounded
         self.max_prompt_length = None if context is None else context - (self.max_completion_length or 1)
+        check_context(self.max_prompt_length, self.max_completion_length or 1)
         if isinstance(self.train_dataset, Dataset):
             check_dataset_size(self.train_dataset, args.generation_batch_size // args.num_generations)
-            check_prompts(self.train_dataset, self._tokenizer, self.max_prompt_length)
+        self._check_prompts("train_dataset", self.train_dataset)
+        self._check_prompts("eval_dataset", self.eval_dataset)
 
         self.kl_controller = KLController(args.kl_in_reward, args.kl_target, args.kl_horizon)
         self._policy = self.model  # before any distributed wrapper

@@ -16,6 +16,7 @@ from .reinforce import ReinforceTrainer
 
 
 ROW = "prompt_index"
+INPUT_ROW = "_row_of_sample"  # beside the dataset's own columns, one of which may be called as above
 
 
 class CompletionSampler(ReinforceTrainer):
@@ -37,7 +38,7 @@ class CompletionSampler(ReinforceTrainer):
             (the weighted sum of rewards; null where none applies) and `reward/<name>` of each function.
         """
         self._samples = []
-        self.evaluate(prompts.add_column(ROW, list(range(len(prompts)))))
+        self.evaluate(prompts.add_column(INPUT_ROW, list(range(len(prompts)))))
         groups = defaultdict(list)
         for row in gather_object(self._samples):
             groups[row[ROW]].append(row)
@@ -53,7 +54,9 @@ class CompletionSampler(ReinforceTrainer):
         if self._samples is None:  # an evaluation of the user's own
             return rewards_per_func
         for example, completion, rewards in zip(inputs, completions, self._own_rewards(rewards_per_func), strict=True):
-            self._samples.append({ROW: example[ROW], "prompt": example["prompt"], "completion": completion, **rewards})
+            self._samples.append(
+                {ROW: example[INPUT_ROW], "prompt": example["prompt"], "completion": completion, **rewards}
+            )
         return rewards_per_func
 
 

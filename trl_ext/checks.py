@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Set
 import torch
 from datasets import Dataset
 from peft import PeftModel
-from transformers import AutoConfig, PreTrainedTokenizerBase
+from transformers import AutoConfig
 
 from .compat import get_config_model_id, is_async_callable
 from .dense_rewards import described, is_finite
@@ -55,40 +55,6 @@ def check_dataset_size(dataset: Dataset, prompts_per_rollout: int) -> None:
             "rollouts are dropped: there would be no training step. Add prompts, raise `num_generations`, or lower "
             "`per_device_train_batch_size`, `gradient_accumulation_steps` or `steps_per_generation`."
         )
-
-
-def check_prompts(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, max_prompt_length: int | None) -> None:
-    """
-    Refuse empty prompts, and text prompts that leave no room in the model's context, before anything is generated.
-
-    Every token holds at least one byte, so only texts with more bytes than the context has tokens are tokenized.
-    """
-    if "prompt" not in dataset.column_names:
-        return
-    for row, prompt in enumerate(dataset["prompt"]):
-        if len(prompt) == 0:
-            raise ValueError(
-                f"`train_dataset` has an empty prompt in row {row}. Remove it, e.g. with "
-                "`dataset.filter(lambda row: len(row['prompt']) > 0)`."
-            )
-        is_suspect = max_prompt_length is not None and isinstance(prompt, str)
-        if is_suspect and len(prompt.encode()) > max_prompt_length:
-            check_prompt_ids([tokenizer(prompt)["input_ids"]], max_prompt_length, where=f"row {row} of the dataset")
-
-
-def check_prompt_ids(prompt_ids: list[list[int]], max_prompt_length: int | None, where: str = "the batch") -> None:
-    """Refuse tokenized prompts that are empty or leave no room for a completion in the model's context."""
-    for ids in prompt_ids:
-        if len(ids) == 0:
-            raise ValueError(
-                f"A prompt in {where} has no tokens, so there is no state to generate from. Remove empty prompts from "
-                "the dataset, or use a tokenizer that adds a beginning-of-sequence token."
-            )
-        if max_prompt_length is not None and len(ids) > max_prompt_length:
-            raise ValueError(
-                f"A prompt in {where} has {len(ids)} tokens, but the model's context less `max_completion_length` "
-                f"leaves {max_prompt_length}. Shorten or filter the prompts, or lower `max_completion_length`."
-            )
 
 
 def check_completion_ids(completion_ids: list[list[int]], source: str) -> None:

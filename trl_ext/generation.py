@@ -9,9 +9,10 @@ import torch
 from peft import PeftModel
 
 from .adapters import can_merge, merged
-from .checks import check_completion_ids, check_prompt_ids
+from .checks import check_completion_ids
 from .decoding import decode, settings_of, why_not_decode
 from .precision import trainables_kept
+from .prompts import check_prompt_ids, check_prompts, cut_to_context, named_datasets, refuse_missing_prompt
 from .shared_base import is_quantized
 
 
@@ -24,10 +25,51 @@ class PolicyGenerationMixin:
 
     _merges = None  # whether to merge the adapter for generation, until the first one
 
+    _num_cut_prompts = 0  # of the rollout under way
+    _has_cut_prompts = False  # in any rollout yet
+    _evaluated_dataset = ()  # by the evaluation under way
+
+    # --- Prompts ---
+
+    def _check_prompts(self, name: str, datasets) -> None:
+        """Refuse what can be seen to be unusable before anything is generated of it."""
+
+        def lengths_of(prompts):
+            return [len(ids) for ids in super(PolicyGenerationMixin, self)._tokenize_prompts(prompts)[0]]
+
+        for dataset_name, dataset in named_datasets(name, datasets):
+            # An environment adds to the prompt, images are tokens, and `rollout_func` may do without a template
+            is_text = "prompt" in dataset.column_names and len(dataset) > 0 and isinstance(dataset[0]["prompt"], str)
+            is_as_given = not self._is_vlm and self.environment_factories is None
+            can_count = is_as_given and (is_text or self.rollout_func is None)
+            check_prompts(dataset, dataset_name, lengths_of if can_count else None, self.max_prompt_length)
+
+    def evaluate(self, eval_dataset=None, *args, **kwargs):
+        self._check_prompts("eval_dataset", eval_dataset)
+        return super().evaluate(eval_dataset, *args, **kwargs)
+
+    def get_eval_dataloader(self, eval_dataset=None):
+        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
+        self._evaluated_dataset = self.eval_dataset[dataset] if isinstance(dataset, str) else dataset
+        return super().get_eval_dataloader(eval_dataset)
+
+    def _generate_and_score_completions(self, inputs):
+        if not all(example.get("prompt", True) for example in inputs):  # of a stream: others were looked at before
+            is_training = self.model.training
+            dataset = self.train_dataset if is_training else self._evaluated_dataset
+            refuse_missing_prompt(dataset, "`train_dataset`" if is_training else "`eval_dataset`")
+        return super()._generate_and_score_completions(inputs)
+
     def _tokenize_prompts(self, prompts):
-        outputs = super()._tokenize_prompts(prompts)
-        check_prompt_ids(outputs[0], self.max_prompt_length)
-        return outputs
+        prompt_ids, images, fields = super()._tokenize_prompts(prompts)
+        check_prompt_ids(prompt_ids)
+        limit = self.max_prompt_length
+        self._num_cut_prompts = sum(limit is not None and len(ids) > limit for ids in prompt_ids)
+        if self._num_cut_prompts and not self._is_vlm:  # placeholders of images cannot be cut
+            prompt_ids = [cut_to_context(ids, limit, self._tokenizer.bos_token_id) for ids in prompt_ids]
+        return prompt_ids, images, fields
+
+    # --- Completions ---
 
     def _generate(self, prompts):
         self._turn_totals = [[] for _ in prompts]

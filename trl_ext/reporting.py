@@ -36,6 +36,7 @@ class ReportingMixin:
     | `approx_kl` | k3 of the KL between the same two, per token |
     | `target_kl_exceeded` | 1 where `target_kl` ended the epochs |
     | `first_step/ratio_deviation`, `first_step/kl` | mean of abs(ratio - 1), and k3 to the reference, before any update |
+    | `prompts/clipped_ratio` | share of prompts too long for the context, once there was one |
     | `tokens_per_second` | completion tokens of a rollout over the time until the next one |
 
     TRL's `frac_reward_zero_std` is dropped for single completions, whose groups have no spread.
@@ -43,6 +44,7 @@ class ReportingMixin:
 
     def _log_rollout(self, batch, mode: str) -> None:
         """Open the batch's rows in the completions table and measure throughput."""
+        self._log_cut_prompts(len(batch["scores"]), mode)
         if (self.num_generations if mode == "train" else self.num_generations_eval) == 1:
             self._metrics[mode].pop("frac_reward_zero_std", None)
         num_rows = len(batch["scores"]) * self.accelerator.num_processes
@@ -55,6 +57,24 @@ class ReportingMixin:
                 started, tokens = self._last_rollout
                 self._metrics[mode]["tokens_per_second"].append(tokens / (now - started))
             self._last_rollout = (now, batch["num_items_in_batch"].item())
+
+    def _log_cut_prompts(self, num_prompts: int, mode: str) -> None:
+        """Count the prompts that were too long for the context, from the first one on, and warn of that one."""
+        counts = self.accelerator.reduce(
+            torch.tensor([self._num_cut_prompts, num_prompts], device=self._scores.device)
+        )
+        num_cut, num_prompts = counts.tolist()
+        if num_cut and not self._has_cut_prompts:
+            self._has_cut_prompts = True
+            what = "go on beyond it, for they hold images" if self._is_vlm else "lost their first tokens"
+            logger.warning(
+                f"{num_cut} of {num_prompts} prompts of a rollout have more than the {self.max_prompt_length} tokens that "
+                f"the model's context less `max_completion_length` leaves, and {what}: the policy answers what it did "
+                "not read whole. Filter or shorten the prompts, or lower `max_completion_length`. "
+                "`prompts/clipped_ratio` counts them from now on."
+            )
+        if self._has_cut_prompts:
+            self._metrics[mode]["prompts/clipped_ratio"].append(num_cut / num_prompts)
 
     def _log_kl(self, logps: torch.Tensor, ref_logps: torch.Tensor, mask: torch.Tensor, mode: str) -> None:
         estimates = [token_mdp.kl_estimate(logps, ref_logps, name) for name in KL_ESTIMATORS]
