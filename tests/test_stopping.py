@@ -100,7 +100,7 @@ def is_ended(letters, prompt, ids):
 
 @pytest.mark.parametrize("truncation", ["penalty", "mask"])
 @pytest.mark.parametrize("by", ["generation_kwargs", "model", "NLPO"])
-def test_stop_strings(speller, letters, tmp_path, by, truncation):
+def test_stop_strings(speller, letters, tmp_path, caplog, by, truncation):
     sizes = {"per_device_train_batch_size": 16, "max_completion_length": 5}
     overrides = {"generation_kwargs": {"stop_strings": STOPS}, "truncation": truncation, **sizes}
     if by == "model":
@@ -124,6 +124,7 @@ def test_stop_strings(speller, letters, tmp_path, by, truncation):
         kinds.add("string" if by_text else "eos" if ids[-1] == 0 else "cut")
     assert {"string", "eos", "masked" if truncation == "mask" else "cut"} <= kinds
     assert batch["num_items_in_batch"] == sum(map(len, own_ids(batch)))
+    assert by == "NLPO" or "`stop_strings=['bca', 'cc']`" in caplog.text  # which keep from `compact_generation`
     if truncation == "penalty":
         logs, lengths = trainer.state.log_history[0], batch["completion_mask"].sum(dim=1)[batch["terminated"]].float()
         assert logs["completions/clipped_ratio"] == pytest.approx(1 - len(lengths) / 16)

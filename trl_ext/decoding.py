@@ -99,8 +99,6 @@ def why_not_decode(model: PreTrainedModel | PeftModel, settings: dict, model_inp
     for name, usual in {"generate": GENERATE, "prepare_inputs_for_generation": PREPARE_INPUTS}.items():
         if getattr(type(base), name) is not usual:
             return f"{type(base).__name__} has a method `{name}` of its own"
-    if set(model_inputs) != {"input_ids", "attention_mask"}:
-        return f"`generate` is given {named(set(model_inputs) - {'input_ids', 'attention_mask'})} as well"
     missing = {"max_new_tokens", "eos_token_id", "pad_token_id"} - set(settings)
     if missing:
         return f"the generation config has no {named(missing)}"
@@ -108,6 +106,8 @@ def why_not_decode(model: PreTrainedModel | PeftModel, settings: dict, model_inp
     unknown = [f"{name}={settings[name]!r}" for name in sorted(others) if NEUTRAL.get(name) != settings[name]]
     if unknown:
         return f"the generation config has {named(unknown)}, which is left to `generate`"
+    if set(model_inputs) != {"input_ids", "attention_mask"}:
+        return f"`generate` is given {named(set(model_inputs) - {'input_ids', 'attention_mask'})} as well"
     cache_name = cache_argument(base)
     untaken = NEEDED - set(inspect.signature(base.forward).parameters)
     if untaken or cache_name is None:
