@@ -1,5 +1,6 @@
 """The ranking trainers against TRL's own, hand computation, identities and invariances."""
 
+import copy
 import itertools
 import json
 import math
@@ -42,6 +43,7 @@ from trl_ext import (
     tie_parameters,
 )
 from trl_ext.ranking import LISTWISE_MODELS, RANKING_MODELS, initial_log_tie
+from trl_ext.ranking_preparation import tokenize_for_dpo
 
 
 WITHOUT_TIE_PARAMETERS = [m for m in RANKING_MODELS if m not in ("rao_kupper", "davidson", "davidson_luce")]
@@ -547,6 +549,18 @@ def test_an_evident_preference_is_learned(tokenizer, tmp_path, task):
     assert before[accuracy] < 0.8 and after[accuracy] == 1.0 and after["eval_three_way_accuracy"] == 1.0
     assert after["eval_log_likelihood"] > after["eval_baseline_log_likelihood"] + 0.5
     assert after["eval_kendall_tau_b"] > before["eval_kendall_tau_b"]
+
+
+def test_tokenizers_without_an_end_of_sequence(tokenizer, tmp_path):
+    """As BERT's: a reward model reads the text alone, and a policy could not learn to stop."""
+    endless = copy.deepcopy(tokenizer)
+    endless.eos_token = None
+    data = Dataset.from_dict(FOUR_PAIRS).with_format("torch")
+    trainer = make("reward", endless, tmp_path, data)
+    expected = [[tokenizer(prompt + text)["input_ids"] for text in (" good", " bad")] for prompt in PROMPTS[:4]]
+    assert trainer.train_dataset["group_ids"][:] == expected
+    with pytest.raises(ValueError, match="no end-of-sequence token.*Set `tokenizer.eos_token`"):
+        tokenize_for_dpo({"prompt": "the", "completions": [" good", " bad"]}, endless)
 
 
 # --- Tie parameters ---

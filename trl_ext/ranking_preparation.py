@@ -136,6 +136,11 @@ def tokenize_for_dpo(row: dict, processing_class) -> dict:
             "The tokens of a prompt are not those that prompt and completion start with: the tokenizer merges across "
             "their border, or the chat template puts something between. They were split where they differ."
         )
+    if getattr(processing_class, "tokenizer", processing_class).eos_token is None and not is_conversational(row):
+        raise ValueError(
+            "The tokenizer has no end-of-sequence token, so the policy would not learn where its answers end. Set "
+            "`tokenizer.eos_token`, or give conversations, whose chat template ends them."
+        )
     return {"prompt_ids": prompt["input_ids"][:length], "completion_ids": [ids[length:] for ids in whole]}
 
 
