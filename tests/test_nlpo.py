@@ -1,6 +1,7 @@
 """NLPO: sampling, ratio and KL within the nucleus of a snapshot that is renewed."""
 
 import contextlib
+import copy
 import functools
 import logging
 import math
@@ -298,6 +299,16 @@ def state_space_models(tokenizer):
         "recurrent": lambda: RecurrentGemmaForCausalLM(RecurrentGemmaConfig(**common, **recurrent)),
         "hybrid": lambda: FalconH1ForCausalLM(FalconH1Config(**common, **both)),
     }
+
+
+def test_special_tokens_without_logits_are_no_actions(policy_path, tokenizer, prompts, tmp_path):
+    """As Gemma 3 1B's `<image_soft_token>`, or a token that was added and never used."""
+    larger = copy.deepcopy(tokenizer)
+    larger.add_special_tokens({"additional_special_tokens": ["<image_soft_token>"]})
+    assert max(larger.all_special_ids) == len(tokenizer)
+    trainer = make(policy_path, tmp_path, prompts, {"processing_class": larger}, max_steps=1)
+    trainer.train()
+    assert trainer.rollouts[0]["completion_ids"].max() < len(tokenizer)
 
 
 @pytest.mark.parametrize("family", ["mamba", "recurrent", "hybrid"])
