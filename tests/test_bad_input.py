@@ -147,7 +147,8 @@ def test_no_prompt_is_too_long_unseen(rows, are_chats):
     prompts = [[{"role": "user", "content": text} for text in row] if are_chats else "a" + row[0] for row in rows]
 
     def lengths_of(prompts):
-        texts = ["".join(f"<|message|>{m['content']}" for m in p) if are_chats else p for p in prompts]
+        said, each = "You are an assistant. " * 5, "<|message|>" * 8
+        texts = [said + "".join(each + m["content"] for m in p) if are_chats else p for p in prompts]
         return [1 + len(text.encode()) for text in texts]
 
     longest = max(lengths_of(prompts))
