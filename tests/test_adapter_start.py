@@ -183,12 +183,19 @@ def frozen(how, sft_path, policy_path, task):
     return model.merge_and_unload() if how == "merged" else model
 
 
-@pytest.mark.parametrize("how", ["loaded", "merged", "kbit", "quantized kbit", "by hand", "transformers"])
+@pytest.mark.parametrize("how", ["loaded", "merged", "kbit", "quantized kbit", "by hand"])
 @pytest.mark.parametrize("task", ["reward", "dpo", "ppo"])
 def test_what_does_not_train_is_refused(sft_path, policy_path, tmp_path, task, how):
     trainer = make(task, frozen(how, sft_path, policy_path, task), tmp_path)
     with pytest.raises(ValueError, match="None of the .* weights of `model` train.*is_trainable=True.*requires_grad_"):
         trainer.train()
+
+
+@pytest.mark.parametrize("task", ["reward", "dpo", "ppo"])
+def test_an_adapter_that_transformers_has_loaded_is_refused(sft_path, policy_path, tmp_path, task):
+    """At once where transformers could not save it, and when it is to be trained otherwise: it is frozen."""
+    with pytest.raises(ValueError, match="cannot save it.*Load it with PEFT|None of the .* weights of `model` train"):
+        make(task, frozen("transformers", sft_path, policy_path, task), tmp_path).train()
 
 
 @pytest.mark.parametrize("task", ACTOR_CRITIC)

@@ -34,6 +34,8 @@ and of `transformers.Trainer`: `_save_checkpoint`, `_save`, `_load_from_checkpoi
 `_save_rng_state`, `_load_rng_state`, and of its pushing `init_hf_repo`, `push_to_hub`, `_push_from_checkpoint`,
 `_finish_current_push` (the last step of `push_to_hub` before it uploads), `hub_model_id` (None until there is a repository, and in processes that do not push) and `push_in_progress.jobs` (of the
 model, then the checkpoint).
+
+of adapters: `add_adapter("ref", ...)` of the one called `default`, and `lm_head.bias`, in `__init__` and the fused forward.
 """
 
 import inspect
