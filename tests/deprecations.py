@@ -18,6 +18,7 @@ HANDS_ON = re.compile(
 )
 HANDS_ON_IN_PEFT = {"__getattr__", "forward", "generate"}
 SPEAKS_OF_IT = re.compile(r"deprecated|will be removed in", re.IGNORECASE)
+WITHIN = "`use_return_dict`"  # transformers' own models ask for it
 
 warn, handle = warnings.warn, logging.Logger.handle
 found: list[str] = []
@@ -59,7 +60,7 @@ def watched_handle(self, record):
 
 def keep(message, frame) -> None:
     caller = own_caller(frame)
-    if caller is not None:
+    if caller is not None and WITHIN not in str(message):
         found.append(f"{caller}: {message}")
 
 
