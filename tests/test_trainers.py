@@ -179,11 +179,11 @@ def test_kl_in_reward_stays_out_of_the_loss(policy_path, tokenizer, prompts, tmp
     """With equal advantages (none) the gradient of a KL in the loss would be the only one left."""
     args = A2CConfig(**settings(tmp_path, kl_in_reward=1e-9, vf_coef=0.0, max_steps=2))
     policy = AutoModelForCausalLM.from_pretrained(policy_path)
-    with torch.no_grad():
-        policy.lm_head.weight.mul_(1.5)  # off the reference
     trainer = A2CTrainer(
         policy, lambda completions, **kw: [0.0] * len(completions), args, prompts, processing_class=tokenizer
     )
+    with torch.no_grad():
+        policy.lm_head.weight.mul_(1.5)  # off the reference, which is the policy as it was given
     trainer.train()
     history = trainer.state.log_history
     assert history[0]["kl/k3"] > 1e-3 and history[0]["grad_norm"] < 1e-6
