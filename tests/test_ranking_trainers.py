@@ -42,7 +42,7 @@ from trl_ext import (
     ranking_nll,
     tie_parameters,
 )
-from trl_ext.ranking import LISTWISE_MODELS, RANKING_MODELS, initial_log_tie
+from trl_ext.ranking import LISTWISE_MODELS, RANKING_MODELS
 from trl_ext.ranking_preparation import tokenize_for_dpo
 
 
@@ -699,10 +699,6 @@ def test_rates_of_ties_are_those_of_the_training_data_alone(tokenizer, tmp_path,
     )
     _, tie, _ = predict_pair(torch.zeros(1), torch.zeros(1), *tie_parameters(trainer.model))
     assert tie.item() == pytest.approx(1 / 4, abs=1e-5)
-    # Pairs of a better and a worse completion say nothing of ties
-    pairs = Dataset.from_dict({"prompt": ["the"] * 4, "chosen": [" good"] * 4, "rejected": [" bad"] * 4})
-    trainer = make("reward", tokenizer, tmp_path, pairs, kwargs=kwargs, ranking_model=ranking_model)
-    assert trainer.model.config.log_tie == initial_log_tie([], ranking_model, 2)
 
 
 def test_one_large_tie_leaves_no_infinity_in_the_state(tokenizer, tmp_path, caplog):

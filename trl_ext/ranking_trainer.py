@@ -96,9 +96,9 @@ class RankingMixin:
 
     def _set_up_ties(self, datasets: list[Dataset | IterableDataset]) -> None:
         ranks = [ranks_of(dataset) for dataset in datasets]
-        # Of data to evaluate on only the sizes of ties are taken: their rates are for the model to predict
-        train_ranks = ranks[0] if self._holds_rankings(self.train_dataset) else []
-        log_tie, max_order = starting_log_tie(self.args, train_ranks, [row for rows in ranks for row in rows])
+        # The training data's come first. Of data to evaluate on only the sizes of ties are taken, their rates being for
+        # the model to predict; but where it is trained on pairs alone, nothing else says anything of ties
+        log_tie, max_order = starting_log_tie(self.args, ranks[0], [row for rows in ranks for row in rows])
         if self.args.ranking_model == "davidson_luce":
             self._max_tie_order = max_order  # of datasets that `evaluate` may be given
         if log_tie:
