@@ -30,6 +30,8 @@ from transformers import (
     ModernBertModel,
     RobertaConfig,
     RobertaForMaskedLM,
+    XLNetConfig,
+    XLNetModel,
 )
 
 from trl_ext import (
@@ -308,6 +310,11 @@ ENCODERS = {
         ModernBertConfig(**small(**SIZES, cls_token_id=1, sep_token_id=2, bos_token_id=1, eos_token_id=2)),
         {"head", "classifier"},
     ),
+    "xlnet": (
+        XLNetModel,
+        XLNetConfig(vocab_size=27, d_model=16, n_layer=1, n_head=2, d_inner=32, pad_token_id=0),
+        {"sequence_summary", "logits_proj"},
+    ),
 }
 
 
@@ -317,7 +324,7 @@ def scores(model):
 
 
 @pytest.mark.parametrize("kind", ENCODERS)
-def test_all_that_is_drawn_anew_is_trained_and_saved(tokenizer, tmp_path, kind):
+def test_all_that_is_drawn_anew_is_trained_and_saved(tokenizer, tmp_path, caplog, kind):
     """Loaded twice, as each load draws other weights, the model scores as the trainer's."""
     model_class, config, missing = ENCODERS[kind]
     path = str(tmp_path / "base")
@@ -330,6 +337,7 @@ def test_all_that_is_drawn_anew_is_trained_and_saved(tokenizer, tmp_path, kind):
     trained = {path for path in moved(trainer.model, start) if "modules_to_save" in path}
     new = {path.removeprefix("base_model.model.").partition(".modules_to_save.")[0] for path in trained}
     assert new == missing
+    assert "head stays as it is" not in caplog.text
     trainer.save_model()
     for seed in range(2):
         torch.manual_seed(seed)
@@ -341,7 +349,7 @@ def test_all_that_is_drawn_anew_is_trained_and_saved(tokenizer, tmp_path, kind):
     torch.testing.assert_close(scores(whole), scores(trainer.model), atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("how", ["pairs", "instance", "peft_model", "4bit"])
+@pytest.mark.parametrize("how", ["pairs", "instance", "peft_model", "4bit", "4bit by model_init_kwargs"])
 def test_whatever_way_a_model_comes_its_new_layers_are_saved(tokenizer, tmp_path, how):
     """Also where, as in TRL, they are not trained."""
     model_class, config, _ = ENCODERS["deberta-v2"]
@@ -349,7 +357,7 @@ def test_whatever_way_a_model_comes_its_new_layers_are_saved(tokenizer, tmp_path
     model_class(config).save_pretrained(path)
     tokenizer.save_pretrained(path)
     lora = LoraConfig(target_modules="all-linear" if how == "pairs" else ["query_proj"], r=2)
-    model, dataset, kwargs, quantized = path, None, {"peft_config": lora}, {}
+    model, dataset, kwargs, quantized, overrides = path, None, {"peft_config": lora}, {}, {}
     if how == "pairs":
         dataset = Dataset.from_dict(PAIRS)
     if how in ("instance", "peft_model"):
@@ -357,14 +365,35 @@ def test_whatever_way_a_model_comes_its_new_layers_are_saved(tokenizer, tmp_path
         kwargs["processing_class"] = tokenizer
     if how == "peft_model":
         model = get_peft_model(model, kwargs.pop("peft_config"))
-    if how == "4bit":
+    if how.startswith("4bit"):
         quantized = {"quantization_config": quantization_config("4bit")}
-    trainer = make("reward", model, tmp_path, dataset, kwargs | quantized)
+        kwargs, overrides = (
+            (kwargs | quantized, {}) if how == "4bit" else (kwargs, {"model_init_kwargs": {**quantized}})
+        )
+    trainer = make("reward", model, tmp_path, dataset, kwargs, **overrides)
     trainer.train()
     trainer.save_model()
     for seed in range(2):
         torch.manual_seed(seed)
         assert torch.equal(scores(reward_model_of_its_own(str(tmp_path), **quantized)), scores(trainer.model))
-        if how != "4bit":
+        if not quantized:
             base = AutoModelForSequenceClassification.from_pretrained(path, num_labels=1)
             assert torch.equal(scores(PeftModel.from_pretrained(base, str(tmp_path))), scores(trainer.model))
+
+
+def test_new_layers_that_cannot_be_had_are_refused(tokenizer, tmp_path):
+    """Of a model that was loaded with them quantized, and of an adapter that was saved without one of them."""
+    model_class, config, _ = ENCODERS["deberta-v2"]
+    path = str(tmp_path / "base")
+    model_class(config).save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    for bits in ("4bit", "8bit"):
+        config = {"num_labels": 1, "quantization_config": quantization_config(bits)}
+        model = AutoModelForSequenceClassification.from_pretrained(path, **config)
+        with pytest.raises(ValueError, match=r"llm_int8_skip_modules=\['pooler', 'classifier'\]"):
+            make("reward", model, tmp_path, kwargs={"processing_class": tokenizer, "peft_config": LoraConfig(r=2)})
+    model = AutoModelForSequenceClassification.from_pretrained(path, num_labels=1)
+    get_peft_model(model, LoraConfig(task_type="SEQ_CLS", target_modules=["query_proj"])).save_pretrained(tmp_path)
+    for use in (reward_model_of_its_own, lambda folder: merge_adapter(folder, str(tmp_path / "merged"))):
+        with pytest.raises(ValueError, match=r"without the layers \['pooler.dense'\].*modules_to_save"):
+            use(str(tmp_path))

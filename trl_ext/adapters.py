@@ -84,11 +84,14 @@ class AdapterMixin:
             own.revision = revision_of(model, given.get("args"), peft_config)
         self._new_layers = []
         if self._task_type == "SEQ_CLS" and (isinstance(peft_config, PeftConfig) or isinstance(model, PeftModel)):
-            self._new_layers = new_layers(model, given["args"].model_init_kwargs or {})
+            init_kwargs = given["args"].model_init_kwargs or {}
+            self._new_layers = new_layers(model, init_kwargs)
+            check_not_quantized(model, self._new_layers)
             if peft_config is not None and own.task_type == self._task_type:
                 save_whole(own, self._new_layers)
-            if given.get("quantization_config") is not None:
-                given["quantization_config"] = unquantized(given["quantization_config"], self._new_layers)
+            for holder in (given, init_kwargs):  # TRL takes it from either
+                if holder.get("quantization_config") is not None:
+                    holder["quantization_config"] = unquantized(holder["quantization_config"], self._new_layers)
         before = trainable_weights(model)
         has_reference = isinstance(model, PeftModel) and REFERENCE in model.peft_config
         try:
@@ -194,6 +197,20 @@ def check_savable(model) -> None:
             f"transformers has loaded the adapter of `model` into its base, and cannot save it ({error}). Load it with "
             "PEFT, `AutoPeftModelForCausalLM.from_pretrained(folder, is_trainable=True)`, which saves it itself."
         ) from error
+
+
+def check_not_quantized(model, layers: list[str]) -> None:
+    """Refuse layers without loaded weights that bitsandbytes was to quantize: it has not, and they fail when they run."""
+    if not isinstance(model, nn.Module):
+        return
+    modules = dict((model.get_base_model() if isinstance(model, PeftModel) else model).named_modules())
+    for path in layers:
+        if any(type(module).__module__.startswith("bitsandbytes") for module in modules[path].modules()):
+            raise ValueError(
+                f"The layers {layers} of `model` are new, and were to be quantized, which cannot be done with layers that "
+                f"are trained. Load it with `llm_int8_skip_modules={layers}` in the `BitsAndBytesConfig`, or pass its "
+                "folder or Hub id and the `quantization_config` to the trainer."
+            )
 
 
 def check_biases(model: nn.Module) -> None:

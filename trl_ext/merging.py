@@ -77,10 +77,10 @@ def merge_adapter(
     # Without a task type it may be either; its own head tells
     is_reward_model = config.task_type == "SEQ_CLS" or (config.task_type is None and bool(head_names(str(folder))))
     if is_reward_model:
-        check_reward_adapter(str(folder))
-        base = AutoModelForSequenceClassification.from_pretrained(
-            base_name, num_labels=1, dtype=torch.float32, **of_base
+        base, info = AutoModelForSequenceClassification.from_pretrained(
+            base_name, num_labels=1, dtype=torch.float32, output_loading_info=True, **of_base
         )
+        check_reward_adapter(str(folder), info["missing_keys"])
     else:
         base = AutoModelForCausalLM.from_pretrained(base_name, dtype=torch.float32, **of_base)
     fit_embeddings(base, str(folder), trust_remote_code)

@@ -143,7 +143,7 @@ class RankingRewardTrainer(RankingMixin, PushMixin, RankingCardMixin, AdapterMix
 
     @property
     def _trains_head(self) -> bool:
-        heads = tuple(f".{name}." for name in SEQ_CLS_HEAD_NAMES)
+        heads = tuple(f".{name}." for name in (*SEQ_CLS_HEAD_NAMES, *self._new_layers))
         trained = (name for name, weight in self.model.named_parameters() if weight.requires_grad)
         return any(head in name for name in trained for head in heads)
 

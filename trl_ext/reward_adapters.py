@@ -1,6 +1,7 @@
 """Reward models that are adapters: found among `reward_funcs`, and put on the policy's base where it is theirs too."""
 
 import copy
+from collections.abc import Collection
 from pathlib import Path
 
 import torch
@@ -12,7 +13,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreT
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from .compat import get_config_model_id
-from .new_layers import unquantized
+from .new_layers import new_layers, unquantized
 from .precision import cast_input
 from .reward_inputs import REWARD_INPUT, write_reward_input
 from .shared_base import (
@@ -107,13 +108,25 @@ def head_names(path: str) -> list[str]:
     ]
 
 
-def check_reward_adapter(path: str) -> None:
-    """Refuse an adapter without the head that its rewards come from."""
-    if not head_names(path):
+def check_reward_adapter(path: str, missing_weights: Collection[str]) -> None:
+    """
+    Refuse an adapter without what its rewards come from.
+
+    Args:
+        path (`str`): Folder or Hub id of the adapter.
+        missing_weights (`Collection[str]`): Names of the classifier's weights that its base does not hold: those of the
+            head, and with some encoders of a layer before it. Each load draws them anew.
+    """
+    held = {name.removeprefix("base_model.model.") for name in load_peft_weights(path, device="cpu")}
+    held |= {name.replace(".base_layer.", ".") for name in held}
+    layers = sorted({name.rpartition(".")[0] for name in missing_weights if name not in held})
+    if layers:
+        is_head = any(name in SEQ_CLS_HEAD_NAMES for name in layers) or not head_names(path)
+        without = "a score head" if is_head else f"the layers {layers} that come before its head"
         raise ValueError(
-            f"The reward model {path} is an adapter without a score head, so its rewards would be those of a random "
-            "one. It was trained with the wrong `task_type`, or saved without `modules_to_save`: train it again with "
-            "`RankingRewardTrainer`, or with `task_type='SEQ_CLS'` in the `LoraConfig`."
+            f"The reward model {path} is an adapter without {without}, so its rewards would be those of a random "
+            f"one. It was trained with the wrong `task_type`, or saved without `modules_to_save={layers}`: train it "
+            "again with `RankingRewardTrainer`, or with `task_type='SEQ_CLS'` and these in the `LoraConfig`."
         )
 
 
@@ -143,13 +156,13 @@ def reward_model_on_base(policy: PeftModel, path: str) -> PeftModel | None:
     starts = [str(getattr(config, "init_lora_weights", "")) for config in policy.peft_config.values()]
     if any(start.startswith(CHANGES_BASE) for start in starts):
         return None
-    check_reward_adapter(path)
     config = copy.deepcopy(base.config)
     config.num_labels = 1
     with torch.device("meta"):
         model = AutoModelForSequenceClassification.from_config(config)
     if "score" not in model._modules:
         return None
+    check_reward_adapter(path, [f"score.{name}" for name, _ in model.score.named_parameters()])
     setattr(model, model.base_model_prefix, frozen_base(policy))
     if saved_embeddings(model, path) is not None:  # which are not to be written over the policy's
         model.set_input_embeddings(copy.deepcopy(model.get_input_embeddings()))
@@ -164,13 +177,16 @@ def reward_model_on_base(policy: PeftModel, path: str) -> PeftModel | None:
 
 def reward_model_of_its_own(path: str, **model_init_kwargs) -> PeftModel:
     """The reward adapter at `path`, with its head, on a base of its own."""
-    check_reward_adapter(path)
     name, revision = base_of_adapter(path)
     model_init_kwargs |= {"num_labels": 1, "revision": revision}
     if model_init_kwargs.get("quantization_config") is not None:
         trained = list(getattr(PeftConfig.from_pretrained(path), "modules_to_save", None) or [])
+        trained += new_layers(name, model_init_kwargs)
         model_init_kwargs["quantization_config"] = unquantized(model_init_kwargs["quantization_config"], trained)
-    base = AutoModelForSequenceClassification.from_pretrained(name, **model_init_kwargs)
+    base, info = AutoModelForSequenceClassification.from_pretrained(
+        name, output_loading_info=True, **model_init_kwargs
+    )
+    check_reward_adapter(path, info["missing_keys"])
     fit_embeddings(base, path, model_init_kwargs.get("trust_remote_code", False))
     return load_adapter(base, path).eval()
 
