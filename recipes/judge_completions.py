@@ -24,16 +24,20 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from accelerate import PartialState
+from accelerate.logging import get_logger
 from actor_critic import import_reward
-from rank_completions import as_text, export
-from sample_completions import load_model, sample
+from rank_completions import as_text, check_export, export
+from sample_completions import context_of, load_model, num_tokens, sample
 from tqdm import tqdm
 from transformers import set_seed
 
 from trl_ext.collection import Item, Judgements, agreement, read_items
-from trl_ext.ranking_rows import ranks_of_scores
+from trl_ext.ranking_rows import located, ranks_of_scores
 from trl_ext.reward_models import RewardModel, load_reward_model
 
+
+logger = get_logger(__name__)
 
 QUESTION = """{rubric}
 
@@ -91,17 +95,34 @@ def function_scores(path: str) -> Callable[[Item], Scores]:
 
     def score(item):
         scores = reward(prompts=[item.prompt] * len(item.completions), completions=item.completions)
-        if len(scores) != len(item.completions):
-            raise ValueError(f"{path} returned {len(scores)} scores for {len(item.completions)} completions.")
-        return [None if s is None else float(s) for s in scores]
+        try:
+            numbers = [None if s is None else float(s) for s in scores]
+        except (TypeError, ValueError):
+            numbers = []
+        if len(numbers) != len(item.completions):
+            raise ValueError(
+                f"{path} returned {scores!r:.80} for {len(item.completions)} completions. Return a list with a number, or "
+                "None, for each."
+            )
+        return numbers
 
     return score
 
 
 def grades(path: str, rubric: str) -> Callable[[Item], Scores]:
-    """The grade that a language model gives, greedily; None where it gives none."""
+    """The grade that a language model gives, greedily; None where it gives none, or the question is too long for it."""
     model, tokenizer = load_model(path, "auto")
     greedy = argparse.Namespace(temperature=1e-6, top_p=1.0, max_completion_length=8)
+    context = context_of(model.config)
+
+    def fits(question):
+        if context is None or num_tokens(tokenizer, question) + greedy.max_completion_length <= context:
+            return True
+        logger.warning_once(
+            f"{path} has a context of {context} tokens, and some questions are longer. Their answers have no grade. Rank "
+            "shorter ones, or ask another model."
+        )
+        return False
 
     def score(item):
         questions = [
@@ -111,17 +132,23 @@ def grades(path: str, rubric: str) -> Callable[[Item], Scores]:
         if tokenizer.chat_template is not None:
             questions = [[{"role": "user", "content": question}] for question in questions]
         set_seed(0)
-        replies = [as_text(reply) for (reply,) in sample(model, tokenizer, questions, 1, greedy)]
-        numbers = [re.search(r"\b(10|[1-9])\b", reply) for reply in replies]
-        return [float(number[0]) if number else None for number in numbers]
+        fit = [fits(question) for question in questions]
+        asked = [question for question, is_asked in zip(questions, fit, strict=True) if is_asked]
+        replies = [as_text(reply) for (reply,) in sample(model, tokenizer, asked, 1, greedy)] if asked else []
+        numbers = (re.search(r"\b(10|[1-9])\b", reply) for reply in replies)
+        given = [float(number[0]) if number else None for number in numbers]
+        return [given.pop(0) if is_asked else None for is_asked in fit]
 
     return score
 
 
 def main() -> None:
     args = parse_args()
+    PartialState()  # loggers ask it which process this is
     source = args.reward_model or args.reward_func or args.judge_model
     try:
+        if args.export:
+            check_export(args.export)
         items = read_items(args.folder)
         judgements = Judgements(args.folder, "judge-" + (args.name or re.sub(r"[^\w.-]", "-", Path(source).name)))
         if args.reward_model:
@@ -133,7 +160,10 @@ def main() -> None:
     unjudged = 0
     for item in tqdm([item for item in items if item not in judgements], desc="Judging"):
         started = time.monotonic()
-        ranks = ranks_of_scores(score(item), args.tie_threshold)
+        try:
+            ranks = ranks_of_scores(located(f"item {item.id!r}", score, item), args.tie_threshold)
+        except ValueError as error:
+            sys.exit(f"error: {error}")
         if len(ranks) - ranks.count(None) < 2:
             ranks, unjudged = None, unjudged + 1
         judgements.record(item, ranks, time.monotonic() - started, "" if ranks else "no scores")

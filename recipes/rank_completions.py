@@ -246,9 +246,13 @@ def build_page(folder: str):
     return page
 
 
-def export(folder: str, file: str) -> None:
+def check_export(file: str) -> None:
     if Path(file).suffix not in (".parquet", ".jsonl"):
         raise ValueError(f"--export {file}: expected a name that ends in .parquet or .jsonl.")
+
+
+def export(folder: str, file: str) -> None:
+    check_export(file)
     dataset = collected_rankings(folder)
     Path(file).parent.mkdir(parents=True, exist_ok=True)
     dataset.to_parquet(file) if file.endswith(".parquet") else dataset.to_json(file)

@@ -106,7 +106,7 @@ def check_prompts(args: argparse.Namespace, prompts: dict[int, str | list]) -> N
     """
     for name in args.model_name_or_path:
         tokenizer = load_tokenizer(name)
-        context = getattr(AutoConfig.from_pretrained(name).get_text_config(), "max_position_embeddings", None)
+        context = context_of(AutoConfig.from_pretrained(name))
         for row, prompt in prompts.items():
             where = f"{args.dataset_name}, row {row}, column `{args.prompt_column}`"
             if not isinstance(prompt, str) and tokenizer.chat_template is None:
@@ -115,12 +115,11 @@ def check_prompts(args: argparse.Namespace, prompts: dict[int, str | list]) -> N
                     "Use a model that has one, or texts."
                 )
             try:
-                text = input_text(tokenizer, prompt)
+                length = num_tokens(tokenizer, prompt)
             except Exception as error:  # whatever the template raises
                 raise ValueError(
                     f"{where}: the chat template of {name} refuses it ({error}). Mend or remove the row."
                 ) from None
-            length = len(tokenizer(text, add_special_tokens=isinstance(prompt, str))["input_ids"])
             if length == 0:
                 raise ValueError(f"{where}: has no tokens for {name} to go on from. Fill or remove the row.")
             if context is not None and length + args.max_completion_length > context:
@@ -128,6 +127,16 @@ def check_prompts(args: argparse.Namespace, prompts: dict[int, str | list]) -> N
                     f"{where}: has {length} tokens, which with {args.max_completion_length} for the completion are more "
                     f"than the {context} of {name}. Shorten or remove the row, or lower --max_completion_length."
                 )
+
+
+def context_of(config) -> int | None:
+    """How many tokens a model was made for; None where that has no bound."""
+    return getattr(config.get_text_config(), "max_position_embeddings", None)  # absent from others
+
+
+def num_tokens(tokenizer, prompt: str | list) -> int:
+    """Of what the model is given to go on from."""
+    return len(tokenizer(input_text(tokenizer, prompt), add_special_tokens=isinstance(prompt, str))["input_ids"])
 
 
 def input_text(tokenizer, prompt: str | list) -> str:
@@ -201,7 +210,8 @@ def combine(args: argparse.Namespace, folder: Path) -> int:
     """Mix the models' completions, anonymous and in random order, into `completions.jsonl`."""
     rng = random.Random(args.seed)
     letters = rng.sample(LETTERS[: len(args.model_name_or_path)], len(args.model_name_or_path))
-    (folder / "models.json").write_text(json.dumps(dict(zip(letters, args.model_name_or_path, strict=True)), indent=2))
+    names = dict(zip(letters, args.model_name_or_path, strict=True))
+    (folder / "models.json").write_text(json.dumps(names, indent=2), encoding="utf-8")
     by_prompt = {}
     for number, letter in enumerate(letters):
         for row in read_lines(folder / f"samples-{number}.jsonl"):
@@ -231,7 +241,7 @@ def main() -> None:
     kept = folder / "settings.json"
     has_samples = any(file.stat().st_size for file in folder.glob("samples-*.jsonl"))
     try:
-        if has_samples and kept.is_file() and json.loads(kept.read_text()) != settings:
+        if has_samples and kept.is_file() and json.loads(kept.read_text(encoding="utf-8")) != settings:
             raise ValueError(
                 f"{folder} holds completions sampled with other settings ({kept}). Use another --output_dir, or the same "
                 "settings to go on."
@@ -241,7 +251,7 @@ def main() -> None:
     except (ValueError, OSError) as error:  # the latter where there is no such model
         sys.exit(f"error: {error}")
     prompts = list(rows.values())
-    kept.write_text(json.dumps(settings, indent=2))
+    kept.write_text(json.dumps(settings, indent=2), encoding="utf-8")
     sample_all(args, prompts, folder)
     count = combine(args, folder)
     print(f"{count} prompts with {args.num_completions} completions: {folder / COMPLETIONS_FILE}")

@@ -14,9 +14,16 @@ from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import pytest
+from accelerate import PartialState
 from conftest import PROMPTS, build_policy, ranking_settings
 from test_recipes import RECIPES, launch
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    GPT2Config,
+    GPT2ForSequenceClassification,
+    PreTrainedConfig,
+)
 
 from trl_ext import RankingRewardConfig, RankingRewardTrainer
 from trl_ext.collection import Judgements, agreement, all_judgements, collected_rankings, read_items
@@ -345,6 +352,7 @@ def test_all_lines_are_read_however_they_end(tmp_path, content):
         ([TEXTS | {"id": "\ude00"}], "line 1, column `id`: must be whole characters"),
         ([TEXTS, b'["a"]\n'], "line 2: must be one JSON object"),
         ([TEXTS, b"null\n"], "line 2: must be one JSON object"),
+        ([b'{"prompt": "a", "prompt": "b", "completions": ["x", "y"]}'], "line 1: must be one JSON.* each key once"),
         ([TEXTS, b'{"prompt": "caf\xe9", "completions": ["x", "y"]}\n'], "line 2: must be one JSON object, in UTF-8"),
         ([json.dumps(TEXTS).encode("utf-16")], "line 1: must be one JSON object, in UTF-8"),
         ([TEXTS, b'{"prompt": "b", "compl'], "line 2: must be one JSON object.*if it was cut"),
@@ -598,9 +606,45 @@ def test_grades_are_read_from_what_a_language_model_says(folder, page, monkeypat
         asked.extend(questions)
         return [[next(reply for word, reply in replies.items() if f" {word} " in question)] for question in questions]
 
-    monkeypatch.setattr(judge, "load_model", lambda *args: (None, SimpleNamespace(chat_template=None)))
+    model = SimpleNamespace(config=PreTrainedConfig())
+    monkeypatch.setattr(judge, "load_model", lambda *args: (model, SimpleNamespace(chat_template=None)))
     monkeypatch.setattr(judge, "sample", sample)
     score = judge.grades("judge", "Is it kind?")
     item = next(item for item in read_items(folder) if len(item.completions) == 4)
     assert score(item) == [10.0, 3.0, 3.0, None]
     assert "Is it kind?" in asked[0] and item.prompt in asked[0] and item.completions[0] in asked[0]
+
+
+def test_what_is_too_long_for_a_judge_has_no_score(folder, policy_path, tokenizer, page, monkeypatch, caplog):
+    """Of a language model the questions, of a reward model the texts, where no trainer has set up the logger."""
+    judge = importlib.import_module("judge_completions")
+    with open(folder / "completions.jsonl", "a") as file:
+        file.write(json.dumps({"prompt": "the film", "completions": [" good", " good" * 60]}))
+    item = read_items(folder)[-1]
+    asked = []
+    monkeypatch.setattr(judge, "sample", lambda *args: asked.extend(args[2]) or [["7"] for _ in args[2]])
+    assert judge.grades(policy_path, "Is it?")(item) == [7.0, None] and len(asked) == 1
+    settings = {"n_embd": 8, "n_layer": 1, "n_head": 1, "n_positions": 12, "vocab_size": len(tokenizer)}
+    config = GPT2Config(**settings, num_labels=1, pad_token_id=0, reward_input={"kind": "text", "pad_token": "<pad>"})
+    GPT2ForSequenceClassification(config).save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+    PartialState._reset_state()
+    first, second = judge.reward_model_scores(str(folder / "model"), [item.prompt])(item)
+    assert first is not None and second is None
+    assert [w in caplog.text for w in ("has a context of 64 tokens", "has learned 12 positions")] == [True, True]
+
+
+@pytest.mark.parametrize("returned", ["None", "0.5", "[1.0]", "['good', 'bad']"])
+def test_what_a_function_does_not_score_is_named(folder, page, monkeypatch, returned):
+    judge = importlib.import_module("judge_completions")
+    monkeypatch.setattr(judge, "import_reward", lambda path: eval(f"lambda **columns: {returned}"))
+    command = ["judge", "--folder", str(folder), "--reward_func", "mine.reward"]
+    monkeypatch.setattr(sys, "argv", command)
+    item_id = read_items(folder)[0].id
+    with pytest.raises(
+        SystemExit, match=re.escape(f"item '{item_id}', mine.reward returned {returned} for 2 completions")
+    ):
+        judge.main()
+    monkeypatch.setattr(sys, "argv", [*command, "--export", "rankings.csv"])
+    with pytest.raises(SystemExit, match="ends in .parquet or .jsonl"):
+        judge.main()

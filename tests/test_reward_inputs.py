@@ -426,3 +426,21 @@ def test_prefix_rewards_leave_the_advantages_of_a_critic_that_starts_there(
     assert update["values"][own].abs().max() == 0  # what is still to come of what has been paid
     assert results[0][own].std() > 0.1
     torch.testing.assert_close(results[1][own], results[0][own], atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "note",
+    [
+        "text",
+        {"kind": "text"},
+        {"kind": "plain", "pad_token": "<pad>"},
+        {"kind": "text", "pad_token": "<pad>", "eos": ""},
+    ]
+    + [{"kind": "text", "pad_token": "<pad>", "special_tokens": "<bos>"}],
+)
+def test_a_note_that_cannot_be_read_is_refused(tokenizer, note):
+    """People write it, where a warning advises them to."""
+    with pytest.raises(
+        ValueError, match="`reward_input` in the reward model's config must have a `kind`.*Mend or remove"
+    ):
+        RewardModel(build_reward_model(tokenizer, reward_input=note), tokenizer, "it")

@@ -53,15 +53,22 @@ def numbered_lines(file: Path, is_log: bool = False) -> Iterator[tuple[int, dict
             yield number, record
         elif line.strip() and not (is_log and number == len(lines)):
             raise ValueError(
-                f"{file}, line {number}: must be one JSON object, in UTF-8, got {line[:80]!r}. Mend or remove the line, "
+                f"{file}, line {number}: must be one JSON object, in UTF-8, each key once, got {line[:80]!r}. Mend or remove the line, "
                 "or write the file again if it was cut."
             )
+
+
+def _unambiguous(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    record = dict(pairs)
+    if len(record) < len(pairs):  # the parser would keep the last value, and not say so
+        raise ValueError("a key is there twice")
+    return record
 
 
 def _parsed(line: bytes) -> dict[str, Any] | None:
     """None for what is no JSON object, which half of one is not either."""
     try:
-        record = json.loads(line.removeprefix(codecs.BOM_UTF8).decode())
-    except ValueError:  # of the decoding, or the parsing
+        record = json.loads(line.removeprefix(codecs.BOM_UTF8).decode(), object_pairs_hook=_unambiguous)
+    except ValueError:  # of the decoding, the parsing, or what is there twice
         return None
     return record if isinstance(record, dict) else None

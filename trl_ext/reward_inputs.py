@@ -21,7 +21,6 @@ training ends them all alike. What being cut costs is for the trainer's `truncat
 import json
 from dataclasses import asdict, dataclass, field
 
-from accelerate import PartialState
 from accelerate.logging import get_logger
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
@@ -31,6 +30,7 @@ from .compat import tokenize
 logger = get_logger(__name__)
 
 REWARD_INPUT = "reward_input"  # entry of the config
+KINDS = {"text": "plain texts", "chat": "conversations", "tokens": "token ids"}
 
 
 @dataclass(frozen=True)
@@ -110,9 +110,27 @@ def write_reward_input(config, how: RewardInput | dict | None) -> None:
 
 
 def read_reward_input(config) -> RewardInput | None:
-    """The note in a model's config; None where there is none."""
+    """
+    The note in a model's config; None where there is none.
+
+    Raises:
+        ValueError: for what is no such note: people may write it, too.
+    """
     note = getattr(config, REWARD_INPUT, None)  # absent from models trained elsewhere
-    return None if note is None else RewardInput(**note)
+    if note is None:
+        return None
+    try:
+        how = RewardInput(**note)
+        text = (how.kind, how.pad_token, how.ending, *how.special_tokens)
+        is_valid = how.kind in KINDS and isinstance(how.special_tokens, list) and all(type(x) is str for x in text)
+    except TypeError:  # another type or other entries
+        is_valid = False
+    if not is_valid:
+        raise ValueError(
+            f"`{REWARD_INPUT}` in the reward model's config must have a `kind` ({', '.join(KINDS)}) and a `pad_token`, "
+            f"and may have an `ending` and a list of `special_tokens`, got {note!r}. Mend or remove it."
+        )
+    return how
 
 
 def check_reward_input(how: RewardInput | None, is_chat: bool, processing_class, name: str) -> None:
@@ -135,12 +153,11 @@ def check_reward_input(how: RewardInput | None, is_chat: bool, processing_class,
         if not is_chat:
             warn_of_unknown_texts(how, tokenizer, name)
         return
-    kinds = {"text": "plain texts", "chat": "conversations"}
     if how.kind != asked:
         raise ValueError(
-            f"The reward model {name} was trained on {kinds[how.kind]} (`{REWARD_INPUT}` in its config says so), and the "
-            f"prompts are {kinds[asked]}: its scores of them would mean nothing. Use a reward model that was trained on "
-            f"{kinds[asked]}, or prompts that are {kinds[how.kind]}."
+            f"The reward model {name} was trained on {KINDS[how.kind]} (`{REWARD_INPUT}` in its config says so), and the "
+            f"prompts are {KINDS[asked]}: its scores of them would mean nothing. Use a reward model that was trained on "
+            f"{KINDS[asked]}, or prompts that are {KINDS[how.kind]}."
         )
     if how.special_tokens and special_tokens_of(tokenizer) != how.special_tokens:
         raise ValueError(
@@ -154,7 +171,6 @@ def warn_of_unknown_texts(how: RewardInput | None, tokenizer: PreTrainedTokenize
     if not note.ending and not note.special_tokens:
         return  # it can be read in one way only
     reason = "does not say how it was trained" if how is None else "was trained on token ids"
-    PartialState()  # the logger asks it which process this is, and there may be no trainer
     logger.warning_once(
         f"The reward model {name} {reason}, and is asked about texts as TRL's GRPOTrainer does: without an "
         "end-of-sequence token or other special tokens. If it was trained on texts that had them, as TRL's "

@@ -5,7 +5,7 @@ import sys
 from collections.abc import Callable
 
 import torch
-from accelerate import DistributedType
+from accelerate import DistributedType, PartialState
 from accelerate.logging import get_logger
 from torch import nn
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
@@ -181,6 +181,7 @@ class RewardModel:
     """
 
     def __init__(self, model: nn.Module, processing_class, name: str):
+        PartialState()  # the logger asks it which process this is, and there may be no trainer
         self.how = make_ready(model, processing_class, name)
         self.model, self.processing_class, self.name = model, processing_class, name
         self.max_length = max_text_length(model)
