@@ -95,6 +95,13 @@ def test_what_nobody_ranked_comes_back(collected):
         (record_of({"prompt": "a", "x": "a", "y": ["b"]}, {"x": 1, "y": 2}), "field `y`: must be text"),
         (record_of({"prompt": "a", "x": "a"}, {"x": 1, "prompt": 2}), "ranks 'prompt'"),
         (record_of({"prompt": "a", "x": "a"}, {}), "question `ranking`: must rank fields"),
+        (
+            record_of({"prompt": "a", "x": "a", "y": "b"}, {"x": 1, "y": "2"}),
+            "whole numbers for ranks, got '2' for 'y'",
+        ),
+        (record_of(["a"], {"x": 1, "y": 2}), "fields: must be a dict"),
+        (record_of({"prompt": "a"}) | {"responses": [{"value": []}]}, "responses: must be a dict"),
+        (record_of({"prompt": "a"}) | {"responses": {"ranking": {"value": []}}}, "must have responses, got 'value'"),
     ],
 )
 def test_a_record_that_cannot_be_read_is_named(record, message):
@@ -110,6 +117,12 @@ def test_what_cannot_be_taken_over_is_named(collected):
     with pytest.raises(ValueError, match="row 0.*amount to none"):
         pairs = [[0, 1, 0], [1, 2, 0], [0, 2, 1]]
         to_argilla(Dataset.from_list([{"prompt": "a", "completions": ["x", "y", "z"], "pairs": pairs}]))
+    numbered = [row | {"id": 0} for row in collected]
+    with pytest.raises(ValueError, match="row 2, column `id`: must be one for each prompt.*got 0 again"):
+        to_argilla(Dataset.from_list(numbered))
+    assert [len(record["responses"]["ranking"]) for record in to_argilla(Dataset.from_list(numbered[:2]))] == [2]
+    with pytest.raises(ValueError, match=r"`id` of the same type as the others, got \['int', 'str'\]"):
+        from_argilla(to_argilla(Dataset.from_list(numbered[:1])) + to_argilla(collected.select([2])))
     records = to_argilla(collected)
     with pytest.raises(ValueError, match="no record has a submitted response"):
         from_argilla(records, "other")

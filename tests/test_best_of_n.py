@@ -94,6 +94,10 @@ def test_the_best_are_kept():
     assert keep_best(samples, num_kept=2)["completion"] == ["0 1", "0 2", "1 2", "1 1"]
     assert keep_best(samples, num_kept=None, threshold=0.7)["completion"] == ["0 1", "0 2", "0 0", "1 2"]
     assert keep_best(samples, threshold=1.5)["completion"] == ["0 1"]
+    assert (
+        keep_best(samples_of([[1.0, 3.0]]).with_format("torch")).to_list()
+        == keep_best(samples_of([[1.0, 3.0]])).to_list()
+    )
     same = samples_of([[1.0, 1.0, 0.0]], [["a", "a", "b"]])
     assert keep_best(same, num_kept=2)["completion"] == ["a"]
     with pytest.raises(

@@ -16,7 +16,7 @@ from typing import Any
 from datasets import Dataset
 
 from .ranking_data import prepare_rankings
-from .ranking_rows import in_row, require, whole
+from .ranking_rows import in_row, is_whole, require, whole
 
 
 QUESTION = "ranking"
@@ -35,16 +35,22 @@ def to_argilla(rankings: Dataset) -> list[dict[str, Any]]:
         `list[dict]`: For `rg.Record.from_dict`, or as JSON for `records.from_json`. `annotator` is the user's id.
 
     Raises:
-        ValueError: for conversations, or judgements of pairs that amount to no order.
+        ValueError: for conversations, judgements of pairs that amount to no order, or an `id` of several texts.
     """
     records = {}
     for index, row in enumerate(prepare_rankings(whole(rankings))):
         in_row(index, _check_texts, row)
-        key = row.get("id") or repr((row["prompt"], row["completions"]))
+        key = row.get("id")
+        key = repr((row["prompt"], row["completions"])) if key is None else key
         fields = {"prompt": row["prompt"]} | {
             f"{FIELD}{i}": text for i, text in enumerate(row["completions"], start=1)
         }
         record = records.setdefault(key, {"id": row.get("id"), "fields": fields, "responses": {QUESTION: []}})
+        if record["fields"] != fields:
+            raise ValueError(
+                f"row {index}, column `id`: must be one for each prompt with its completions, got {key!r} again with "
+                "other texts. Give each its own."
+            )
         value = [
             {"value": f"{FIELD}{i}", "rank": rank}
             for i, rank in enumerate(row["ranks"], start=1)
@@ -88,14 +94,19 @@ def from_argilla(records: list[dict[str, Any]], question: str = QUESTION) -> Dat
     for index, record in enumerate(records):
         rows += in_row(index, _rows_of, record, question, sorted(names, key=_natural))
     require(rows, f"no record has a submitted response to the question {question!r}.")
+    kinds = sorted({type(row["id"]).__name__ for row in rows if row["id"] is not None})
+    require(len(kinds) < 2, f"record: must have an `id` of the same type as the others, got {kinds}. Convert some.")
     return Dataset.from_list(rows)
 
 
 def _responses(record: dict[str, Any], question: str) -> list[tuple[dict[str, int], str | None]]:
     """For each submitted response the ranks by field, and who gave it."""
     require(isinstance(record, Mapping), f"record: must be a dict with `fields` and `responses`, got {record!r:.80}.")
-    responses = []
-    for response in (record.get("responses") or {}).get(question) or []:
+    given, responses = record.get("responses") or {}, []
+    require(isinstance(record.get("fields") or {}, Mapping), f"fields: must be a dict, got {record['fields']!r:.80}.")
+    require(isinstance(given, Mapping), f"responses: must be a dict with a list for each question, got {given!r:.80}.")
+    for response in given.get(question) or []:
+        require(isinstance(response, Mapping), f"question `{question}`: must have responses, got {response!r:.80}.")
         if response.get("status") not in (None, "submitted"):
             continue
         value = response.get("value")
@@ -105,7 +116,11 @@ def _responses(record: dict[str, Any], question: str) -> list[tuple[dict[str, in
             name, rank = (item.get("value"), item.get("rank")) if isinstance(item, Mapping) else (item, None)
             require(isinstance(name, str), f"question `{question}`: must name fields, got {item!r:.80}.")
             require(name not in ranks, f"question `{question}`: must rank each field once, got {name!r} again.")
-            ranks[name] = place if rank is None else rank
+            rank = place if rank is None else rank
+            require(
+                is_whole(rank), f"question `{question}`: must have whole numbers for ranks, got {rank!r} for {name!r}."
+            )
+            ranks[name] = int(rank)
         user = response.get("user_id")
         responses.append((ranks, None if user is None else str(user)))
     return responses

@@ -12,6 +12,7 @@ from collections import defaultdict
 from accelerate.utils import gather_object
 from datasets import Dataset
 
+from .ranking_rows import plain, whole
 from .reinforce import ReinforceTrainer
 
 
@@ -37,6 +38,7 @@ class CompletionSampler(ReinforceTrainer):
             [`~datasets.Dataset`]: A row for each completion, by prompt: `prompt_index`, `prompt`, `completion`, `score`
             (the weighted sum of rewards; null where none applies) and `reward/<name>` of each function.
         """
+        prompts = whole(prompts)
         self._samples = []
         self.evaluate(prompts.add_column(INPUT_ROW, list(range(len(prompts)))))
         groups = defaultdict(list)
@@ -76,7 +78,7 @@ def keep_best(samples: Dataset, num_kept: int | None = 1, threshold: float | Non
     Raises:
         ValueError: if none is left.
     """
-    groups = defaultdict(list)
+    samples, groups = plain(samples), defaultdict(list)
     for row in samples:
         if row["score"] is not None and (threshold is None or row["score"] >= threshold):
             groups[row[ROW]].append(row)

@@ -27,7 +27,7 @@ from typing import Any
 from datasets import Dataset, Features, IterableDataset, List, Value
 from trl.data_utils import get_dataset_column_names
 
-from .ranking_rows import check_texts, plain, report_dropped, require
+from .ranking_rows import check_texts, is_whole, plain, report_dropped, require
 
 
 # What NFKC, which takes care of full-width forms, leaves of the symbols
@@ -254,17 +254,12 @@ def _read_ranks(values: Any, num_completions: int) -> list[int | None]:
     # NaN is the one value that differs from itself: Arrow and pandas put it where whole numbers stood beside nulls
     ranks = [None if value is None or value != value or value == -1 else value for value in values]
     require(
-        all(rank is None or (_is_whole(rank) and rank >= 0) for rank in ranks),
+        all(rank is None or (is_whole(rank) and rank >= 0) for rank in ranks),
         f"column `ranks`: must be whole numbers from 0, lower for better, or null for unranked, got {values!r}. "
         "If they are scores, convert them with `from_scores`.",
     )
     dense = {rank: n for n, rank in enumerate(sorted(set(ranks) - {None}), start=1)}
     return [dense.get(rank) for rank in ranks]
-
-
-def _is_whole(value: Any) -> bool:
-    is_int = isinstance(value, int) and not isinstance(value, bool)
-    return is_int or (isinstance(value, float) and value.is_integer())
 
 
 def _read_pairs(pairs: Any, num_completions: int) -> list[list[int]]:
@@ -273,7 +268,7 @@ def _read_pairs(pairs: Any, num_completions: int) -> list[list[int]]:
         f"column `pairs`: must be a list of one or more judgements, got {pairs!r}. Give null to rows without.",
     )
     for pair in pairs:
-        is_valid = isinstance(pair, list) and len(pair) == 3 and all(map(_is_whole, pair))
+        is_valid = isinstance(pair, list) and len(pair) == 3 and all(map(is_whole, pair))
         is_valid = is_valid and all(i in range(num_completions) for i in pair[:2]) and pair[0] != pair[1]
         require(
             is_valid and pair[2] in (0, 1, 2),

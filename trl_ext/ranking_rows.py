@@ -110,6 +110,12 @@ def kind_of(value: Any, column: str) -> str | None:
     return "conversation"
 
 
+def is_whole(value: Any) -> bool:
+    """True for whole numbers, floats among them, as Arrow and pandas make of whole numbers beside nulls."""
+    is_int = isinstance(value, int) and not isinstance(value, bool)
+    return is_int or (isinstance(value, float) and value.is_integer())
+
+
 def report_dropped(errors: list[str | None], dataset_name: str) -> None:
     """Warn of what was wrong, by row, and how often."""
     dropped = {}
@@ -149,14 +155,14 @@ def whole(dataset: Dataset) -> Dataset:
     """
     if isinstance(dataset, IterableDataset):
         raise ValueError(
-            "Converters take a whole dataset, got a stream. Load it without `streaming=True`, or make one of its rows: "
+            "This takes a whole dataset, got a stream. Load it without `streaming=True`, or make one of its rows: "
             "`Dataset.from_list(list(stream))`."
         )
     if isinstance(dataset, dict):  # of splits, streamed or not
-        raise ValueError(f"Converters take one dataset, got splits. Pass one of them: {', '.join(map(str, dataset))}.")
+        raise ValueError(f"This takes one dataset, got splits. Pass one of them: {', '.join(map(str, dataset))}.")
     if not isinstance(dataset, Dataset):
         raise ValueError(
-            f"Converters take a `datasets.Dataset`, got {type(dataset).__name__}. `Dataset.from_list` makes one."
+            f"This takes a `datasets.Dataset`, got {type(dataset).__name__}. `Dataset.from_list` makes one."
         )
     return plain(dataset)
 
