@@ -140,6 +140,9 @@ def test_each_turn_earns_what_it_adds(turns):
     # What was there before the first turn is its, and what comes later the last one's
     later = rewards_of_turns([3.0, *[3.0 + total for total in totals[1:]], 3.0 + totals[-1] + 2], mask)
     assert sum(later) == totals[-1] + 5 and later[-1] == rewards[-1] + 2 + 3 * (len(turns) == 1)
+    # Nothing known in between: all falls to the last turn
+    silent = rewards_of_turns([None] * len(turns) + [totals[-1]], mask)
+    assert silent == [0.0] * (len(mask) - 1) + [totals[-1]]
 
 
 class Till:
@@ -289,6 +292,27 @@ def test_what_the_cut_off_answer_paid_is_kept(tool_model, tmp_path):
     _, batch = episode(tool_model, tmp_path, [put(3), put(4)], max_completion_length=room)
     assert len(turns_of(batch)) == 1 and batch["token_rewards"][0].sum() == 3
     assert not batch["terminated"].any()
+
+
+def test_an_environment_without_a_reward_has_none_as_in_trl(tool_model, tmp_path):
+    says = [None, 2, None]  # before the first turn, after it, and when the episode is over
+
+    class Silent(Till):
+        def reset(self, **kwargs):
+            super().reset()
+            self.says = iter(says)
+
+        def get_reward(self):
+            return next(self.says)
+
+    trainer, batch = episode(tool_model, tmp_path, [put(3), "Done.<|im_end|>"], Silent)
+    assert "token_rewards" not in batch or not batch["token_rewards"].any()
+    says[2] = torch.tensor([5])
+    _, batch = episode(tool_model, tmp_path, [put(3), "Done.<|im_end|>"], Silent)
+    assert batch["token_rewards"][0].sum() == 5 and (batch["token_rewards"][0] == 2).sum() == 1
+    says[1] = "2"
+    with pytest.raises(TypeError, match=r"`get_reward` of the environment Silent returned '2' \(`str`\)"):
+        episode(tool_model, tmp_path, [put(3), "Done.<|im_end|>"], Silent)
 
 
 def test_turn_rewards_need_somebody_to_ask(tool_model, tmp_path, prompts):

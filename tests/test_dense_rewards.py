@@ -179,9 +179,11 @@ def test_a_replys_spans_are_not_looked_for_in_its_reasoning(tokenizer):
         ([0.1, 0.2], "2 rewards for 3 tokens.*Return as many, or None"),
         ([(0, 30, 1.0)], "the span 0 to 30 of a text of 10 characters. Return spans within it"),
         ([(4, 4, 1.0)], "the span 4 to 4 of a text"),
+        ([(0, 3, 1.0), 0.5], r"0.5 \(`float`\) as a span. Return spans `\(start, end, reward\)` alone"),
+        ([(0, 3)], r"\(0, 3\) \(`tuple`\) as a span"),
+        ([("0", "3", 1.0)], "as a span"),
         ([(0, 4, float("nan"))], "a reward that is nan or infinite"),
         ([0.1, float("inf"), 0.0], "a reward that is nan or infinite"),
-        ([(0, 4)], "not enough values"),
     ],
 )
 def test_what_fits_no_completion_is_refused(tokenizer, prompts, tmp_path, reward, message):

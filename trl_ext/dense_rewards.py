@@ -16,6 +16,7 @@ import math
 import os
 from bisect import bisect_left
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any, SupportsFloat
 
 import numpy as np
@@ -87,13 +88,13 @@ def shaped_reward(
     return ShapedReward(rewards.tolist(), (end - potentials[0]).item())
 
 
-def rewards_of_turns(totals: list[float], tool_mask: list[int]) -> list[float]:
+def rewards_of_turns(totals: list[float | None], tool_mask: list[int]) -> list[float]:
     """
     What each turn adds to an environment's total, on the last token of that turn.
 
     Args:
-        totals (`list[float]`): Before the first turn, and after each turn. What it is before counts for the first turn;
-            what comes after the policy's last turn counts for that one.
+        totals (`list[float | None]`): Before the first turn, and after each turn. What it is before counts for the first
+            turn; what comes after the policy's last turn counts for that one. None adds nothing.
         tool_mask (`list[int]`): 1 at the policy's own tokens. A run of them is a turn.
 
     Returns:
@@ -101,8 +102,11 @@ def rewards_of_turns(totals: list[float], tool_mask: list[int]) -> list[float]:
     """
     rewards = [0.0] * len(tool_mask)
     ends = [t for t, own in enumerate(tool_mask) if own and (t + 1 == len(tool_mask) or not tool_mask[t + 1])]
-    for turn, (before, after) in enumerate(zip([0.0, *totals[1:-1]], totals[1:], strict=True)):
-        rewards[ends[min(turn, len(ends) - 1)]] += after - before
+    before = 0.0
+    for turn, after in enumerate(totals[1:]):
+        if after is not None:
+            rewards[ends[min(turn, len(ends) - 1)]] += after - before
+            before = after
     return rewards
 
 
@@ -232,7 +236,13 @@ def rewards_of_tokens(
         offset = text_offset(completion, tokenizer.decode(completion_ids, skip_special_tokens=True))
         ends = token_ends(completion_ids, tokenizer)
         values = [0.0] * len(completion_ids)
-        for start, end, value in reward:
+        for span in reward:
+            is_span = isinstance(span, list | tuple) and len(span) == 3
+            if not is_span or not all(i is None or isinstance(i, Real) for i in span[:2]):
+                raise ValueError(
+                    f"{described(span)} as a span. Return spans `(start, end, reward)` alone, or one number for each token"
+                )
+            start, end, value = span
             if None in (start, end) or not 0 <= start < end <= len(text):
                 raise ValueError(
                     f"the span {start} to {end} of a text of {len(text)} characters. Return spans within it"

@@ -11,6 +11,7 @@ from peft import PeftModel
 from .adapters import can_merge, merged
 from .checks import check_completion_ids
 from .decoding import decode, settings_of, why_not_decode
+from .dense_rewards import described, number_of
 from .precision import trainables_kept
 from .prompts import check_prompt_ids, check_prompts, cut_to_context, named_datasets, refuse_missing_prompt
 from .shared_base import is_quantized
@@ -187,4 +188,11 @@ class PolicyGenerationMixin:
             total = environment.get_reward()
             if inspect.isawaitable(total):
                 total = asyncio.run_coroutine_threadsafe(total, self.async_loop).result()
-            totals.append(float(total))
+            try:
+                totals.append(None if total is None else number_of(total))
+            except TypeError:
+                raise TypeError(
+                    f"`get_reward` of the environment {type(environment).__name__} returned {described(total)}. With "
+                    "`turn_rewards` it is asked before the first turn and after each, and must return a number: the "
+                    "reward up to then, or None while there is none."
+                ) from None

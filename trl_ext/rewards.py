@@ -111,7 +111,9 @@ class RewardsMixin:
 
         def reward(environments, **kwargs):
             return [
-                rewards_of_turns(totals, mask) if type(environment) is environment_class else None
+                rewards_of_turns(totals, mask)
+                if type(environment) is environment_class and totals[-1] is not None
+                else None
                 for environment, totals, mask in zip(environments, self._turn_totals, self._tool_mask, strict=True)
             ]
 
