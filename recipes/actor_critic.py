@@ -113,7 +113,7 @@ def choose_algorithm(args: list[str]) -> str:
     parser.add_argument("--algorithm")
     parser.add_argument("--config", type=Path)
     known, _ = parser.parse_known_args(args)
-    in_file = yaml.safe_load(known.config.read_text()) if known.config is not None else {}
+    in_file = yaml.safe_load(known.config.read_text(encoding="utf-8")) if known.config is not None else {}
     algorithm = known.algorithm or in_file.get("algorithm", ActorCriticArguments.algorithm)
     if algorithm not in ALGORITHMS:
         raise ValueError(f"--algorithm {algorithm} is unknown. Choose one of {', '.join(ALGORITHMS)}.")

@@ -385,7 +385,7 @@ class Job:
         )
 
     def result(self) -> list[dict]:
-        return json.loads(self.file.read_text())["points"]
+        return json.loads(self.file.read_text(encoding="utf-8"))["points"]
 
 
 def perform(job: Job) -> None:
@@ -395,7 +395,7 @@ def perform(job: Job) -> None:
     points = run(stage, job.output_dir, job.task, job.method, job.setting, job.seed, job.budget)
     job.file.parent.mkdir(parents=True, exist_ok=True)
     partial = job.file.with_suffix(".partial")
-    partial.write_text(json.dumps({**asdict(job), "points": points}))
+    partial.write_text(json.dumps({**asdict(job), "points": points}), encoding="utf-8")
     partial.rename(job.file)
 
 
@@ -511,7 +511,7 @@ def main() -> None:
         jobs_of = {name: [job(name, best[name], seed) for seed in range(args.seeds)] for name in names}
         perform_all([job for jobs in jobs_of.values() for job in jobs], args.jobs, f"{task}: seeds")
         text = table(jobs_of)
-        Path(args.output_dir, f"{task}.md").write_text(text + "\n")
+        Path(args.output_dir, f"{task}.md").write_text(text + "\n", encoding="utf-8")
         plot(jobs_of, f"{task}: {args.seeds} seeds, {args.budget} tokens", Path(args.output_dir, f"{task}.png"))
         print(f"\n{task}\n\n{text}\n\nCurves: {args.output_dir}/{task}.png")
 

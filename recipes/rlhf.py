@@ -140,7 +140,7 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, dict[str, dict]]:
 def read_config(file: Path) -> dict[str, dict]:
     if not file.is_file():
         raise LoopError(f"--config {file}: there is no such file.")
-    config = yaml.safe_load(file.read_text()) or {}
+    config = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
     for name, section in config.items():
         if name not in SECTIONS:
             raise LoopError(f"{file}: unknown section {name}. The sections are {', '.join(SECTIONS)}.")

@@ -69,7 +69,7 @@ def read_answers(folder: Path) -> tuple[list[str], list[str], list[Answers]]:
     Raises:
         ValueError: if there are not two models, or nothing was judged.
     """
-    models = json.loads((folder / "settings.json").read_text())["model_name_or_path"]
+    models = json.loads((folder / "settings.json").read_text(encoding="utf-8"))["model_name_or_path"]
     if len(models) != 2:
         raise ValueError(f"{folder} has completions of {len(models)} models. Sample from two.")
     samples = [{key(row["prompt"]): row for row in read_lines(folder / f"samples-{i}.jsonl")} for i in range(2)]
@@ -273,7 +273,7 @@ def main() -> None:
     output.mkdir(parents=True, exist_ok=True)
     draw(results, answers, output / "evaluation.png")
     (output / "evaluation.md").write_text(as_markdown(results, shown), encoding="utf-8")
-    (output / "evaluation.json").write_text(json.dumps(results, indent=2) + "\n")
+    (output / "evaluation.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     print(f"\n{shown}\n\n{summary(results)}\n")
     for name, value in rows_of(results):
         print(f"{name:38}{value}")

@@ -108,7 +108,7 @@ def evaluation_section(folder: Path, ids: dict[str, str]) -> str:
 
 def evaluation_results(folder: Path, ids: dict[str, str]) -> list[EvalResult]:
     """For the metadata."""
-    results = json.loads((folder / "evaluation.json").read_text())
+    results = json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))
     return [
         EvalResult(
             task_type="text-generation",
@@ -148,7 +148,7 @@ def stage_model(source: Path, target: Path, base: str | None) -> None:
     for file in target.glob("*/**/README.md"):  # a form that PEFT leaves beside the critic's adapter
         file.unlink()
     for file in target.rglob(ADAPTER_CONFIG):
-        config = json.loads(file.read_text())
+        config = json.loads(file.read_text(encoding="utf-8"))
         replace_text(file, json.dumps(config | {"base_model_name_or_path": base}, indent=2) + "\n")
 
 
@@ -252,7 +252,7 @@ class Publisher:
 
     def _sources(self, folder: str) -> str:
         """Who the letters in the column `sources` are."""
-        letters = json.loads((self.folder / folder / "models.json").read_text())
+        letters = json.loads((self.folder / folder / "models.json").read_text(encoding="utf-8"))
         letter_of = {Path(path).name: letter for letter, path in letters.items()}
         return " and ".join(f"{link(self.ids[name])} ({letter_of[name]} in `sources`)" for name in ("sft", "policy"))
 

@@ -94,7 +94,7 @@ def flags(arguments: dict[str, Any]) -> list[str]:
 def record_of(folder: Path, name: str) -> dict | None:
     """None of a stage that was never begun."""
     file = folder / RECORDS / f"{name}.json"
-    return json.loads(file.read_text()) if file.is_file() else None
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
 
 
 def write_record(folder: Path, stage: Stage, lines: list[list[str]], **state) -> None:
@@ -102,7 +102,7 @@ def write_record(folder: Path, stage: Stage, lines: list[list[str]], **state) ->
     file.parent.mkdir(parents=True, exist_ok=True)
     record = {"stage": stage.name, **state, "settings": stage.settings, "commands": [*map(shlex.join, lines)]}
     partial = file.with_suffix(".partial")
-    partial.write_text(json.dumps(record, indent=2) + "\n")
+    partial.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     os.replace(partial, file)
 
 

@@ -79,6 +79,22 @@ def test_no_module_is_needed_that_windows_lacks():
         assert lacking.isdisjoint(name.split(".")[0] for name in imported_names(source)), module
 
 
+def test_no_text_is_in_what_windows_takes_by_default():
+    """Files of JSON, YAML and cards are UTF-8 wherever they are read."""
+    files = [path for folder in ("trl_ext", "recipes") for path in (Path(__file__).parents[1] / folder).glob("*.py")]
+    for path in files:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if not isinstance(node, ast.Call):
+                continue
+            name = getattr(node.func, "attr", getattr(node.func, "id", None))
+            if name not in ("read_text", "write_text", "open"):
+                continue
+            is_binary = any(
+                isinstance(arg, ast.Constant | ast.IfExp) and "b" in ast.unparse(arg) for arg in node.args[1:]
+            )
+            assert is_binary or "encoding" in {keyword.arg for keyword in node.keywords}, (path.name, node.lineno)
+
+
 def test_no_cycles():
     graph = {module: internal_imports(source) for module, source in SOURCES.items()}
     assert graph["ppo"] == BASES  # it does see edges

@@ -116,7 +116,7 @@ def save_beside_adapter(model: PeftModel, directory: str) -> None:
     entries = {name: config[name] for name in ("ranking_model", "log_tie", REWARD_INPUT) if name in config}
     if entries:
         entries["base_quantization"] = quantization_of(model)
-        (Path(directory) / TIE_PARAMETERS_FILE).write_text(json.dumps(entries, indent=2))
+        (Path(directory) / TIE_PARAMETERS_FILE).write_text(json.dumps(entries, indent=2), encoding="utf-8")
 
 
 def read_config(path: str) -> dict:
@@ -125,7 +125,7 @@ def read_config(path: str) -> dict:
     if not folder.is_dir():
         folder = Path(snapshot_download(path, allow_patterns=[TIE_PARAMETERS_FILE, "config.json"]))
     files = [folder / name for name in (TIE_PARAMETERS_FILE, "config.json") if (folder / name).is_file()]
-    return json.loads(files[0].read_text()) if files else {}
+    return json.loads(files[0].read_text(encoding="utf-8")) if files else {}
 
 
 def tie_parameters(model_or_path: PreTrainedModel | PeftModel | str | Path) -> tuple[str, torch.Tensor | None]:
