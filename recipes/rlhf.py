@@ -188,6 +188,10 @@ def check_names(args: argparse.Namespace) -> None:
         validate_repo_id(f"{args.namespace}/{args.name}-reward-model")  # the longest
     except HFValidationError as error:
         raise LoopError(f"--namespace {args.namespace} --name {args.name}: {error}") from None
+
+
+def check_licence_is_known(args: argparse.Namespace) -> None:
+    """Raises [`LoopError`] for a licence that the Hub would refuse when all is trained."""
     from trl_ext.hub_metadata import check_licence
 
     try:
@@ -257,6 +261,7 @@ def run_loop(args: argparse.Namespace, config: dict[str, dict]) -> None:
     again_from = position_of(args.redo, stages)
     check_unchanged(output, stages[:again_from])
     if args.push_to_hub and (args.redo or not is_done(output, "publish")):
+        check_licence_is_known(args)  # here, as it imports torch, which takes longer than to skip all that is done
         check_token(args.namespace)
         if args.private:
             check_visibility(args.namespace, args.name)

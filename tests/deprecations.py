@@ -7,6 +7,8 @@ import logging
 import re
 import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 
@@ -26,16 +28,28 @@ found: list[str] = []
 
 def own_caller(frame) -> str | None:
     """The place in this project that called the library in whose code `frame` is, or None if another library did."""
-    speaker = package_of(frame)
+    speaker, called = package_of(frame), None
     while frame is not None:
         path, name = frame.f_code.co_filename, frame.f_code.co_name
-        if path.startswith(OWN) and path != __file__:
+        is_own = path.startswith(OWN) and path != __file__
+        is_override = is_own and name == called  # it hands on to its parent what it was asked for
+        if is_own and not is_override:
             return f"{Path(path).relative_to(ROOT)}:{frame.f_lineno}"
         is_peft = package_of(frame) == "peft" and name in HANDS_ON_IN_PEFT
-        if not (package_of(frame) == speaker or is_peft or HANDS_ON.search(path)):
+        if not (is_override or package_of(frame) == speaker or is_peft or HANDS_ON.search(path)):
             return None
-        frame = frame.f_back
+        frame, called = frame.f_back, name
     return None
+
+
+@contextmanager
+def asked_for() -> Iterator[None]:
+    """Within the context a test asks for what is deprecated, as users still do."""
+    before = list(found)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        yield
+    found[:] = before
 
 
 def package_of(frame) -> str:

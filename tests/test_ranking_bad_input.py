@@ -5,6 +5,7 @@ import math
 import re
 from pathlib import Path
 
+import deprecations
 import pytest
 import torch
 from conftest import RANKINGS, build_policy, build_reward_model, ranking_settings, tiny_config
@@ -136,7 +137,8 @@ def test_fewer_tie_parameters_than_the_data_has_ties_of(tokenizer, rankings, tmp
 )
 def test_what_speaks_of_chosen_and_rejected_is_refused_with_rankings(tokenizer, rankings, tmp_path, overrides):
     (name,) = overrides
-    with pytest.raises(ValueError, match=f"`{name}=.*the dataset holds rankings. Leave it at .*, or convert"):
+    error = f"`{name}=.*the dataset holds rankings. Leave it at .*, or convert"
+    with deprecations.asked_for(), pytest.raises(ValueError, match=error):  # `keep_end` is
         make("dpo", tokenizer, tmp_path, rankings, **overrides)
 
 

@@ -2,10 +2,10 @@
 
 import copy
 import json
-import warnings
 from dataclasses import dataclass
 
 import datasets
+import deprecations
 import pytest
 import torch
 from conftest import build_policy, build_reward_model, make_rankings, ranking_settings, tiny_config
@@ -33,6 +33,7 @@ from trl_ext import (
     RankingRewardTrainer,
     tie_parameters,
 )
+from trl_ext.tie_parameters import TIE_PARAMETERS_FILE
 
 
 CLASSES = {
@@ -156,8 +157,9 @@ def test_lora(tokenizer, tmp_path, task):
     theirs, ours = assert_the_same(task, tmp_path, tokenizer, pairs(), lambda: {"peft_config": lora(task)})
     for trainer in (theirs, ours):
         trainer.save_model()
-    folders = [sorted(p.name for p in (tmp_path / index).iterdir()) for index in "01"]
-    assert folders[0] == folders[1]
+    theirs, ours = ({p.name for p in (tmp_path / index).iterdir()} for index in "01")
+    # An adapter has its base's config, so what it was trained on is said beside it
+    assert ours - theirs == ({TIE_PARAMETERS_FILE} if task == "reward" else set()) and theirs <= ours
 
 
 @pytest.mark.parametrize("task", ["reward", "dpo"])
@@ -179,8 +181,7 @@ def test_compute_metrics(tokenizer, tmp_path, task):
         return {"mean": float(prediction.predictions.mean())}
 
     kwargs = {"eval_dataset": pairs(), "compute_metrics": compute_metrics}
-    with warnings.catch_warnings():  # TRL's own deprecation of this for DPO
-        warnings.simplefilter("ignore", FutureWarning)
+    with deprecations.asked_for():  # TRL's own deprecation of this for DPO
         assert_the_same(task, tmp_path, tokenizer, pairs(), kwargs, eval_strategy="steps", eval_steps=3)
     assert len(seen) == 2 and (seen[0].predictions == seen[1].predictions).all()
 
@@ -207,8 +208,7 @@ def test_the_loss_by_hand(tokenizer, tmp_path, task):
     results = []
     for trainer in assert_the_same(task, tmp_path, tokenizer, pairs(), max_steps=1):
         batch = trainer.data_collator([trainer.train_dataset[row] for row in range(3)])
-        with warnings.catch_warnings(), torch.no_grad():
-            warnings.simplefilter("ignore", FutureWarning)  # TRL's, of `return_outputs` for DPO
+        with deprecations.asked_for(), torch.no_grad():  # TRL's, of `return_outputs` for DPO
             results.append(trainer.compute_loss(trainer.model, batch, return_outputs=True))
     (their_loss, theirs), (our_loss, ours) = results
     assert their_loss == our_loss and type(theirs) is type(ours) and torch.equal(theirs.logits, ours.logits)
@@ -295,6 +295,9 @@ def test_saving_and_resuming(tokenizer, tmp_path, task):
         trainer.train(resume_from_checkpoint=str(trainer.args.output_dir) + "/checkpoint-2")
     assert comparable(theirs.state.log_history) == comparable(ours.state.log_history)
     configs = [json.loads((tmp_path / index / "config.json").read_text()) for index in "01"]
+    if task == "reward":  # how it was trained, for who asks it
+        how = {"kind": "text", "pad_token": "<pad>", "ending": "<eos>", "special_tokens": []}
+        assert configs[1].pop("reward_input") == how
     assert configs[0] == configs[1]
     files = [sorted(p.name for p in (tmp_path / index / "checkpoint-2").iterdir()) for index in "01"]
     assert files[0] == files[1]
@@ -369,8 +372,7 @@ def test_reward_columns(tokenizer, tmp_path, kind):
         suffix = {"tokenized": "ids", "legacy": "input_ids"}[kind]
         columns = {side: [tokenizer(text)["input_ids"] for text in data[side]] for side in ("chosen", "rejected")}
         data = Dataset.from_dict({f"{side}_{suffix}": ids for side, ids in columns.items()})
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # TRL's, of the legacy columns
+    with deprecations.asked_for():  # TRL's, of the legacy columns
         assert_the_same("reward", tmp_path, tokenizer, data, **overrides)
 
 
@@ -448,7 +450,8 @@ def test_dpo_loss_types(tokenizer, tmp_path, loss_type):
     ids=str,
 )
 def test_dpo_options(tokenizer, tmp_path, overrides):
-    assert_the_same("dpo", tmp_path, tokenizer, pairs(), **overrides)
+    with deprecations.asked_for():  # `keep_end` is
+        assert_the_same("dpo", tmp_path, tokenizer, pairs(), **overrides)
 
 
 def test_dpo_makes_its_reference(policy_path, tokenizer, tmp_path):

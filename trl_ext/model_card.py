@@ -132,6 +132,7 @@ class ModelCardMixin:
             check_licence(license, license_name, "license", "license_name")
         if language is not None:
             check_language(language)
+        self._complete_hub_model_id()  # of `PushMixin`
         folder = Path(self.args.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
         content = self._card_content()

@@ -138,12 +138,12 @@ class PushMixin:
         prepare_repo(HfApi(token=token), repo_id, "model", private=True)
         self._is_seen_private = True
 
-    def create_model_card(self, *args, **kwargs):
-        if self.hub_model_id is not None and "/" not in self.hub_model_id:  # the Hub was down when training began
+    def _complete_hub_model_id(self) -> None:
+        """Find out whose the repository is, if the Hub was down when training began."""
+        if self.hub_model_id is not None and "/" not in self.hub_model_id:
             token = self.args.hub_token if self._push is None else self._push["token"]
             with contextlib.suppress(Exception):  # asked again for the next card
                 self.hub_model_id = f"{HfApi(token=token).whoami()['name']}/{self.hub_model_id}"
-        super().create_model_card(*args, **kwargs)
 
     def _push_from_checkpoint(self, checkpoint_folder):
         earlier = [] if self._last_push is None else list(self._last_push.jobs)
