@@ -370,7 +370,11 @@ def test_a_critic_of_another_kind_is_checked_too(policy_path, tokenizer, prompts
     trainers = []
     for own in ({}, OFF):
         common = {"num_generations": 4, "critic": "separate", "num_iterations": 2, "compact_generation": False}
-        common |= {"optim": "sgd", "learning_rate": 1e-2}  # Adam makes steps of what rounding leaves of a gradient
+        common |= {
+            "optim": "sgd",
+            "learning_rate": 1.0,
+            "critic_learning_rate": 1.0,
+        }  # Adam makes steps of what rounding leaves of a gradient
         args = PPOConfig(**settings(tmp_path, **common | own))
         trainer = PPOTrainer(policy_path, length, args, prompts, critic_model=critic, rollout_func=by_row)
         trainer.train()
