@@ -27,6 +27,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, set_se
 
 from trl_ext.collection import COMPLETIONS_FILE, append_line, item_id, read_lines
 from trl_ext.ranking_rows import kind_of, located
+from trl_ext.shared_base import base_of_adapter, is_adapter
 
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"  # of models
@@ -106,7 +107,8 @@ def check_prompts(args: argparse.Namespace, prompts: dict[int, str | list]) -> N
     """
     for name in args.model_name_or_path:
         tokenizer = load_tokenizer(name)
-        context = context_of(AutoConfig.from_pretrained(name))
+        base, revision = base_of_adapter(name) if is_adapter(name) else (name, None)
+        context = context_of(AutoConfig.from_pretrained(base, revision=revision))
         for row, prompt in prompts.items():
             where = f"{args.dataset_name}, row {row}, column `{args.prompt_column}`"
             if not isinstance(prompt, str) and tokenizer.chat_template is None:

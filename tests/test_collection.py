@@ -16,8 +16,10 @@ from types import SimpleNamespace
 import pytest
 from accelerate import PartialState
 from conftest import PROMPTS, build_policy, ranking_settings
+from peft import LoraConfig, get_peft_model
 from test_recipes import RECIPES, launch
 from transformers import (
+    AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
     GPT2Config,
@@ -178,6 +180,15 @@ def test_what_an_error_advises_can_be_done(sample_from, tmp_path):
     assert sample_from(["the film", long], *arguments, column="text") is None
     assert len(read_items(tmp_path / "out")) == 2
     assert "with other settings" in sample_from(["the film", long], *arguments, "--seed", 1, column="text")
+
+
+def test_an_adapters_context_is_that_of_its_base(sample_from, policy_path, tokenizer, tmp_path):
+    base, adapter = AutoModelForCausalLM.from_pretrained(policy_path), str(tmp_path / "adapter")
+    get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"])).save_pretrained(adapter)
+    tokenizer.save_pretrained(adapter)
+    assert "which with 256 for the completion are more than the 64 of" in sample_from(["the film"], model=adapter)
+    assert sample_from(["the film"], "--max_completion_length", 4, model=adapter) is None
+    assert len(read_items(tmp_path / "out")) == 1
 
 
 @pytest.mark.parametrize(
