@@ -184,6 +184,7 @@ def test_a_replys_spans_are_not_looked_for_in_its_reasoning(tokenizer):
         ([("0", "3", 1.0)], "as a span"),
         ([(0, 4, float("nan"))], "a reward that is nan or infinite"),
         ([0.1, float("inf"), 0.0], "a reward that is nan or infinite"),
+        ([[0.1, 0.2, 0.3]], r"\[0.1, 0.2, 0.3\] \(`list`\) as a span"),  # rewards of tokens, in one list too many
     ],
 )
 def test_what_fits_no_completion_is_refused(tokenizer, prompts, tmp_path, reward, message):

@@ -16,7 +16,6 @@ import math
 import os
 from bisect import bisect_left
 from dataclasses import dataclass
-from numbers import Real
 from typing import Any, SupportsFloat
 
 import numpy as np
@@ -214,6 +213,11 @@ def _special_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
     return added | set(tokenizer.all_special_ids)
 
 
+def _is_position(value: Any) -> bool:
+    """True for whole numbers; those in an array of spans are floats."""
+    return hasattr(value, "__index__") or (isinstance(value, float) and value.is_integer())
+
+
 def rewards_of_tokens(
     reward: list, completion: str | list[dict[str, Any]], completion_ids: list[int], tokenizer: PreTrainedTokenizerBase
 ) -> list[float]:
@@ -221,8 +225,8 @@ def rewards_of_tokens(
     A dense reward as one number for each token of the completion.
 
     Raises:
-        ValueError: for another number of tokens than the completion has, a span outside of its text, or a reward that
-            is no finite number.
+        ValueError: for another number of tokens than the completion has, an item among spans that is none, a span outside
+            of its text, or a reward that is no finite number.
     """
     if not any(isinstance(item, list | tuple) for item in reward):
         if len(reward) not in (0, len(completion_ids)):
@@ -238,7 +242,7 @@ def rewards_of_tokens(
         values = [0.0] * len(completion_ids)
         for span in reward:
             is_span = isinstance(span, list | tuple) and len(span) == 3
-            if not is_span or not all(i is None or isinstance(i, Real) for i in span[:2]):
+            if not is_span or not all(i is None or _is_position(i) for i in span[:2]):
                 raise ValueError(
                     f"{described(span)} as a span. Return spans `(start, end, reward)` alone, or one number for each token"
                 )
@@ -247,7 +251,7 @@ def rewards_of_tokens(
                 raise ValueError(
                     f"the span {start} to {end} of a text of {len(text)} characters. Return spans within it"
                 )
-            values[bisect_left(ends, offset + end)] += number_of(value)
+            values[bisect_left(ends, offset + int(end))] += number_of(value)
     if not all(map(is_finite, values)):
         raise ValueError("a reward that is nan or infinite. Return finite numbers")
     return values
