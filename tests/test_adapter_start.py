@@ -287,6 +287,15 @@ def test_of_two_adapters_the_reference_is_the_active_one(policy_path, tmp_path):
     assert set(trainer.model.peft_config) == {"default", "mine", "ref"}
 
 
+@pytest.mark.parametrize("task", ["dpo", "ppo"])
+def test_an_adapter_that_reaches_the_head_is_refused_before_its_reference_is_made(tokenizer, tmp_path, task):
+    config = LoraConfig(target_modules=["q_proj", "embed_tokens"], ensure_weight_tying=True)
+    model = get_peft_model(build_policy(tokenizer, tie_word_embeddings=True), config)
+    overrides = {"kl_in_reward": 0.1} if task == "ppo" else {}
+    with pytest.raises(ValueError, match="`lm_head` is not supported.*Leave .*`ensure_weight_tying=True`"):
+        make(task, model, tmp_path, kwargs={"processing_class": tokenizer}, **overrides)
+
+
 # --- Newly initialised layers ---
 
 

@@ -330,6 +330,15 @@ def test_the_critics_adapter_is_of_the_policys_kind_and_size():
         assert (own[name].r, own[name].scaling) == (layer.r, layer.scaling)
 
 
+def test_a_critics_adapter_is_tied_to_no_head(tokenizer):
+    """PEFT notes in the config what it tied, and would tie it again in a trunk that has no head."""
+    base = build_policy(tokenizer, tie_word_embeddings=True)
+    policy = get_peft_model(base, lora(modules_to_save=["embed_tokens"], ensure_weight_tying=True))
+    trunk = critic_as_adapter(policy).trunk
+    assert trunk.get_input_embeddings().weight is base.get_input_embeddings().original_module.weight
+    assert sum("lora_A" in name for name, _ in trunk.named_parameters()) == 14
+
+
 def test_experts_that_are_parameters_are_left_as_they_are(prompts, tmp_path, tokenizer):
     """By `target_parameters`; the critic's adapter has them too."""
     torch.manual_seed(0)

@@ -77,6 +77,7 @@ class AdapterMixin:
             loading = without_loading_warnings(trl_class)
         check_trainable(model, given.get("quantization_config"), peft_config)
         check_savable(model)
+        check_head(model, self._task_type)
         if isinstance(peft_config, PeftConfig):
             own = given["peft_config"] = copy.deepcopy(peft_config)
             if peft_config.task_type != self._task_type:
@@ -197,6 +198,18 @@ def check_savable(model) -> None:
             f"transformers has loaded the adapter of `model` into its base, and cannot save it ({error}). Load it with "
             "PEFT, `AutoPeftModelForCausalLM.from_pretrained(folder, is_trainable=True)`, which saves it itself."
         ) from error
+
+
+def check_head(model, task_type: str) -> None:
+    """Refuse an adapter on a language model's head, as the parent does, but before that makes a reference of it."""
+    if task_type == "CAUSAL_LM" and isinstance(model, PeftModel):
+        if isinstance(model.get_base_model().get_output_embeddings(), BaseTunerLayer):
+            raise ValueError(
+                "Applying a PEFT adapter to `lm_head` is not supported, and `model` has one there: log-probabilities are "
+                "computed from the head's own weight, so it would never be trained. Leave `lm_head` out of "
+                "`target_modules`, and with an adapter on tied embeddings `ensure_weight_tying=True`, which puts it on "
+                "the head, too; or set `modules_to_save` to these."
+            )
 
 
 def check_not_quantized(model, layers: list[str]) -> None:

@@ -10,6 +10,7 @@ autograd, distributed wrappers and the optimizer it is a model like any other.
 """
 
 import copy
+from dataclasses import replace
 from pathlib import Path
 
 from peft import IA3Config, LoraConfig, PeftConfig, PeftModel, get_peft_model
@@ -104,18 +105,17 @@ def adapter_like(source: PeftModel, base: PreTrainedModel) -> PeftModel:
     # By their names: what chose the layers of `source` may speak of its whole model. What is saved whole is its own,
     # and special starts, some of which change the base, have been made
     new = {"target_modules": list(layers), "modules_to_save": None, "task_type": None, "init_lora_weights": True}
+    new["ensure_weight_tying"] = False  # to a head, which a trunk has not
     new |= dict.fromkeys(["layers_to_transform", "layers_pattern", "exclude_modules", "trainable_token_indices"])
     if isinstance(config, LoraConfig):
         new["rank_pattern"] = {path: layer.r[name] for path, layer in layers.items()}
         new["alpha_pattern"] = {path: layer.lora_alpha[name] for path, layer in layers.items()}
     if isinstance(config, IA3Config):
         new["feedforward_modules"] = [path for path, layer in layers.items() if layer.is_feedforward]
-    config.inference_mode = False
+    new["inference_mode"] = False
     given = config.to_dict()
-    for field, value in new.items():
-        if field in given:
-            setattr(config, field, value)
-    return get_peft_model(base, config)
+    # Made anew, without what PEFT has noted in it of the weights that it tied
+    return get_peft_model(base, replace(config, **{field: value for field, value in new.items() if field in given}))
 
 
 def is_adapter(path: str) -> bool:
