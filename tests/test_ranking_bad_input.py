@@ -8,7 +8,7 @@ from pathlib import Path
 import deprecations
 import pytest
 import torch
-from conftest import RANKINGS, build_policy, build_reward_model, ranking_settings, tiny_config
+from conftest import RANKINGS, build_encoder, build_policy, build_reward_model, ranking_settings, tiny_config
 from datasets import Dataset
 from transformers import LlamaForSequenceClassification
 from trl import DPOConfig, RewardConfig
@@ -365,6 +365,25 @@ def test_rows_keep_their_numbers(tokenizer, tmp_path):
     dataset = rows([1, 2], [1, 2], [1, 1]).map(lambda row, i: {"prompt": "the film " * (5 - 2 * i)}, with_indices=True)
     with pytest.raises(ValueError, match="train row 2, column `ranks`: 'plackett_luce' has no ties"):
         make("reward", tokenizer, tmp_path, dataset, ranking_model="plackett_luce", max_length=5)
+
+
+def test_texts_beyond_the_models_positions_are_counted(tokenizer, tmp_path):
+    """As BERT's 512, where `max_length` is 1024 by default: the table of positions would end the training."""
+    data = rows([1, 2], [2, 1]).map(lambda row, i: {"prompt": "the film " * (40 * i + 1)}, with_indices=True)
+
+    def trained(dataset, **overrides):
+        args = RankingRewardConfig(**ranking_settings(tmp_path, **overrides))
+        return RankingRewardTrainer(build_encoder(tokenizer), args, train_dataset=dataset, processing_class=tokenizer)
+
+    with pytest.raises(
+        ValueError, match="1 of 2 rankings have texts beyond the 64 .*to 84 tokens. Set `max_length=64`"
+    ):
+        trained(data)
+    trainer = trained(data, max_length=64)
+    trainer.train()
+    with pytest.raises(ValueError, match="1 of 1 rankings have texts beyond the 64 positions"):
+        trainer.args.max_length = None
+        trainer.evaluate(data.select([1]))
 
 
 @pytest.mark.parametrize("ranking_model", ["bradley_terry", "plackett_luce_marginal"])

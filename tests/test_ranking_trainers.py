@@ -559,6 +559,17 @@ def test_tokenizers_without_an_end_of_sequence(tokenizer, tmp_path):
     trainer = make("reward", endless, tmp_path, data)
     expected = [[tokenizer(prompt + text)["input_ids"] for text in (" good", " bad")] for prompt in PROMPTS[:4]]
     assert trainer.train_dataset["group_ids"][:] == expected
+    chats = [[{"role": "user", "content": prompt}] for prompt in PROMPTS[:4]]
+    replies = [[[{"role": "assistant", "content": text}] for text in (" good", " bad")]] * 4
+    data = Dataset.from_dict(FOUR_PAIRS | {"prompt": chats, "completions": replies})
+    for form in ("arrow", "pandas"):
+        assert make("reward", endless, tmp_path, data.with_format(form)).reward_input.kind == "chat"
+    pairs = Dataset.from_dict({"prompt": ["the"], "chosen": [" good"], "rejected": [" bad"]})
+    with pytest.raises(
+        ValueError, match="The tokenizer has none. Set `tokenizer.eos_token`, or give the pairs a column"
+    ):
+        make("reward", endless, tmp_path, pairs)
+    assert make("reward", endless, tmp_path, pairs.add_column("tie", [False])).reward_input.ending == ""
     with pytest.raises(ValueError, match="no end-of-sequence token.*Set `tokenizer.eos_token`"):
         tokenize_for_dpo({"prompt": "the", "completions": [" good", " bad"]}, endless)
 

@@ -1,5 +1,7 @@
 """Completions end where the engine ends them, whatever ends them, and padding is nobody's token."""
 
+import copy
+
 import pytest
 import torch
 from conftest import build_policy, recorded, settings
@@ -53,6 +55,18 @@ def test_end_tokens(policy, tokenizer, prompts, tmp_path, ends, by):
     assert batch["num_items_in_batch"] == sum(map(len, completions))
     logged = trainer.state.log_history[0]
     assert logged["completions/clipped_ratio"] == pytest.approx(1 - batch["terminated"].float().mean().item())
+
+
+def test_some_token_must_end(tokenizer, prompts, tmp_path):
+    """Without an end the parent fails in the first rollout."""
+    endless, policy = copy.deepcopy(tokenizer), build_policy(tokenizer, eos_token_id=None)
+    endless.eos_token = None
+    with pytest.raises(
+        ValueError, match="no end-of-sequence token to end completions with. Set `tokenizer.eos_token`"
+    ):
+        rollout(policy, endless, prompts, tmp_path)
+    _, batch = rollout(policy, endless, prompts, tmp_path, generation_kwargs={"eos_token_id": [7, 9]})
+    assert {7, 9} & {ids[-1] for ids in own_ids(batch)}
 
 
 # --- Strings ---

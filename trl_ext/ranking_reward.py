@@ -21,6 +21,7 @@ from .ranking_card import RankingCardMixin
 from .ranking_config import RankingArguments
 from .ranking_data import is_ranking
 from .ranking_preparation import has_tied_pairs, tokenize_for_reward
+from .ranking_rows import first_row
 from .ranking_trainer import RankingMixin
 from .reward_inputs import input_in_training, write_reward_input
 from .score_head import scores_of_all_tokens
@@ -125,6 +126,14 @@ class RankingRewardTrainer(RankingMixin, PushMixin, RankingCardMixin, AdapterMix
                 )
             self.reward_input = input_in_training(processing_class, kind, args.bare_texts)
         how = input_in_training(processing_class, "text", args.bare_texts)
+        columns = get_dataset_column_names(dataset)
+        if not how.ending and not args.bare_texts and "chosen" in columns and self._are_plain_pairs(columns):
+            if not is_conversational(first_row(dataset)):
+                raise ValueError(
+                    f"The {dataset_name} dataset has pairs, which go to TRL, and TRL puts an end-of-sequence token after "
+                    "each text. The tokenizer has none. Set `tokenizer.eos_token`, or give the pairs a column `tie`, "
+                    "false where one is better."
+                )
         self._tokenize_ranking = partial(tokenize_for_reward, how=how)
         return super()._prepare_dataset(dataset, processing_class, args, dataset_name)
 
@@ -134,7 +143,7 @@ class RankingRewardTrainer(RankingMixin, PushMixin, RankingCardMixin, AdapterMix
         are_ids_of_rankings = set(self._tokenized_columns) <= columns and not self._are_plain_pairs(columns)
         if are_ids_of_rankings or IDS_OF_PAIRS <= columns or LEGACY_IDS_OF_PAIRS <= columns:
             return "tokens"
-        return "chat" if is_conversational(next(iter(dataset), {})) else "text"
+        return "chat" if is_conversational(first_row(dataset)) else "text"
 
     @staticmethod
     def _are_plain_pairs(columns) -> bool:

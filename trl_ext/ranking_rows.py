@@ -146,6 +146,12 @@ def plain(dataset: Dataset | IterableDataset) -> Dataset | IterableDataset:
     return dataset.with_format(None)
 
 
+def first_row(dataset: Dataset | IterableDataset) -> dict[str, Any]:
+    """The first row, of python objects whatever `with_format` made of it; empty where there is none."""
+    is_transformed = isinstance(dataset, Dataset) and dataset.format["type"] == "custom"
+    return next(iter(dataset if is_transformed else plain(dataset)), {})
+
+
 def whole(dataset: Dataset) -> Dataset:
     """
     A dataset to convert, with rows of python objects.

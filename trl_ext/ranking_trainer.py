@@ -21,7 +21,9 @@ from .ranking_collator import DataCollatorForRanking
 from .ranking_data import is_ranking
 from .ranking_metrics import baseline_nll, means_of_sums, ranking_sums
 from .ranking_preparation import has_tied_pairs, prepare_ranking_dataset, ranks_of, starting_log_tie
+from .ranking_rows import first_row
 from .reward_inputs import RewardInput
+from .reward_models import max_text_length
 from .shared_prefix import attention_mask
 from .tie_parameters import (
     TIE_PARAMETERS_FILE,
@@ -78,6 +80,8 @@ class RankingMixin:
         self._has_rankings = bool(rankings)
         if not rankings:  # and never will: see `_prepare_dataset`
             return
+        for dataset in rankings:
+            self._check_positions(dataset)
         if data_collator is None:
             self.data_collator = DataCollatorForRanking(
                 pad_token_id=self.data_collator.pad_token_id,
@@ -126,7 +130,7 @@ class RankingMixin:
     def _prepare_dataset(self, dataset, processing_class, args, dataset_name):
         columns = get_dataset_column_names(dataset)
         if dataset_name == "train":
-            self._is_chat = is_conversational(next(iter(dataset), {}))
+            self._is_chat = is_conversational(first_row(dataset))
         # Without ranks they are an error, unless they are pairs, whose column of that name is about something else
         has_completions = "completions" in columns or set(self._tokenized_columns) <= set(columns)
         holds_rankings = is_ranking(columns) or self._holds_rankings(dataset)
@@ -138,7 +142,7 @@ class RankingMixin:
                 "`train_dataset` or `eval_dataset`."
             )
         self._check_for_rankings(args)
-        return prepare_ranking_dataset(
+        dataset = prepare_ranking_dataset(
             dataset,
             processing_class,
             args,
@@ -147,6 +151,23 @@ class RankingMixin:
             self._tokenized_columns,
             self._max_tie_order or args.max_tie_order,
         )
+        if self._has_rankings:  # else the model is not there yet
+            self._check_positions(dataset)
+        return dataset
+
+    def _check_positions(self, dataset: Dataset | IterableDataset) -> None:
+        """Refuse texts beyond the positions that the model has learned, where they can be counted."""
+        positions = max_text_length(self._model)
+        if positions is None or not isinstance(dataset, Dataset):
+            return
+        *before, last = (dataset[column] for column in self._tokenized_columns)
+        lengths = [sum(map(len, prompt)) + max(map(len, ids)) for *prompt, ids in zip(*before, last, strict=True)]
+        num_longer = sum(length > positions for length in lengths)
+        if num_longer:
+            raise ValueError(
+                f"{num_longer} of {len(lengths)} rankings have texts beyond the {positions} positions that the model has "
+                f"learned, of up to {max(lengths)} tokens. Set `max_length={positions}`, which `overlong` is about."
+            )
 
     def _set_signature_columns_if_needed(self):
         super()._set_signature_columns_if_needed()

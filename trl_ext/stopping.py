@@ -63,6 +63,11 @@ class StoppingMixin:
         """Reads the engine's settings. To be called when the parent's `__init__` has prepared model and engine."""
         settings = self._engine_settings()
         ends = settings.get("eos_token_id", self.eos_token_ids)
+        if isinstance(ends, list) and None in ends and self.rollout_func is None and not self.use_vllm:
+            raise ValueError(
+                "The policy's tokenizer has no end-of-sequence token to end completions with. Set `tokenizer.eos_token`, "
+                "or name the tokens to stop at: `generation_kwargs={'eos_token_id': [...]}`."
+            )
         self.eos_token_ids = [*([ends] if isinstance(ends, int) else ends), *settings.get("stop_token_ids", [])]
         strings = settings.get("stop") if self.use_vllm else settings.get("stop_strings")
         if strings:
