@@ -11,8 +11,8 @@ from .ranking import initial_log_tie, max_tie_order
 from .ranking_collator import judged_indices
 from .ranking_config import RankingArguments
 from .ranking_data import prepare_rankings
-from .ranking_rows import plain, report_dropped
-from .reward_inputs import RewardInput, input_in_training, reward_input_ids, template_kwargs_of
+from .ranking_rows import first_row, plain, report_dropped
+from .reward_inputs import RewardInput, input_in_training, reward_input_ids, template_kwargs_of, text_tokenizer
 from .shared_prefix import common_prefix_length
 
 
@@ -112,6 +112,20 @@ def check_not_empty(dataset: Dataset | IterableDataset, dataset_name: str, reaso
         raise ValueError(f"The {dataset_name} dataset has no rankings to learn from: {reason}")
 
 
+def check_can_end(dataset: Dataset | IterableDataset, processing_class, dataset_name: str) -> None:
+    """Refuse pairs of texts that TRL would put an end-of-sequence token after, where the tokenizer has none."""
+    columns = get_dataset_column_names(dataset)
+    is_tokenized = any(name.endswith("_ids") for name in columns)
+    if text_tokenizer(processing_class).eos_token is not None or is_tokenized or "chosen" not in columns:
+        return
+    if not is_conversational(first_row(dataset)):
+        raise ValueError(
+            f"The {dataset_name} dataset has pairs of texts, and TRL puts an end-of-sequence token after each, of which "
+            "the tokenizer has none. Set `tokenizer.eos_token`; or, for a reward model, give the pairs a column `tie`, "
+            "false where one is better."
+        )
+
+
 def tokenize_for_reward(row: dict, processing_class, how: RewardInput) -> dict:
     """`group_ids`: each completion with its prompt, texts read as `how` says."""
     return {"group_ids": tokenize_completions(row, processing_class, how)}
@@ -136,7 +150,7 @@ def tokenize_for_dpo(row: dict, processing_class) -> dict:
             "The tokens of a prompt are not those that prompt and completion start with: the tokenizer merges across "
             "their border, or the chat template puts something between. They were split where they differ."
         )
-    if getattr(processing_class, "tokenizer", processing_class).eos_token is None and not is_conversational(row):
+    if text_tokenizer(processing_class).eos_token is None and not is_conversational(row):
         raise ValueError(
             "The tokenizer has no end-of-sequence token, so the policy would not learn where its answers end. Set "
             "`tokenizer.eos_token`, or give conversations, whose chat template ends them."

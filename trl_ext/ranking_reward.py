@@ -126,14 +126,6 @@ class RankingRewardTrainer(RankingMixin, PushMixin, RankingCardMixin, AdapterMix
                 )
             self.reward_input = input_in_training(processing_class, kind, args.bare_texts)
         how = input_in_training(processing_class, "text", args.bare_texts)
-        columns = get_dataset_column_names(dataset)
-        if not how.ending and not args.bare_texts and "chosen" in columns and self._are_plain_pairs(columns):
-            if not is_conversational(first_row(dataset)):
-                raise ValueError(
-                    f"The {dataset_name} dataset has pairs, which go to TRL, and TRL puts an end-of-sequence token after "
-                    "each text. The tokenizer has none. Set `tokenizer.eos_token`, or give the pairs a column `tie`, "
-                    "false where one is better."
-                )
         self._tokenize_ranking = partial(tokenize_for_reward, how=how)
         return super()._prepare_dataset(dataset, processing_class, args, dataset_name)
 

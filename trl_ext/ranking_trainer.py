@@ -20,7 +20,7 @@ from .ranking import MAX_ENUMERATED, PAIRWISE_MODELS, judged_items, judgements_n
 from .ranking_collator import DataCollatorForRanking
 from .ranking_data import is_ranking
 from .ranking_metrics import baseline_nll, means_of_sums, ranking_sums
-from .ranking_preparation import has_tied_pairs, prepare_ranking_dataset, ranks_of, starting_log_tie
+from .ranking_preparation import check_can_end, has_tied_pairs, prepare_ranking_dataset, ranks_of, starting_log_tie
 from .ranking_rows import first_row
 from .reward_inputs import RewardInput
 from .reward_models import max_text_length
@@ -135,6 +135,7 @@ class RankingMixin:
         has_completions = "completions" in columns or set(self._tokenized_columns) <= set(columns)
         holds_rankings = is_ranking(columns) or self._holds_rankings(dataset)
         if not (holds_rankings or has_tied_pairs(columns) or (has_completions and "chosen" not in columns)):
+            check_can_end(dataset, processing_class, dataset_name)
             return super()._prepare_dataset(dataset, processing_class, args, dataset_name)
         if self._has_rankings is False:
             raise ValueError(
