@@ -565,10 +565,11 @@ def test_tokenizers_without_an_end_of_sequence(tokenizer, tmp_path):
     for form in ("arrow", "pandas"):
         assert make("reward", endless, tmp_path, data.with_format(form)).reward_input.kind == "chat"
     pairs = Dataset.from_dict({"prompt": ["the"], "chosen": [" good"], "rejected": [" bad"]})
-    with pytest.raises(
-        ValueError, match="The tokenizer has none. Set `tokenizer.eos_token`, or give the pairs a column"
-    ):
-        make("reward", endless, tmp_path, pairs)
+    for task in ("reward", "dpo"):
+        with pytest.raises(
+            ValueError, match="the tokenizer has none. Set `tokenizer.eos_token`; or, for a reward model"
+        ):
+            make(task, endless, tmp_path, pairs)
     assert make("reward", endless, tmp_path, pairs.add_column("tie", [False])).reward_input.ending == ""
     with pytest.raises(ValueError, match="no end-of-sequence token.*Set `tokenizer.eos_token`"):
         tokenize_for_dpo({"prompt": "the", "completions": [" good", " bad"]}, endless)
