@@ -7,6 +7,7 @@ import json
 import math
 import re
 import shlex
+from types import SimpleNamespace
 
 import PIL.Image
 import pytest
@@ -89,6 +90,15 @@ def test_what_is_loaded_is_what_was_published(server, collected, tmp_path):
     splits = DatasetDict({"train": collected.select(range(3)), "test": collected.select(range(3, 5))})
     publish(splits, tmp_path / "out")
     assert_loads(server, "user/films", splits, tmp_path / "home")
+
+
+def test_a_name_alone_is_a_list_of_one(collected, tmp_path, monkeypatch):
+    monkeypatch.setattr(hub, "upload", lambda *args, **kwargs: SimpleNamespace(commit_url=""))
+    cards = []
+    for form in (str, lambda name: [name]):
+        publish(collected, tmp_path, models=form("user/model"), tags=form("films"), language=form("en"))
+        cards.append((tmp_path / "README.md").read_text())
+    assert cards[0] == cards[1] and "- films\n" in cards[0] and "(https://huggingface.co/user/model)" in cards[0]
 
 
 def test_large_data_lies_in_several_files_and_replaces_what_was_there(server, collected, tmp_path, monkeypatch):

@@ -32,12 +32,12 @@ def publish_rankings(
     collected: str,
     folder: str | Path,
     *,
-    models: list[str] | None = None,
+    models: str | list[str] | None = None,
     title: str | None = None,
     language: str | list[str] | None = None,
     licence_name: str | None = None,
     licence_link: str | None = None,
-    tags: list[str] | None = None,
+    tags: str | list[str] | None = None,
     private: bool = False,
     token: str | None = None,
 ) -> str:
@@ -53,11 +53,11 @@ def publish_rankings(
             is no default.
         collected (`str`): How: who ranked, what they were told, where prompts and completions are from.
         folder (`str` or `Path`): Where the files are written first, and stay. Of what else lies there nothing is uploaded.
-        models (`list[str]`, *optional*): Hub ids of models that were trained on it.
+        models (`str` or `list[str]`, *optional*): Hub ids of models that were trained on it.
         title (`str`, *optional*): By default the repository's name.
         language (`str` or `list[str]`, *optional*): Of the texts, as codes such as `"en"`.
         licence_name, licence_link (`str`, *optional*): Of a licence that the Hub does not know, with `licence="other"`.
-        tags (`list[str]`, *optional*): For the card's metadata.
+        tags (`str` or `list[str]`, *optional*): For the card's metadata.
         private (`bool`, *optional*, defaults to `False`): Only for those with access. A repository that is there and
             public is refused.
         token (`str`, *optional*): By default the one that `hf auth login` stored.
@@ -72,9 +72,10 @@ def publish_rankings(
     """
     licensed = _licence_and_language(licence, licence_name, licence_link, language)
     _check_texts(collected=collected)
-    _check_ids(models=models or [])
+    models = _listed(models)
+    _check_ids(models=models)
     splits = _splits_of(rankings, columns=[])  # of which `describe_rankings` knows more
-    metadata = licensed | {"tags": {"preference", "ranking", "rlhf", *(tags or [])}}
+    metadata = licensed | {"tags": {"preference", "ranking", "rlhf", *_listed(tags)}}
     content = describe_rankings(splits) | {"collected": collected, "models": models, "title": title}
     return _publish(splits, "rankings_dataset.md", metadata, content, repo_id, folder, private, token)
 
@@ -92,7 +93,7 @@ def publish_rollouts(
     language: str | list[str] | None = None,
     licence_name: str | None = None,
     licence_link: str | None = None,
-    tags: list[str] | None = None,
+    tags: str | list[str] | None = None,
     private: bool = False,
     token: str | None = None,
 ) -> str:
@@ -117,7 +118,7 @@ def publish_rollouts(
     splits = _splits_of(rollouts, ROLLOUT_COLUMNS)
     metadata = licensed | {
         "task_categories": ["reinforcement-learning", "text-generation"],
-        "tags": {"rlhf", "rollouts", "token-level", *(tags or [])},
+        "tags": {"rlhf", "rollouts", "token-level", *_listed(tags)},
     }
     content = describe_rollouts(splits) | {"collected": collected, "model": model, "reward": reward, "title": title}
     return _publish(splits, "rollouts_dataset.md", metadata, content, repo_id, folder, private, token)
@@ -136,7 +137,7 @@ def publish_samples(
     language: str | list[str] | None = None,
     licence_name: str | None = None,
     licence_link: str | None = None,
-    tags: list[str] | None = None,
+    tags: str | list[str] | None = None,
     private: bool = False,
     token: str | None = None,
 ) -> str:
@@ -163,7 +164,7 @@ def publish_samples(
     splits = _splits_of(samples, ["prompt", "completion", "score"])
     metadata = licensed | {
         "task_categories": ["text-generation"],
-        "tags": {"best-of-n", "rejection-sampling", "sft", *(tags or [])},
+        "tags": {"best-of-n", "rejection-sampling", "sft", *_listed(tags)},
     }
     content = describe_samples(splits) | {"collected": collected, "model": model, "reward": reward, "title": title}
     content["imitated"] = "kept" if "kept" in splits else next(iter(splits))
@@ -182,11 +183,16 @@ def _licence_and_language(
     """Metadata of a card, if the Hub takes it."""
     _check_texts(licence=licence)
     check_licence(licence, name, "licence", "licence_name")
-    languages = [language] if isinstance(language, str) else language
+    languages = None if language is None else _listed(language)
     if languages is not None:
         check_language(languages)
     named = {"license_name": name, "license_link": link}
     return {"license": licence, "language": languages} | {key: text for key, text in named.items() if text}
+
+
+def _listed(names: str | list[str] | None) -> list[str]:
+    """A name alone as a list of one, which would otherwise be read letter by letter."""
+    return [names] if isinstance(names, str) else list(names or [])
 
 
 def _check_ids(**ids: list[str | None]) -> None:

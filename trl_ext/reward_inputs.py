@@ -157,7 +157,8 @@ def check_reward_input(how: RewardInput | None, is_chat: bool, processing_class,
         raise ValueError(
             f"The reward model {name} was trained on {KINDS[how.kind]} (`{REWARD_INPUT}` in its config says so), and the "
             f"prompts are {KINDS[asked]}: its scores of them would mean nothing. Use a reward model that was trained on "
-            f"{KINDS[asked]}, or prompts that are {KINDS[how.kind]}."
+            f"{KINDS[asked]}, or prompts that are {KINDS[how.kind]}; if another program has trained it since, mend what "
+            "the config says."
         )
     if how.special_tokens and special_tokens_of(tokenizer) != how.special_tokens:
         raise ValueError(
