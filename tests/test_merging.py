@@ -118,6 +118,19 @@ def test_a_reward_adapter_on_resized_embeddings_is_loaded_and_merged(reward_adap
     torch.testing.assert_close(scores(whole), expected, atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("who_has_it", ["base", "adapter"])
+def test_a_token_that_the_base_has_no_embedding_of_stays_without(tokenizer, tokenizer_with_more, tmp_path, who_has_it):
+    """As `<image_soft_token>` of Gemma 3 1B; not so one that came with the adapter."""
+    build_policy(tokenizer).save_pretrained(tmp_path / "base")
+    (tokenizer_with_more if who_has_it == "base" else tokenizer).save_pretrained(tmp_path / "base")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    get_peft_model(model, LoraConfig(task_type="CAUSAL_LM")).save_pretrained(tmp_path / "adapter")
+    tokenizer_with_more.save_pretrained(tmp_path / "adapter")
+    merge_adapter(str(tmp_path / "adapter"), str(tmp_path / "merged"), "float32")
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    assert merged.config.vocab_size == len(tokenizer if who_has_it == "base" else tokenizer_with_more)
+
+
 def test_a_reward_adapter_on_resized_embeddings_shares_all_but_them(reward_adapter, policy_path, prompts, tmp_path):
     """With a policy that was not resized, or was to the same size: its embeddings stay its own."""
     folder, expected = reward_adapter

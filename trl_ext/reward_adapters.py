@@ -227,13 +227,22 @@ def saved_embeddings(model: PreTrainedModel, path: str) -> torch.Tensor | None:
 def fit_embeddings(model: PreTrainedModel, path: str, trust_remote_code: bool = False) -> None:
     """
     Resize a base's embeddings, in place, to those that the adapter at `path` was trained with: as many as it brings
-    along, or else as its tokenizer needs.
+    along, or else as its tokenizer needs, where that has more tokens than the base's own. (Some bases have tokens beyond
+    their embeddings, such as Gemma 3 1B one for images; a row for it would be drawn at random, and sampled.)
     """
     saved, num_tokens = saved_embeddings(model, path), model.get_input_embeddings().weight.size(0)
+    needed = num_tokens
     if saved is not None:
         needed = saved.size(0)
-    else:
-        needed = max(num_tokens, len(tokenizer_of_adapter(path, trust_remote_code)))
+    elif (num_own := len(tokenizer_of_adapter(path, trust_remote_code))) > num_tokens:
+        name, revision = base_of_adapter(path)
+        try:
+            num_of_base = len(
+                AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
+            )
+        except (OSError, ValueError):  # it has none
+            num_of_base = 0
+        needed = num_own if num_own > num_of_base else num_tokens
     if needed != num_tokens:
         model.resize_token_embeddings(needed, mean_resizing=saved is None)
 
