@@ -50,6 +50,7 @@ from trl_ext import (
     ReinforceConfig,
     ReinforceTrainer,
     merge_adapter,
+    new_layers,
 )
 from trl_ext.reward_adapters import reward_model_of_its_own
 
@@ -406,3 +407,9 @@ def test_new_layers_that_cannot_be_had_are_refused(tokenizer, tmp_path):
     for use in (reward_model_of_its_own, lambda folder: merge_adapter(folder, str(tmp_path / "merged"))):
         with pytest.raises(ValueError, match=r"without the layers \['pooler.dense'\].*modules_to_save"):
             use(str(tmp_path))
+
+
+def test_under_zero_3_new_layers_are_to_be_named(policy_path, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(new_layers, "is_deepspeed_zero3_enabled", lambda: True)
+    make("reward", policy_path, tmp_path, kwargs={"peft_config": LoraConfig(r=2)})
+    assert "name them in `modules_to_save`" in caplog.text

@@ -4,6 +4,7 @@ import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from accelerate.logging import get_logger
 from accelerate.utils import patch_environment
 from peft import PeftConfig, PeftModel
 from peft.utils.constants import SEQ_CLS_HEAD_NAMES
@@ -14,6 +15,8 @@ from transformers.utils import logging
 
 from .compat import get_config_model_id
 
+
+logger = get_logger(__name__)
 
 # What says where weights are, among `model_init_kwargs`
 WHERE = ("revision", "trust_remote_code", "subfolder", "variant", "token", "cache_dir", "use_safetensors")
@@ -34,6 +37,12 @@ def new_layers(model: str | PreTrainedModel | PeftModel, model_init_kwargs: dict
         were built in memory, and under DeepSpeed ZeRO-3, which has its own way to load.
     """
     if is_deepspeed_zero3_enabled():
+        logger.warning(
+            f"Under DeepSpeed ZeRO-3 nothing tells which layers of the classifier are new. Its head "
+            f"({' or '.join(SEQ_CLS_HEAD_NAMES)}) is saved with the adapter; if transformers has called others newly "
+            "initialized (a `pooler`, say), name them in `modules_to_save` of the `peft_config`, or each load of the "
+            "adapter draws them anew."
+        )
         return []
     if isinstance(model, str):
         source, auto_class = model, AutoModelForSequenceClassification
