@@ -155,7 +155,7 @@ def main() -> None:
             score = reward_model_scores(source, [item.prompt for item in items])
         else:
             score = function_scores(source) if args.reward_func else grades(source, args.rubric)
-    except ValueError as error:
+    except (ValueError, OSError) as error:  # the latter where there is no such model
         sys.exit(f"error: {error}")
     unjudged = 0
     for item in tqdm([item for item in items if item not in judgements], desc="Judging"):

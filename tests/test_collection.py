@@ -659,3 +659,6 @@ def test_what_a_function_does_not_score_is_named(folder, page, monkeypatch, retu
     monkeypatch.setattr(sys, "argv", [*command, "--export", "rankings.csv"])
     with pytest.raises(SystemExit, match="ends in .parquet or .jsonl"):
         judge.main()
+    monkeypatch.setattr(sys, "argv", [*command[:3], "--judge_model", str(folder / "nowhere")])
+    with pytest.raises(SystemExit, match="error: .*nowhere"):
+        judge.main()
