@@ -114,6 +114,7 @@ def grades(path: str, rubric: str) -> Callable[[Item], Scores]:
     model, tokenizer = load_model(path, "auto")
     greedy = argparse.Namespace(temperature=1e-6, top_p=1.0, max_completion_length=8)
     context = context_of(model.config)
+    PartialState()  # the logger asks it which process this is
 
     def fits(question):
         if context is None or num_tokens(tokenizer, question) + greedy.max_completion_length <= context:
@@ -144,7 +145,6 @@ def grades(path: str, rubric: str) -> Callable[[Item], Scores]:
 
 def main() -> None:
     args = parse_args()
-    PartialState()  # loggers ask it which process this is
     source = args.reward_model or args.reward_func or args.judge_model
     try:
         if args.export:

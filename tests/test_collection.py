@@ -633,6 +633,7 @@ def test_what_is_too_long_for_a_judge_has_no_score(folder, policy_path, tokenize
         file.write(json.dumps({"prompt": "the film", "completions": [" good", " good" * 60]}))
     item = read_items(folder)[-1]
     asked = []
+    PartialState._reset_state()
     monkeypatch.setattr(judge, "sample", lambda *args: asked.extend(args[2]) or [["7"] for _ in args[2]])
     assert judge.grades(policy_path, "Is it?")(item) == [7.0, None] and len(asked) == 1
     settings = {"n_embd": 8, "n_layer": 1, "n_head": 1, "n_positions": 12, "vocab_size": len(tokenizer)}
