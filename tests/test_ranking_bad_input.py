@@ -367,7 +367,7 @@ def test_rows_keep_their_numbers(tokenizer, tmp_path):
         make("reward", tokenizer, tmp_path, dataset, ranking_model="plackett_luce", max_length=5)
 
 
-def test_texts_beyond_the_models_positions_are_counted(tokenizer, tmp_path):
+def test_texts_beyond_the_models_positions_are_counted(tokenizer, tmp_path, caplog):
     """As BERT's 512, where `max_length` is 1024 by default: the table of positions would end the training."""
     data = rows([1, 2], [2, 1]).map(lambda row, i: {"prompt": "the film " * (40 * i + 1)}, with_indices=True)
 
@@ -384,6 +384,11 @@ def test_texts_beyond_the_models_positions_are_counted(tokenizer, tmp_path):
     with pytest.raises(ValueError, match="1 of 1 rankings have texts beyond the 64 positions"):
         trainer.args.max_length = None
         trainer.evaluate(data.select([1]))
+    # Those of a stream cannot be, so the argument is looked at
+    trained(data.to_iterable_dataset(), max_length=64)
+    assert "of this stream" not in caplog.text
+    trained(data.to_iterable_dataset())
+    assert "The model has learned 64 positions, and `max_length` is 1024" in caplog.text
 
 
 @pytest.mark.parametrize("ranking_model", ["bradley_terry", "plackett_luce_marginal"])

@@ -157,9 +157,17 @@ class RankingMixin:
         return dataset
 
     def _check_positions(self, dataset: Dataset | IterableDataset) -> None:
-        """Refuse texts beyond the positions that the model has learned, where they can be counted."""
-        positions = max_text_length(self._model)
-        if positions is None or not isinstance(dataset, Dataset):
+        """Refuse texts beyond the positions that the model has learned, where they can be counted; warn of streams."""
+        positions, max_length = max_text_length(self._model), self.args.max_length
+        if positions is None:
+            return
+        if not isinstance(dataset, Dataset):
+            if max_length is None or max_length > positions:
+                logger.warning(
+                    f"The model has learned {positions} positions, and `max_length` is {max_length}: a longer text of this "
+                    f"stream would end the training with an IndexError. Set `max_length={positions}`, which `overlong` is "
+                    "about."
+                )
             return
         *before, last = (dataset[column] for column in self._tokenized_columns)
         lengths = [sum(map(len, prompt)) + max(map(len, ids)) for *prompt, ids in zip(*before, last, strict=True)]
