@@ -116,6 +116,7 @@ def test_the_best_of_n_is_as_far_from_the_policy_as_theory_says():
     assert kl == pytest.approx(math.log(n) - (n - 1) / n, abs=0.02)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "flags", [["--learning_rate", "0.02"], ["--learning_rate", "0.1", "--use_peft"]], ids=["full", "lora"]
 )

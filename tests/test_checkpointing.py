@@ -65,6 +65,7 @@ def whole_run(policy_path, tmp_path_factory):
 
 
 # After the first update of a rollout's four; at the end of an epoch, where the prompts' order is drawn anew
+@pytest.mark.slow
 @pytest.mark.parametrize("step", [5, 16])
 def test_a_killed_run_resumes_bit_for_bit(policy_path, whole_run, tmp_path, step):
     whole, broken, last = whole_run, tmp_path / "broken", "checkpoint-18"

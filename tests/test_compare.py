@@ -35,6 +35,7 @@ def test_dense_and_delayed_praise_are_worth_the_same(compare):
     assert [texts[0][start:end] for start, end, _ in compare.dense_praise(texts)[0]] == ["good", "bad"]
 
 
+@pytest.mark.slow
 def test_a_small_study(tmp_path):
     command = [RECIPES / "compare.py", "--tasks", "words", "--methods", "reinforce-mean", "best-of-n", "--seeds", 1]
     command += ["--budget", 1000, "--corpus_size", 300, "--output_dir", "out", "--jobs", 1]

@@ -12,6 +12,8 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from trl_ext import PPOConfig, PPOTrainer, actor_critic_trainer, load_critic, reward_adapters, tie_parameters
 
 
+pytestmark = pytest.mark.slow
+
 EXACT = {"loss", "reward", "eval_reward", "kl/k1", "values/mean", "returns/mean", "eval_loss", "eval_log_likelihood"}
 EXACT |= {"rewards/count_good/mean", "log_likelihood", "kendall_tau_b", "tie/nu", "tie/theta", "tie/delta_2"}
 

@@ -250,6 +250,7 @@ def test_adapter_of_a_reward_model_keeps_its_head(folder, policy_path):
     assert not (folder / "out" / "eval_results.json").exists()
 
 
+@pytest.mark.slow
 def test_everything_on_one_4bit_base(folder, policy_path):
     """From rankings to a merged policy with its critic, by `--use_peft --load_in_4bit` alone."""
     write_rows(folder / "rankings.jsonl", [{"prompt": prompt, **RANKING} for prompt in PROMPTS])

@@ -43,6 +43,8 @@ import rlhf_stages  # noqa: E402
 from quickstart_judges import lexicon_judge, praise  # noqa: E402
 
 
+pytestmark = pytest.mark.slow
+
 TINY = {
     "training": {
         "use_cpu": True,

@@ -142,6 +142,7 @@ SMALL = (
 ).split()
 
 
+@pytest.mark.slow
 def test_the_recipe_runs(tmp_path):
     printed = launch(RECIPES / "text_game.py", "--output_dir", "out", *SMALL, cwd=tmp_path)
     assert "[3/3] Before and after, on games that were held out" in printed
