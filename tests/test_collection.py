@@ -28,6 +28,7 @@ from transformers import (
 )
 
 from trl_ext import RankingRewardConfig, RankingRewardTrainer
+from trl_ext import line_files
 from trl_ext.collection import Judgements, agreement, all_judgements, collected_rankings, read_items
 from trl_ext.line_files import append_line, read_lines
 from trl_ext.ranking_data import prepare_rankings
@@ -663,3 +664,13 @@ def test_what_a_function_does_not_score_is_named(folder, page, monkeypatch, retu
     monkeypatch.setattr(sys, "argv", [*command[:3], "--judge_model", str(folder / "nowhere")])
     with pytest.raises(SystemExit, match="error: .*nowhere"):
         judge.main()
+
+
+def test_a_whole_line_of_a_log_is_never_dropped(tmp_path):
+    """Though a key is there twice, and the last newline is not: it was written by hand, and not cut."""
+    log = tmp_path / "log.jsonl"
+    log.write_bytes(b'{"a": 1, "a": 2}')
+    with pytest.raises(ValueError, match="line 1: .*each key once"):
+        list(line_files.read_lines(log))
+    line_files.append_line(log, {"b": 1})
+    assert log.read_bytes() == b'{"a": 1, "a": 2}\n{"b": 1}\n'

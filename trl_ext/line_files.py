@@ -17,7 +17,9 @@ def append_line(file: Path, record: dict[str, Any]) -> None:
         with open(file, "r+b" if file.is_file() else "w+b") as opened:
             content = opened.read()
             end = content.rfind(b"\n") + 1
-            is_whole = _parsed(content[end:]) is not None  # by an editor that leaves out the last newline
+            is_whole = (
+                _parsed(content[end:]) is not None
+            )  # by an editor that leaves out the last newline
             opened.seek(len(content) if is_whole else end)
             opened.truncate()
             line = json.dumps(record, ensure_ascii=False).encode() + b"\n"
@@ -46,29 +48,29 @@ def numbered_lines(file: Path, is_log: bool = False) -> Iterator[tuple[int, dict
     Raises:
         ValueError: for a line that is no JSON object.
     """
-    lines = file.read_bytes().removeprefix(codecs.BOM_UTF8).split(b"\n")
+    lines = file.read_bytes().split(b"\n")
     for number, line in enumerate(lines, start=1):
         record = _parsed(line)
-        if record is not None:
+        if record is not None and not _has_key_twice(line):
             yield number, record
-        elif line.strip() and not (is_log and number == len(lines)):
+        elif line.strip() and not (is_log and number == len(lines) and record is None):
             raise ValueError(
-                f"{file}, line {number}: must be one JSON object, in UTF-8, each key once, got {line[:80]!r}. Mend or remove the line, "
-                "or write the file again if it was cut."
+                f"{file}, line {number}: must be one JSON object, in UTF-8, each key once, got {line[:80]!r}. Mend or "
+                "remove the line, or write the file again if it was cut."
             )
 
 
-def _unambiguous(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    record = dict(pairs)
-    if len(record) < len(pairs):  # the parser would keep the last value, and not say so
-        raise ValueError("a key is there twice")
-    return record
+def _has_key_twice(line: bytes) -> bool:
+    """True where the parser keeps the last of several values, and does not say so."""
+    found = []
+    json.loads(line.removeprefix(codecs.BOM_UTF8).decode(), object_pairs_hook=lambda pairs: found.append(len(dict(pairs)) < len(pairs)))
+    return any(found)
 
 
 def _parsed(line: bytes) -> dict[str, Any] | None:
     """None for what is no JSON object, which half of one is not either."""
     try:
-        record = json.loads(line.removeprefix(codecs.BOM_UTF8).decode(), object_pairs_hook=_unambiguous)
-    except ValueError:  # of the decoding, the parsing, or what is there twice
+        record = json.loads(line.removeprefix(codecs.BOM_UTF8).decode())
+    except ValueError:  # of the decoding, or the parsing
         return None
     return record if isinstance(record, dict) else None
