@@ -28,7 +28,6 @@ from transformers import (
 )
 
 from trl_ext import RankingRewardConfig, RankingRewardTrainer
-from trl_ext import line_files
 from trl_ext.collection import Judgements, agreement, all_judgements, collected_rankings, read_items
 from trl_ext.line_files import append_line, read_lines
 from trl_ext.ranking_data import prepare_rankings
@@ -671,6 +670,6 @@ def test_a_whole_line_of_a_log_is_never_dropped(tmp_path):
     log = tmp_path / "log.jsonl"
     log.write_bytes(b'{"a": 1, "a": 2}')
     with pytest.raises(ValueError, match="line 1: .*each key once"):
-        list(line_files.read_lines(log))
-    line_files.append_line(log, {"b": 1})
+        list(read_lines(log))
+    append_line(log, {"b": 1})
     assert log.read_bytes() == b'{"a": 1, "a": 2}\n{"b": 1}\n'

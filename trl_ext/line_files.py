@@ -17,9 +17,7 @@ def append_line(file: Path, record: dict[str, Any]) -> None:
         with open(file, "r+b" if file.is_file() else "w+b") as opened:
             content = opened.read()
             end = content.rfind(b"\n") + 1
-            is_whole = (
-                _parsed(content[end:]) is not None
-            )  # by an editor that leaves out the last newline
+            is_whole = _parsed(content[end:]) is not None  # by an editor that leaves out the last newline
             opened.seek(len(content) if is_whole else end)
             opened.truncate()
             line = json.dumps(record, ensure_ascii=False).encode() + b"\n"
@@ -63,7 +61,10 @@ def numbered_lines(file: Path, is_log: bool = False) -> Iterator[tuple[int, dict
 def _has_key_twice(line: bytes) -> bool:
     """True where the parser keeps the last of several values, and does not say so."""
     found = []
-    json.loads(line.removeprefix(codecs.BOM_UTF8).decode(), object_pairs_hook=lambda pairs: found.append(len(dict(pairs)) < len(pairs)))
+    json.loads(
+        line.removeprefix(codecs.BOM_UTF8).decode(),
+        object_pairs_hook=lambda pairs: found.append(len(dict(pairs)) < len(pairs)),
+    )
     return any(found)
 
 
