@@ -6,7 +6,7 @@ import random
 import numpy as np
 import pytest
 
-from trl_ext.annotation import annotation_cost, ranking_agreement
+from trl_ext.annotation import ranking_agreement
 
 
 def random_items(seed=0, num_items=12):
@@ -77,10 +77,3 @@ def test_nobody_to_agree_with():
     with pytest.raises(ValueError, match="Item 1 has rankings of"):
         ranking_agreement([[[1, 2]], [[1, 2], [1, 2, 3]]])
     assert np.isnan(ranking_agreement([[[1, 1], [1, 1]]])["alpha"])
-
-
-def test_cost():
-    assert annotation_cost(1000) == {"demonstrations": 200_000, "preferences": 20_000}
-    assert annotation_cost(3, cost_per_preference=1.5)["preferences"] == 4.5
-    with pytest.raises(ValueError, match="negative"):
-        annotation_cost(-1)

@@ -1,4 +1,4 @@
-"""What judgements by people are worth, and what they cost."""
+"""Agreement of people who judge the same completions."""
 
 import itertools
 from collections import Counter
@@ -69,25 +69,3 @@ def ranking_agreement(rankings: list[list[list[int | None]]]) -> dict[str, float
 
 def _is_ranked(rank: int | None) -> bool:
     return rank is not None and rank >= 0
-
-
-def annotation_cost(
-    num_turns: int, cost_per_demonstration: float = 200.0, cost_per_preference: float = 20.0
-) -> dict[str, float]:
-    """
-    What it costs to have people write so many turns, and to have them say which of several they prefer.
-
-    Args:
-        num_turns (`int`): Turns of dialogue, one demonstration or one judgement each.
-        cost_per_demonstration (`float`, *optional*, defaults to `200.0`): Of a turn that an expert writes.
-        cost_per_preference (`float`, *optional*, defaults to `20.0`): Of a judgement of a turn's alternatives.
-
-    Returns:
-        `dict[str, float]`: `demonstrations` and `preferences`, in the currency of the costs.
-
-    Raises:
-        ValueError: for negative numbers.
-    """
-    if min(num_turns, cost_per_demonstration, cost_per_preference) < 0:
-        raise ValueError("Numbers of turns and costs must not be negative.")
-    return {"demonstrations": num_turns * cost_per_demonstration, "preferences": num_turns * cost_per_preference}
