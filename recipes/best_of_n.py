@@ -30,8 +30,8 @@ from trl import ModelConfig, SFTConfig, get_peft_config, get_quantization_config
 
 from trl_ext import CompletionSampler, ReinforceConfig, SFTTrainer, keep_best
 from trl_ext.hub import publish_samples
-from trl_ext.hub_metadata import check_licence
-from trl_ext.uploading import PublishError
+from trl_ext.hub.metadata import check_licence
+from trl_ext.hub.uploading import PublishError
 
 
 @dataclass

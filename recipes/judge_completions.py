@@ -32,9 +32,9 @@ from sample_completions import context_of, load_model, num_tokens, sample
 from tqdm import tqdm
 from transformers import set_seed
 
-from trl_ext.collection import Item, Judgements, agreement, read_items
-from trl_ext.ranking_rows import located, ranks_of_scores
-from trl_ext.reward_models import RewardModel, load_reward_model
+from trl_ext.adapters.reward_models import RewardModel, load_reward_model
+from trl_ext.data.collection import Item, Judgements, agreement, read_items
+from trl_ext.data.rows import located, ranks_of_scores
 
 
 logger = get_logger(__name__)

@@ -16,7 +16,7 @@ from transformers import (
     set_seed,
 )
 
-from trl_ext.reward_models import RewardModel
+from trl_ext.adapters.reward_models import RewardModel
 
 
 @dataclass

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from trl_ext import format_ranking, parse_ranking
-from trl_ext.collection import COMPLETIONS_FILE, Item, Judgements, agreement, collected_rankings, read_items
+from trl_ext.data.collection import COMPLETIONS_FILE, Item, Judgements, agreement, collected_rankings, read_items
 
 
 SHORTCUTS = """

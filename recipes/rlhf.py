@@ -192,7 +192,7 @@ def check_names(args: argparse.Namespace) -> None:
 
 def check_licence_is_known(args: argparse.Namespace) -> None:
     """Raises [`LoopError`] for a licence that the Hub would refuse when all is trained."""
-    from trl_ext.hub_metadata import check_licence
+    from trl_ext.hub.metadata import check_licence
 
     try:
         check_licence(args.licence, args.licence_name, "--licence", "--licence_name")
@@ -206,7 +206,7 @@ def check_visibility(namespace: str, name: str) -> None:
     from huggingface_hub.errors import RepositoryNotFoundError
     from rlhf_publish import hub_ids
 
-    from trl_ext.uploading import cause_of, compare_visibility
+    from trl_ext.hub.uploading import cause_of, compare_visibility
 
     for what, repo_id in hub_ids(namespace, name).items():
         try:
@@ -227,7 +227,7 @@ def check_token(namespace: str) -> None:
     except LocalTokenNotFoundError:
         raise LoopError("--push_to_hub: there is no token. Log in with `hf auth login`, or set HF_TOKEN.") from None
     except Exception as error:  # the client's own errors have no class in common
-        from trl_ext.uploading import cause_of
+        from trl_ext.hub.uploading import cause_of
 
         raise LoopError(f"--push_to_hub: {cause_of(error, namespace)}") from None
     namespaces = [user["name"], *(organisation["name"] for organisation in user["orgs"])]
@@ -356,7 +356,7 @@ def choose_launcher(args: argparse.Namespace) -> list[str]:
 
 def wait_for_people(folder: Path, enough: float) -> None:
     """Ends the program, with the command that opens the page, unless they have judged enough."""
-    from trl_ext.collection import all_judgements, read_items
+    from trl_ext.data.collection import all_judgements, read_items
 
     items, everybody = read_items(folder), all_judgements(folder)
     done = sum(any(item in theirs for theirs in everybody) for item in items)

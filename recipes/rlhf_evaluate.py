@@ -31,7 +31,7 @@ from matplotlib.figure import Figure
 from rank_completions import as_text
 from transformers import AutoTokenizer
 
-from trl_ext.collection import Item, all_judgements, read_items, read_lines
+from trl_ext.data.collection import Item, all_judgements, read_items, read_lines
 
 
 RESAMPLES = 10_000

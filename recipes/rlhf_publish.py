@@ -21,10 +21,10 @@ from datasets import DatasetDict
 from huggingface_hub import EvalResult, ModelCard
 
 from trl_ext import load_rollouts
-from trl_ext.collection import collected_rankings
+from trl_ext.data.collection import collected_rankings
 from trl_ext.hub import publish_rankings, publish_rollouts
-from trl_ext.hub_metadata import check_licence
-from trl_ext.uploading import PublishError, upload
+from trl_ext.hub.metadata import check_licence
+from trl_ext.hub.uploading import PublishError, upload
 
 
 SUFFIXES = {  # of the repositories' names, in the order of the loop

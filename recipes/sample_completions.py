@@ -25,9 +25,9 @@ from sft import RecipeArguments, load_split
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, set_seed
 
-from trl_ext.collection import COMPLETIONS_FILE, append_line, item_id, read_lines
-from trl_ext.ranking_rows import kind_of, located
-from trl_ext.shared_base import base_of_adapter, is_adapter
+from trl_ext.adapters.shared_base import base_of_adapter, is_adapter
+from trl_ext.data.collection import COMPLETIONS_FILE, append_line, item_id, read_lines
+from trl_ext.data.rows import kind_of, located
 
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"  # of models

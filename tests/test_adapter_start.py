@@ -50,9 +50,9 @@ from trl_ext import (
     ReinforceConfig,
     ReinforceTrainer,
     merge_adapter,
-    new_layers,
 )
-from trl_ext.reward_adapters import reward_model_of_its_own
+from trl_ext.adapters import new_layers
+from trl_ext.adapters.reward_adapters import reward_model_of_its_own
 
 
 ACTOR_CRITIC = {

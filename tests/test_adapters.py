@@ -38,10 +38,10 @@ from trl_ext import (
     merge_adapter,
     token_values,
 )
-from trl_ext.adapters import merged
-from trl_ext.critic_files import save_critic
-from trl_ext.critic_sources import shared_critic
-from trl_ext.reward_adapters import reward_model_of_its_own, reward_model_on_base
+from trl_ext.adapters.merging import merged
+from trl_ext.adapters.reward_adapters import reward_model_of_its_own, reward_model_on_base
+from trl_ext.critic.files import save_critic
+from trl_ext.critic.start import shared_critic
 
 
 OURS = {

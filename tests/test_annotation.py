@@ -6,7 +6,7 @@ import random
 import numpy as np
 import pytest
 
-from trl_ext.annotation import ranking_agreement
+from trl_ext.ranking.agreement import ranking_agreement
 
 
 def random_items(seed=0, num_items=12):

@@ -6,8 +6,8 @@ import uuid
 import pytest
 from datasets import Dataset
 
-from trl_ext.argilla import from_argilla, to_argilla
-from trl_ext.ranking_data import prepare_rankings
+from trl_ext.data.argilla import from_argilla, to_argilla
+from trl_ext.data.rankings import prepare_rankings
 
 
 ANN, BOB = str(uuid.UUID(int=1)), str(uuid.UUID(int=2))

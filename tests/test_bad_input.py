@@ -18,7 +18,7 @@ from transformers import BitsAndBytesConfig
 from trl import GRPOConfig, GRPOTrainer
 
 from trl_ext import A2CConfig, A2CTrainer, ActorCriticConfig, PPOConfig, PPOTrainer, ReinforceConfig, load_rollouts
-from trl_ext.prompts import check_prompts, cut_to_context
+from trl_ext.actor_critic.prompts import check_prompts, cut_to_context
 
 
 def make(model, tokenizer, tmp_path, reward_funcs=count_good, prompts=PROMPTS, config=None, **kwargs):

@@ -28,9 +28,9 @@ from transformers import (
 )
 
 from trl_ext import RankingRewardConfig, RankingRewardTrainer
-from trl_ext.collection import Judgements, agreement, all_judgements, collected_rankings, read_items
-from trl_ext.line_files import append_line, read_lines
-from trl_ext.ranking_data import prepare_rankings
+from trl_ext.data.collection import Judgements, agreement, all_judgements, collected_rankings, read_items
+from trl_ext.data.rankings import prepare_rankings
+from trl_ext.data.records import append_line, read_lines
 
 
 TEXTS = {"prompt": "a", "completions": ["x", "y"]}
@@ -88,7 +88,7 @@ def test_a_line_cut_by_a_loss_of_power_is_asked_again(folder):
 
 KILLED = """
 import sys
-from trl_ext.collection import Judgements, read_items
+from trl_ext.data.collection import Judgements, read_items
 ann = Judgements(sys.argv[1], "ann")
 for item in read_items(sys.argv[1]):
     if item not in ann:

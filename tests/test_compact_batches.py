@@ -38,8 +38,8 @@ from trl_ext import (
     ReinforceConfig,
     ReinforceTrainer,
 )
-from trl_ext.layouts import packed_layout, rows_layout
-from trl_ext.micro_batches import by_length, join, select, sizes_by_tokens, sort_windows, trim
+from trl_ext.packing.layout import packed_layout, rows_layout
+from trl_ext.packing.micro_batches import by_length, join, select, sizes_by_tokens, sort_windows, trim
 
 
 OFF = {"length_batches": False, "compact_scoring": False, "compact_generation": False}
@@ -358,7 +358,7 @@ def test_what_a_batch_has_shown_is_not_asked_again(policy_path, prompts, tmp_pat
     ids, mask, num_completion = batch_of([ROWS[0], ROWS[2]])
     counts = []
     for _ in range(2):
-        with patch("trl_ext.scoring.packed_layout", wraps=packed_layout) as packed:
+        with patch("trl_ext.packing.scoring.packed_layout", wraps=packed_layout) as packed:
             trainer._get_per_token_logps_and_entropies(trainer.model, ids, mask, num_completion)
         counts.append(packed.call_count)
     assert counts[0] > counts[1] == 1  # the one that is run

@@ -19,8 +19,9 @@ from transformers import (
     Qwen3NextForCausalLM,
 )
 
-from trl_ext import NLPOConfig, NLPOTrainer, ReinforceConfig, ReinforceTrainer, decoding
-from trl_ext.decoding import decode, settings_of, why_not_decode
+from trl_ext import NLPOConfig, NLPOTrainer, ReinforceConfig, ReinforceTrainer
+from trl_ext.models import decoding
+from trl_ext.models.decoding import decode, settings_of, why_not_decode
 
 
 @pytest.mark.parametrize("shards", [None, "is_fsdp_enabled", "is_deepspeed_enabled"])

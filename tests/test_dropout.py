@@ -33,7 +33,7 @@ from trl_ext import (
     RankingRewardConfig,
     RankingRewardTrainer,
 )
-from trl_ext.dropout import active_dropout, stop_dropout
+from trl_ext.models.dropout import active_dropout, stop_dropout
 
 
 IDS = torch.tensor([[5, 6, 7, 8, 9, 10], [11, 12, 13, 14, 15, 16]])

@@ -9,7 +9,10 @@ from peft import AutoPeftModelForCausalLM, AutoPeftModelForSequenceClassificatio
 from reload_script import outputs_of
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-from trl_ext import PPOConfig, PPOTrainer, actor_critic_trainer, load_critic, reward_adapters, tie_parameters
+from trl_ext import PPOConfig, PPOTrainer, load_critic
+from trl_ext.actor_critic import trainer as actor_critic_trainer
+from trl_ext.adapters import reward_adapters
+from trl_ext.models import tie_parameters
 
 
 pytestmark = pytest.mark.slow

@@ -7,8 +7,8 @@ from peft import LoraConfig
 from transformers import BitsAndBytesConfig, GenerationConfig, Qwen3Config, Qwen3ForCausalLM
 
 from trl_ext import PPOConfig, PPOTrainer
-from trl_ext.decoding import decode, settings_of
-from trl_ext.layouts import packed_layout, rows_layout
+from trl_ext.models.decoding import decode, settings_of
+from trl_ext.packing.layout import packed_layout, rows_layout
 
 
 DEVICE = "cuda"

@@ -29,8 +29,8 @@ from trl_ext import (
     RankingDPOConfig,
     RankingDPOTrainer,
 )
-from trl_ext.lm_head import logits_of
-from trl_ext.value_heads import Estimate
+from trl_ext.critic.heads import Estimate
+from trl_ext.models.lm_head import logits_of
 
 
 # With heads far from plain ones: cap, scale or divisor

@@ -23,15 +23,13 @@ from trl_ext import (
     RankingRewardTrainer,
     ReinforceConfig,
     ReinforceTrainer,
-    dataset_cards,
     hub,
     keep_best,
     load_rollouts,
-    uploading,
 )
-from trl_ext.dataset_cards import describe_rankings
-from trl_ext.hub import publish_rankings, publish_rollouts, publish_samples
-from trl_ext.uploading import PublishError
+from trl_ext.hub import dataset_cards, publish_rankings, publish_rollouts, publish_samples, uploading
+from trl_ext.hub.dataset_cards import describe_rankings
+from trl_ext.hub.uploading import PublishError
 
 
 @pytest.fixture

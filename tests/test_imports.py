@@ -9,53 +9,66 @@ from pathlib import Path
 import pytest
 
 
-SOURCES = {path.stem: path.read_text() for path in (Path(__file__).parents[1] / "trl_ext").glob("*.py")}
-PURE = {"token_mdp", "losses", "kl_controller", "masking", "ranking", "ranking_metrics"}
-BASES = {"actor_critic_config", "actor_critic_trainer"}
-ALGORITHMS = {"reinforce", "a2c", "ppo", "nlpo", "q_actor_critic", "ranking_reward", "ranking_dpo"}
-CRITIC = {"critic", "critic_files", "critic_sources"}
-BELOW_CRITIC = {"compat", "child_modules", "layouts", "lm_head", "value_heads", "shared_base", "reward_adapters"}
-PARENTS = {"nlpo": {"ppo"}, "best_of_n": {"reinforce"}}
+ROOT = Path(__file__).parents[1] / "trl_ext"
+# By dotted name within the package; a package's own `__init__` goes by the package's name, and the whole one's by ""
+SOURCES = {
+    ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix("__init__").rstrip("."): path.read_text()
+    for path in ROOT.rglob("*.py")
+}
+# A room may import those of lower levels, and itself. Rooms of one level do not know each other.
+LEVELS = [
+    {"token_mdp", "ranking", "compat"},
+    {"models", "data"},
+    {"packing", "adapters"},
+    {"critic"},
+    {"hub"},
+    {"training"},
+    {"actor_critic", "preference"},
+    {"algorithms"},
+    {""},
+]
+LEVEL_OF = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
+PURE = {"token_mdp", "ranking"}
+# One algorithm does not know of another, but for what it is a kind of
+KINDS = {"algorithms.nlpo": {"ppo", "masking_policy"}, "algorithms.best_of_n": {"reinforce"}}
 PUBLIC_TRL = re.compile(r"trl\.[A-Z]\w*|trl\.data_utils\.[a-z]\w*")
 
 
-def imported_names(source):
-    """Dotted names, wherever in the module they are imported: `from .critic import x` gives `trl_ext.critic.x`."""
+def imported_names(module, source):
+    """Dotted names, wherever in the module they are imported: `from ..critic import x` gives `trl_ext.critic.x`."""
+    parts = ["trl_ext", *filter(None, module.split("."))]
+    package = parts if module in LEVEL_OF and module != "compat" else parts[:-1]
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            package = {0: "", 1: "trl_ext."}.get(node.level, "<outside>.")
-            base = package + (f"{node.module}." if node.module else "")
-            yield from (base + alias.name for alias in node.names)
+            base = package[: len(package) - node.level + 1] if node.level else []
+            base = base if base or not node.level else ["<outside>"]
+            base = [*base, *(node.module.split(".") if node.module else [])]
+            yield from (".".join([*base, alias.name]) for alias in node.names)
 
 
-def internal_imports(source):
-    """Modules of the package a source imports; a name taken from the package itself counts as `__init__`."""
-    names = [name.split(".") for name in imported_names(source)]
-    own = [[*name[1:], ""][0] for name in names if name[0] == "trl_ext"]
-    return {name if name in SOURCES else "__init__" for name in own}
+def internal_imports(module, source):
+    """Modules of the package that a source imports."""
+    for name in imported_names(module, source):
+        root, *parts = name.split(".")
+        if root == "trl_ext":
+            yield next(m for n in range(len(parts), -1, -1) if (m := ".".join(parts[:n])) in SOURCES)
 
 
 def violations(module, source):
-    internal = internal_imports(source)
-    if module in PURE and internal - ({"ranking"} if module == "ranking_metrics" else set()):
-        yield f"a pure module imports {internal} from the package"
-    if module in CRITIC and not internal <= BELOW_CRITIC | CRITIC:
-        yield f"the critic imports {internal - BELOW_CRITIC - CRITIC}"
-    if module in ("compat", "shared_base") and internal:
-        yield f"{module} imports {internal}"
-    forbidden = internal & (ALGORITHMS | {"__init__"}) - PARENTS.get(module, set())
-    if module != "__init__" and forbidden:
-        yield f"only the package's `__init__` may import {forbidden}"
-    may_import_bases = ALGORITHMS | {"__init__", "actor_critic_trainer"}
-    if module not in may_import_bases and internal & BASES:
-        yield f"what trainers are made of imports {internal & BASES}"
-    for name in imported_names(source):
+    room = module.split(".")[0]
+    for imported in internal_imports(module, source):
+        other = imported.split(".")[0]
+        if other != room and LEVEL_OF[other] >= LEVEL_OF[room]:
+            yield f"{module} imports {imported}, which is on its own level or above"
+        if room == other == "algorithms" and imported.split(".")[1] not in KINDS.get(module, ()):
+            yield f"{module} imports {imported}, another algorithm"
+    for name in imported_names(module, source):
         root, *rest = name.split(".")
         if root in ("recipes", "tests", "<outside>"):
             yield f"{name} is no part of the package"
-        if module in PURE and root not in sys.stdlib_module_names | {"torch", "trl_ext"}:
+        if room in PURE and root not in sys.stdlib_module_names | {"torch", "trl_ext"}:
             yield f"a pure module imports {name}"
         if module != "compat" and root == "trl" and not PUBLIC_TRL.fullmatch(name):
             yield f"{name} of TRL is for compat to import"
@@ -63,8 +76,9 @@ def violations(module, source):
             yield f"{name} is private"
 
 
-def test_the_rules_concern_modules_that_exist():
-    assert PURE | BASES | ALGORITHMS | CRITIC | {"compat", "__init__"} <= set(SOURCES)
+def test_the_levels_are_those_of_the_rooms_that_there_are():
+    assert {module.split(".")[0] for module in SOURCES} == set(LEVEL_OF)
+    assert set(KINDS) <= set(SOURCES)
 
 
 @pytest.mark.parametrize("module", sorted(SOURCES))
@@ -76,12 +90,12 @@ def test_no_module_is_needed_that_windows_lacks():
     recipes = {path.stem: path.read_text() for path in (Path(__file__).parents[1] / "recipes").glob("*.py")}
     lacking = {"fcntl", "grp", "posix", "pty", "pwd", "resource", "termios", "tty"}
     for module, source in {**SOURCES, **recipes}.items():
-        assert lacking.isdisjoint(name.split(".")[0] for name in imported_names(source)), module
+        assert lacking.isdisjoint(name.split(".")[0] for name in imported_names(module, source)), module
 
 
 def test_no_text_is_in_what_windows_takes_by_default():
     """Files of JSON, YAML and cards are UTF-8 wherever they are read."""
-    files = [path for folder in ("trl_ext", "recipes") for path in (Path(__file__).parents[1] / folder).glob("*.py")]
+    files = [path for folder in ("trl_ext", "recipes") for path in (Path(__file__).parents[1] / folder).rglob("*.py")]
     for path in files:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if not isinstance(node, ast.Call):
@@ -96,8 +110,8 @@ def test_no_text_is_in_what_windows_takes_by_default():
 
 
 def test_no_cycles():
-    graph = {module: internal_imports(source) for module, source in SOURCES.items()}
-    assert graph["ppo"] == BASES  # it does see edges
+    graph = {module: set(internal_imports(module, source)) for module, source in SOURCES.items()}
+    assert graph["algorithms.ppo"] == {"actor_critic.config", "actor_critic.trainer"}  # it does see edges
     graphlib.TopologicalSorter(graph).prepare()
 
 
@@ -105,32 +119,33 @@ def test_no_cycles():
     ("module", "source"),
     [
         ("token_mdp", "import transformers"),
-        ("token_mdp", "from trl import GRPOConfig"),
-        ("token_mdp", "def f():\n    from peft import PeftModel"),
-        ("losses", "from .token_mdp import masked_mean"),
-        ("losses", "from trl_ext import token_mdp"),
-        ("kl_controller", "import numpy as np"),
-        ("critic", "from . import token_mdp"),
-        ("critic", "from .checkpointing import x"),
-        ("critic", "import trl_ext.losses"),
-        ("compat", "from .critic import Critic"),
-        ("checks", "from recipes.common import x"),
-        ("checks", "from tests.conftest import x"),
-        ("checks", "from ..tests import conftest"),
-        ("checks", "from trl.trainer.utils import pad"),
-        ("checks", "import trl.models.utils as utils"),
-        ("checks", "from trl import trainer"),
-        ("checks", "import trl"),
-        ("checks", "from trl.data_utils import _tokenize"),
-        ("checks", "from transformers import _private"),
-        ("critic", "from transformers.utils._x import y"),
-        ("a2c", "from .ppo import PPOConfig"),
-        ("ppo", "from .reinforce import ReinforceTrainer"),
-        ("reinforce", "from . import a2c"),
-        ("reinforce", "from . import ActorCriticTrainer"),
-        ("actor_critic_trainer", "from .ppo import PPOConfig"),
-        ("actor_critic_config", "from .actor_critic_trainer import ActorCriticTrainer"),
-        ("reporting", "from .actor_critic_config import ActorCriticConfig"),
+        ("token_mdp.losses", "from trl import GRPOConfig"),
+        ("token_mdp.nucleus", "def f():\n    from peft import PeftModel"),
+        ("token_mdp.losses", "from ..ranking import ranking_nll"),
+        ("ranking.metrics", "import numpy as np"),
+        ("compat", "from .critic.critic import Critic"),
+        ("models.lm_head", "from ..data.rows import whole"),
+        ("packing.layout", "from ..adapters.shared_base import frozen_base"),
+        ("critic.critic", "from ..hub.record import duration"),
+        ("critic.critic", "import trl_ext.training.pushing"),
+        ("critic.critic", "from trl_ext import PPOTrainer"),
+        ("hub.uploading", "from ..training.card import ModelCardMixin"),
+        ("preference.reward", "from ..actor_critic.checks import check_rewards"),
+        ("actor_critic.config", "from ..algorithms.ppo import PPOConfig"),
+        ("algorithms.a2c", "from .ppo import PPOConfig"),
+        ("algorithms.ppo", "from .reinforce import ReinforceTrainer"),
+        ("algorithms.reinforce", "from . import a2c"),
+        ("algorithms.reinforce", "from .. import ActorCriticTrainer"),
+        ("actor_critic.checks", "from recipes.common import x"),
+        ("actor_critic.checks", "from tests.conftest import x"),
+        ("actor_critic.checks", "from ...tests import conftest"),
+        ("actor_critic.checks", "from trl.trainer.utils import pad"),
+        ("actor_critic.checks", "import trl.models.utils as utils"),
+        ("actor_critic.checks", "from trl import trainer"),
+        ("actor_critic.checks", "import trl"),
+        ("actor_critic.checks", "from trl.data_utils import _tokenize"),
+        ("actor_critic.checks", "from transformers import _private"),
+        ("critic.critic", "from transformers.utils._x import y"),
     ],
 )
 def test_a_violation_is_seen(module, source):
@@ -140,13 +155,13 @@ def test_a_violation_is_seen(module, source):
 @pytest.mark.parametrize(
     ("module", "source"),
     [
-        ("token_mdp", "import math\nimport torch\nfrom torch.nn import functional as F"),
-        ("critic", "from .compat import disable_dropout_in_model\nfrom transformers.utils import logging"),
+        ("token_mdp.losses", "import math\nimport torch\nfrom torch.nn import functional as F"),
+        ("critic.critic", "from ..compat import FusedCausalLMOutput\nfrom transformers.utils import logging"),
         ("compat", "from trl.trainer.utils import _private"),
-        ("checks", "from __future__ import annotations\nfrom trl.data_utils import is_conversational"),
-        ("actor_critic_trainer", "from trl import GRPOTrainer\nfrom . import token_mdp\nfrom .critic import Critic"),
-        ("ppo", "from .actor_critic_trainer import ActorCriticTrainer\nfrom .losses import value_loss"),
-        ("__init__", "from .ppo import PPOTrainer\nfrom .critic import Critic"),
+        ("actor_critic.checks", "from __future__ import annotations\nfrom trl.data_utils import is_conversational"),
+        ("actor_critic.trainer", "from trl import GRPOTrainer\nfrom .. import token_mdp\nfrom .config import x"),
+        ("algorithms.nlpo", "from ..actor_critic.trainer import ActorCriticTrainer\nfrom .ppo import PPOTrainer"),
+        ("", "from .algorithms.ppo import PPOTrainer\nfrom .critic.critic import Critic"),
     ],
 )
 def test_what_is_allowed_passes(module, source):

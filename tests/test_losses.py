@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from trl_ext.losses import value_loss
+from trl_ext.token_mdp.losses import value_loss
 
 
 def batch():

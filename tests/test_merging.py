@@ -25,8 +25,8 @@ from trl_ext import (
     merge_adapter,
     token_values,
 )
-from trl_ext.adapters import can_merge, merged
-from trl_ext.reward_adapters import reward_model_of_its_own, reward_model_on_base
+from trl_ext.adapters.merging import can_merge, merged
+from trl_ext.adapters.reward_adapters import reward_model_of_its_own, reward_model_on_base
 
 
 def build_tied(architecture, tokenizer):

@@ -35,17 +35,17 @@ from trl_ext import (
     RankingRewardTrainer,
     ReinforceConfig,
     ReinforceTrainer,
-    model_card,
     predict_pair,
-    tie_parameters,
     token_action_values,
     token_values,
-    training_record,
 )
-from trl_ext.policy_card import fenced
-from trl_ext.ranking_card import PANELS
-from trl_ext.training_curves import Panel, draw_training_curves, lines_of, running_mean
-from trl_ext.training_record import duration, evaluations, hardware, training_entries
+from trl_ext.actor_critic.card import fenced
+from trl_ext.hub import model_card
+from trl_ext.hub import record as training_record
+from trl_ext.hub.curves import Panel, draw_training_curves, lines_of, running_mean
+from trl_ext.hub.record import duration, evaluations, hardware, training_entries
+from trl_ext.models import tie_parameters
+from trl_ext.preference.card import PANELS
 
 
 LORA = LoraConfig(r=4, target_modules="all-linear")

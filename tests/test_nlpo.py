@@ -27,9 +27,9 @@ from transformers import (
 )
 
 from trl_ext import NLPOConfig, NLPOTrainer, PPOConfig, PPOTrainer
-from trl_ext.lm_head import logits_of
-from trl_ext.masking import masked_log_probs, nucleus
-from trl_ext.masking_policy import Mask, MaskingProcessor, refresh, snapshot, trained_weights
+from trl_ext.algorithms.masking_policy import Mask, MaskingProcessor, refresh, snapshot, trained_weights
+from trl_ext.models.lm_head import logits_of
+from trl_ext.token_mdp.nucleus import masked_log_probs, nucleus
 
 
 def length(completions, **kwargs):

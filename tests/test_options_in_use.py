@@ -31,8 +31,8 @@ from trl_ext import (
     RankingDPOTrainer,
     RankingRewardConfig,
     RankingRewardTrainer,
-    generation,
 )
+from trl_ext.actor_critic import generation
 
 
 FAMILIES = {
@@ -102,7 +102,7 @@ def test_every_option_is_in_use(tokenizer, prompts, tmp_path, caplog, family):
         caplog.at_level(logging.WARNING),
         patch.object(generation, "decode", wraps=generation.decode) as decode,
         patch.object(type(policy), "generate", side_effect=generates, autospec=True) as generate,
-        patch("trl_ext.decoding.GENERATE", type(policy).generate),
+        patch("trl_ext.models.decoding.GENERATE", type(policy).generate),
     ):
         trainer.train()
     assert decode.call_count == 2 and not generate.called  # compact_generation, a rollout for each step

@@ -32,11 +32,11 @@ from trl_ext import (
     ReinforceConfig,
     ReinforceTrainer,
     SFTTrainer,
-    tie_parameters,
-    uploading,
 )
-from trl_ext.pushing import HiddenToken, checkpoint_from_hub
-from trl_ext.uploading import PublishError
+from trl_ext.hub import uploading
+from trl_ext.hub.uploading import PublishError
+from trl_ext.models import tie_parameters
+from trl_ext.training.pushing import HiddenToken, checkpoint_from_hub
 
 
 ACTOR_CRITICS = {

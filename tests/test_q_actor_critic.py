@@ -23,9 +23,9 @@ from trl_ext import (
     token_action_values,
     token_values,
 )
-from trl_ext import lm_head as lm_head_module
-from trl_ext.losses import value_loss
-from trl_ext.value_heads import ActionValueHead, Decisions, Estimate, ValueHead
+from trl_ext.critic.heads import ActionValueHead, Decisions, Estimate, ValueHead
+from trl_ext.models import lm_head as lm_head_module
+from trl_ext.token_mdp.losses import value_loss
 
 
 MODES = ["q", "advantage", "all_actions"]

@@ -12,11 +12,13 @@ from datasets import Dataset, DatasetDict, List, Value
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trl_ext import ranking_converters, ranking_data, ranking_layouts
-from trl_ext.argilla import to_argilla
-from trl_ext.ranking_converters import from_pairs, from_scores, to_pairs
-from trl_ext.ranking_data import is_ranking, prepare_rankings, weak_order
-from trl_ext.ranking_layouts import (
+from trl_ext.data import convert as ranking_converters
+from trl_ext.data import rankings as ranking_data
+from trl_ext.data import sources as ranking_layouts
+from trl_ext.data.argilla import to_argilla
+from trl_ext.data.convert import from_pairs, from_scores, to_pairs
+from trl_ext.data.rankings import is_ranking, prepare_rankings, weak_order
+from trl_ext.data.sources import (
     from_arena_55k,
     from_chatbot_arena,
     from_helpsteer2,

@@ -12,7 +12,7 @@ from datasets import Dataset, Features, IterableDataset, List, Value, concatenat
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trl_ext.ranking_data import (
+from trl_ext.data.rankings import (
     format_ranking,
     is_ranking,
     normalize_ranking,
@@ -345,7 +345,7 @@ def test_errors_name_row_and_column():
 
 
 def test_dropped_rows_are_counted_by_reason(caplog):
-    with caplog.at_level(logging.WARNING, "trl_ext.ranking_data"):
+    with caplog.at_level(logging.WARNING, "trl_ext.data.rankings"):
         prepared = prepare_rankings(bad_rows(), on_error="drop", dataset_name="eval")
     assert list(prepared) == [row(number=0, ranks=[1, 2, -1]), row(number=3, ranks=[1, -1, 1])]
     (record,) = caplog.records

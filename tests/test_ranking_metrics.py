@@ -21,7 +21,7 @@ from trl_ext.ranking import (
     ranking_nll,
     wins_and_ties,
 )
-from trl_ext.ranking_metrics import (
+from trl_ext.ranking.metrics import (
     NUM_BINS,
     baseline_nll,
     gap_auc,

@@ -40,10 +40,10 @@ from trl_ext import (
     RankingRewardTrainer,
     predict_pair,
     ranking_nll,
-    tie_parameters,
 )
+from trl_ext.models import tie_parameters
+from trl_ext.preference.preparation import tokenize_for_dpo
 from trl_ext.ranking import LISTWISE_MODELS, RANKING_MODELS
-from trl_ext.ranking_preparation import tokenize_for_dpo
 
 
 WITHOUT_TIE_PARAMETERS = [m for m in RANKING_MODELS if m not in ("rao_kupper", "davidson", "davidson_luce")]

@@ -23,7 +23,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 from trl import ModelConfig, SFTConfig, get_peft_config, get_quantization_config
 
-from trl_ext import RankingRewardConfig, load_critic, load_rollouts, tie_parameters, token_values
+from trl_ext import RankingRewardConfig, load_critic, load_rollouts, token_values
+from trl_ext.models import tie_parameters
 
 
 RECIPES = Path(__file__).parent.parent / "recipes"

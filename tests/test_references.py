@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, TrainerCallback
 from trl import SyncRefModelCallback
 
 from trl_ext import PPOConfig, PPOTrainer, RankingDPOConfig, RankingDPOTrainer
-from trl_ext.reference import take_up_start
+from trl_ext.models.reference import take_up_start
 
 
 def variety(completion_ids, **kwargs):

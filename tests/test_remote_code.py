@@ -8,8 +8,8 @@ import torch
 from conftest import tiny_config
 from transformers import LlamaModel, dynamic_module_utils
 
-from trl_ext.checks import check_base_for_vllm
-from trl_ext.critic_sources import critic_from_model
+from trl_ext.actor_critic.checks import check_base_for_vllm
+from trl_ext.critic.start import critic_from_model
 
 
 CODE = """

@@ -34,9 +34,9 @@ from transformers import (
 from trl import GRPOConfig, GRPOTrainer
 
 from trl_ext import PPOConfig, PPOTrainer, RankingRewardConfig, RankingRewardTrainer, merge_adapter
-from trl_ext.collection import Item
-from trl_ext.reward_inputs import read_reward_input
-from trl_ext.reward_models import RewardModel, load_reward_model, max_text_length
+from trl_ext.adapters.reward_models import RewardModel, load_reward_model, max_text_length
+from trl_ext.data.collection import Item
+from trl_ext.models.reward_inputs import read_reward_input
 
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "recipes"))

@@ -18,8 +18,8 @@ from transformers import (
 
 import trl_ext
 from trl_ext import PPOConfig, PPOTrainer
-from trl_ext.prefix_check import PrefixCheck
-from trl_ext.reward_scoring import RewardScoring
+from trl_ext.packing.check import PrefixCheck
+from trl_ext.packing.reward_scoring import RewardScoring
 
 
 TEXTS = [  # prompt and completion; two prompts in turn, so that what belongs together does not lie together
@@ -261,7 +261,7 @@ def test_a_model_that_scores_otherwise_after_a_shared_prefix_is_found_out(
     def causal(config, segments, positions, dtype):
         return torch.ones(segments.size(1), segments.size(1), dtype=torch.bool).tril().expand(len(segments), 1, -1, -1)
 
-    monkeypatch.setattr(trl_ext.reward_scoring, "attention_mask", causal)
+    monkeypatch.setattr(trl_ext.packing.reward_scoring, "attention_mask", causal)
     rewards, verdicts = rewards_of(build_reward_model(tokenizer), tokenizer, policy_path, tmp_path)
     assert verdicts == [False]
     torch.testing.assert_close(rewards, plain, atol=2e-5, rtol=1e-4)

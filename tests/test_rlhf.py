@@ -28,7 +28,7 @@ from hub_server import (
 from huggingface_hub import DatasetCard, HfApi, ModelCard
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-from trl_ext.collection import Judgements, read_items
+from trl_ext.data.collection import Judgements, read_items
 
 
 RECIPES = Path(__file__).parent.parent / "recipes"

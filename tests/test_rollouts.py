@@ -20,7 +20,7 @@ from trl_ext import (
     ReinforceTrainer,
     load_rollouts,
 )
-from trl_ext.rollouts import NUMBERS_OF_TOKENS, ROLLOUT_COLUMNS
+from trl_ext.data.rollouts import NUMBERS_OF_TOKENS, ROLLOUT_COLUMNS
 
 
 def by_length(completion_ids, **kwargs):
@@ -272,7 +272,7 @@ def aside(tmp_path, number):
 
 
 def test_a_run_killed_while_it_writes_leaves_only_whole_files(policy_path, prompts, tmp_path, monkeypatch):
-    from trl_ext import rollouts
+    from trl_ext.actor_critic import recording as rollouts
 
     def half(table, file):
         file.write_bytes(b"PAR1 and then")

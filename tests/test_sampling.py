@@ -8,7 +8,7 @@ import torch
 from conftest import PROMPTS, build_policy, settings
 
 from trl_ext import CompletionSampler, NLPOConfig, NLPOTrainer, PPOConfig, PPOTrainer, ReinforceConfig
-from trl_ext.sampling import altered
+from trl_ext.actor_critic.sampling import altered
 
 
 def constant(completions, **kwargs):

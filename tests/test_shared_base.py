@@ -39,11 +39,12 @@ from transformers import (
 from trl.trainer.utils import use_adapter
 
 from trl_ext import A2CConfig, A2CTrainer, PPOConfig, PPOTrainer, RankingRewardConfig, RankingRewardTrainer
-from trl_ext.critic import Critic, token_values
-from trl_ext.critic_files import restore_critic, save_critic
-from trl_ext.critic_sources import critic_as_adapter, load_critic
-from trl_ext.layouts import last_states
-from trl_ext.shared_base import frozen_base
+from trl_ext.adapters.shared_base import frozen_base
+from trl_ext.critic.critic import Critic
+from trl_ext.critic.files import restore_critic, save_critic
+from trl_ext.critic.reading import token_values
+from trl_ext.critic.start import critic_as_adapter, load_critic
+from trl_ext.packing.layout import last_states
 
 
 SIZES = {"vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "pad_token_id": 0}

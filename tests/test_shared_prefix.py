@@ -31,12 +31,12 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-import trl_ext.ranking_collator
-import trl_ext.ranking_trainer
+import trl_ext.preference.collator
+import trl_ext.preference.trainer
 from trl_ext import RankingDPOConfig, RankingDPOTrainer, RankingRewardConfig, RankingRewardTrainer
-from trl_ext.prefix_check import PrefixCheck
-from trl_ext.ranking_collator import DataCollatorForRanking
-from trl_ext.shared_prefix import PADDING, attention_mask, common_prefix_length, pack, visible
+from trl_ext.packing.check import PrefixCheck
+from trl_ext.packing.prefix import PADDING, attention_mask, common_prefix_length, pack, visible
+from trl_ext.preference.collator import DataCollatorForRanking
 
 
 # All windows are shorter than the sequences, which have 3 to 17 tokens
@@ -420,7 +420,7 @@ def test_never_is_never(tokenizer, rankings, tmp_path, monkeypatch):
     def refuse(*args):
         raise AssertionError("A mask of blocks was made.")
 
-    monkeypatch.setattr(trl_ext.ranking_trainer, "attention_mask", refuse)
+    monkeypatch.setattr(trl_ext.preference.trainer, "attention_mask", refuse)
     trainer = reward_trainer(build_reward_model(tokenizer), tokenizer, tmp_path, rankings, shared_prefix="never")
     trainer.train()
     assert trainer._packs is False and trainer.state.global_step == 2
@@ -447,7 +447,7 @@ def without_prefix(config, segments, positions, dtype):
 @pytest.mark.parametrize("wrong", [causal_only, without_window, without_prefix])
 def test_a_wrong_mask_is_found_out(tokenizer, rankings, tmp_path, caplog, monkeypatch, wrong, task):
     caplog.set_level(logging.INFO, logger="trl_ext")
-    monkeypatch.setattr(trl_ext.ranking_trainer, "attention_mask", wrong)
+    monkeypatch.setattr(trl_ext.preference.trainer, "attention_mask", wrong)
     trainer = architecture_trainer("mistral", task, tokenizer, tmp_path, rankings, "sdpa")
     trainer.train()
     (message,) = fallback_messages(caplog)
@@ -461,7 +461,7 @@ def test_wrong_positions_are_found_out(tokenizer, rankings, tmp_path, caplog, mo
         input_ids, _, segments, starts = pack(prefix, suffixes)
         return input_ids, list(range(len(input_ids))), segments, starts
 
-    monkeypatch.setattr(trl_ext.ranking_collator, "pack", one_after_another)
+    monkeypatch.setattr(trl_ext.preference.collator, "pack", one_after_another)
     # Nobody sees across completions even so: the second one only lies too far from the prompt
     trainer = architecture_trainer("llama", "reward", tokenizer, tmp_path, rankings)
     trainer.train()

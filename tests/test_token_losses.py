@@ -8,7 +8,7 @@ from conftest import count_good, settings
 from trl import GRPOConfig, GRPOTrainer
 
 from trl_ext import PPOConfig, PPOTrainer
-from trl_ext.actor_critic_config import TOKEN_LOSS_TYPES
+from trl_ext.actor_critic.config import TOKEN_LOSS_TYPES
 
 
 BATCH = {

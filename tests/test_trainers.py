@@ -18,9 +18,9 @@ from trl_ext import (
     ReinforceConfig,
     ReinforceTrainer,
 )
-from trl_ext.critic import token_action_values, token_values
-from trl_ext.critic_sources import critic_from_policy, shared_critic
-from trl_ext.value_heads import ActionValueHead
+from trl_ext.critic.heads import ActionValueHead
+from trl_ext.critic.reading import token_action_values, token_values
+from trl_ext.critic.start import critic_from_policy, shared_critic
 
 
 def by_length(completion_ids, **kwargs):

@@ -17,7 +17,7 @@ from transformers import (
 from trl import GRPOConfig, GRPOTrainer
 
 from trl_ext import PPOConfig, PPOTrainer, ReinforceConfig, ReinforceTrainer, load_critic
-from trl_ext.layouts import last_states
+from trl_ext.packing.layout import last_states
 
 
 TEMPLATE = (

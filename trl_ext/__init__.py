@@ -1,24 +1,25 @@
 """trl_ext: token-level actor-critic RL, and learning from rankings with ties, for TRL."""
 
-from .a2c import A2CConfig, A2CTrainer
-from .actor_critic_config import ActorCriticConfig
-from .actor_critic_trainer import ActorCriticTrainer
-from .best_of_n import CompletionSampler, keep_best
+from .actor_critic.config import ActorCriticConfig
+from .actor_critic.trainer import ActorCriticTrainer
+from .algorithms.a2c import A2CConfig, A2CTrainer
+from .algorithms.best_of_n import CompletionSampler, keep_best
+from .algorithms.nlpo import NLPOConfig, NLPOTrainer
+from .algorithms.ppo import PPOConfig, PPOTrainer
+from .algorithms.q_actor_critic import QActorCriticConfig, QActorCriticTrainer
+from .algorithms.reinforce import ReinforceConfig, ReinforceTrainer
 from .compat import stop_repacking
-from .critic import Critic, token_action_values, token_values
-from .critic_sources import load_critic
-from .merging import merge_adapter
-from .nlpo import NLPOConfig, NLPOTrainer
-from .ppo import PPOConfig, PPOTrainer
-from .q_actor_critic import QActorCriticConfig, QActorCriticTrainer
+from .critic.critic import Critic
+from .critic.reading import token_action_values, token_values
+from .critic.start import load_critic
+from .data.rankings import format_ranking, parse_ranking
+from .data.rollouts import load_rollouts
+from .hub.merging import merge_adapter
+from .models.tie_parameters import tie_parameters
+from .preference.dpo import RankingDPOConfig, RankingDPOTrainer
+from .preference.reward import RankingRewardConfig, RankingRewardTrainer
 from .ranking import RANKING_MODELS, judgements_nll, predict_pair, ranking_nll
-from .ranking_data import format_ranking, parse_ranking
-from .ranking_dpo import RankingDPOConfig, RankingDPOTrainer
-from .ranking_reward import RankingRewardConfig, RankingRewardTrainer
-from .reinforce import ReinforceConfig, ReinforceTrainer
-from .rollouts import load_rollouts
-from .sft import SFTTrainer
-from .tie_parameters import tie_parameters
+from .training.sft import SFTTrainer
 
 
 # Here, as 4-bit models are mostly loaded by transformers and PEFT alone

@@ -53,7 +53,7 @@ from trl import RewardConfig, RewardTrainer
 
 from trl_ext import RANKING_MODELS, RankingRewardConfig, RankingRewardTrainer
 from trl_ext.ranking import wins_and_ties
-from trl_ext.ranking_metrics import gap_auc, means_of_sums, ranking_sums
+from trl_ext.ranking.metrics import gap_auc, means_of_sums, ranking_sums
 
 
 BASELINES = ["untrained", "trl-pairs", "trl-pairs-equal-cost"]

@@ -1,0 +1,124 @@
+"""
+Prompts that cannot be used: without text, or too long for the model's context. A dataset that can be looked at is refused
+before anything is generated; of a stream, and where images or environments add what nobody can count beforehand, the
+prompt is cut as it comes ([`cut_to_context`]).
+"""
+
+import json
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from datasets import Dataset, IterableDataset
+
+from .dense import described
+
+
+# A beginning and an end of sequence, and what a tokenizer puts before a first word, with room to spare
+MAX_ADDED_TOKENS = 8
+
+
+def check_context(max_prompt_length: int | None, max_completion_length: int) -> None:
+    """Refuse completions as long as the model's context, which leave no room for a prompt."""
+    if max_prompt_length is not None and max_prompt_length < 1:
+        raise ValueError(
+            f"`max_completion_length={max_completion_length}` leaves no room for a prompt: the model's context has "
+            f"{max_prompt_length + max_completion_length} positions. Lower it."
+        )
+
+
+def named_datasets(name: str, datasets: Any) -> Iterator[tuple[str, Dataset]]:
+    """Those that can be looked at, of one dataset or a dict of them, with what errors call them."""
+    if isinstance(datasets, Dataset):
+        yield f"`{name}`", datasets
+    elif isinstance(datasets, dict):
+        yield from ((f"`{name}[{key!r}]`", x) for key, x in datasets.items() if isinstance(x, Dataset))
+
+
+def check_prompts(
+    dataset: Dataset, name: str, lengths_of: Callable[[list], list[int]] | None, max_prompt_length: int | None
+) -> None:
+    """
+    Refuse rows without a prompt, and prompts that leave no room in the model's context.
+
+    Every token holds at least one byte, so only prompts with more bytes than the context has tokens are tokenized.
+
+    Args:
+        dataset ([`~datasets.Dataset`]): With a column `prompt`, or none.
+        name (`str`): What errors call it.
+        lengths_of (`Callable`, *optional*): Counts the tokens of each of several prompts. Lengths are not looked at
+            without it.
+        max_prompt_length (`int`, *optional*): Tokens that the context leaves to a prompt; unbounded by default.
+    """
+    if "prompt" not in dataset.column_names:
+        return
+    sizes = []
+    for row, prompt in enumerate(dataset["prompt"]):
+        if not prompt:
+            raise ValueError(missing_prompt(prompt, row, name))
+        if not isinstance(prompt, str | list):
+            raise TypeError(
+                f"{name} has a prompt in row {row} that is neither a text nor a list of messages: {described(prompt)}. "
+                "Convert the column `prompt`."
+            )
+        sizes.append(_size_of(prompt))
+    if lengths_of is None or max_prompt_length is None or not sizes:
+        return
+    added, first = MAX_ADDED_TOKENS, dataset[0]["prompt"]
+    if not isinstance(first, str):  # what a template says around each message is no more than all the first prompt's
+        added += lengths_of([first])[0]
+    suspects = [
+        row
+        for row, (size, num_messages) in enumerate(sizes)
+        if size + added * -(-num_messages // sizes[0][1]) > max_prompt_length
+    ]
+    too_long = {}
+    for start in range(0, len(suspects), 1000):
+        rows = suspects[start : start + 1000]
+        lengths = lengths_of([dataset[row]["prompt"] for row in rows])
+        too_long |= {row: length for row, length in zip(rows, lengths, strict=True) if length > max_prompt_length}
+    if too_long:
+        row, length = next(iter(too_long.items()))
+        raise ValueError(
+            f"A prompt in row {row} of the dataset has {length} tokens, but the model's context less "
+            f"`max_completion_length` leaves {max_prompt_length} ({len(too_long)} rows of {name} are too long). Shorten "
+            "or filter the prompts, or lower `max_completion_length`."
+        )
+
+
+def _size_of(prompt: str | list) -> tuple[int, int]:
+    """Bytes of a prompt, and how many messages it has."""
+    if isinstance(prompt, str):
+        return len(prompt.encode()), 1
+    return len(json.dumps(prompt, ensure_ascii=False, default=str).encode()), len(prompt)
+
+
+def missing_prompt(prompt: Any, row: int, name: str) -> str:
+    """What to say of a row that has no prompt."""
+    return (
+        f"{name} has an empty prompt in row {row}: {prompt!r}. Remove it, e.g. with "
+        "`dataset.filter(lambda row: row['prompt'])`."
+    )
+
+
+def refuse_missing_prompt(dataset: Dataset | IterableDataset, name: str) -> None:
+    """Name the first row without a prompt of a stream that was seen to have one."""
+    for row, example in enumerate(dataset):
+        if not example.get("prompt"):
+            raise ValueError(missing_prompt(example.get("prompt"), row, name))
+
+
+def check_prompt_ids(prompt_ids: list[list[int]]) -> None:
+    """Refuse tokenized prompts that are empty."""
+    if not all(prompt_ids):
+        raise ValueError(
+            "A prompt in the batch has no tokens, so there is no state to generate from. Remove empty prompts from the "
+            "dataset, or use a tokenizer that adds a beginning-of-sequence token."
+        )
+
+
+def cut_to_context(prompt_ids: list[int], max_prompt_length: int, bos_token_id: int | None) -> list[int]:
+    """The last tokens of a prompt that is too long, behind its beginning-of-sequence token if it has one."""
+    if len(prompt_ids) <= max_prompt_length:
+        return prompt_ids
+    start = prompt_ids[:1] if prompt_ids[0] == bos_token_id and max_prompt_length > 1 else []
+    return start + prompt_ids[len(prompt_ids) - max_prompt_length + len(start) :]

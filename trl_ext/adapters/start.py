@@ -1,0 +1,183 @@
+"""Adapters that a trainer starts from: taken up from their folder, with a reference of their own, trained as given."""
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from accelerate.utils import set_seed
+from huggingface_hub import snapshot_download
+from peft import (
+    PeftConfig,
+    PeftModel,
+    get_peft_model,
+    get_peft_model_state_dict,
+    load_peft_weights,
+    set_peft_model_state_dict,
+)
+from peft.utils import TrainableTokensWrapper
+from torch import nn
+from transformers import AutoModelForSequenceClassification, AutoProcessor
+
+from ..compat import create_model_from_path
+from .reward_adapters import fit_embeddings, head_names, tokenizer_of_adapter
+from .shared_base import base_of_adapter
+
+
+REFERENCE = "ref"  # TRL's name for the copy of an adapter that the KL is taken to
+PROCESSOR_FILE = "processor_config.json"
+
+
+# --- From a folder ---
+
+
+def take_up_adapter(path: str, args, task_type: str, quantization_config=None) -> tuple[PeftModel, object | None]:
+    """
+    Load an adapter on its base, to be trained further, as TRL loads a model.
+
+    Args:
+        path (`str`): Folder or Hub id of the adapter.
+        args: Of the trainer; `model_init_kwargs` are of the base, but for a `revision`, which is the adapter's.
+        task_type (`str`): Of the trainer. A reward model takes up a language model's adapter, and has a new head.
+        quantization_config (`BitsAndBytesConfig`, *optional*): Of the base.
+
+    Returns:
+        `tuple[PeftModel, object | None]`: The model, and the tokenizer or processor beside the adapter, if there is one.
+
+    Raises:
+        ValueError: for a learned prompt, which PEFT does not train further, and for a reward model's adapter where a
+            language model is trained.
+    """
+    base_kwargs = dict(args.model_init_kwargs or {})
+    revision = base_kwargs.pop("revision", None)
+    folder = path if Path(path).is_dir() else snapshot_download(path, revision=revision)
+    config = PeftConfig.from_pretrained(folder)
+    if config.is_prompt_learning:
+        raise ValueError(
+            f"`model` {path} is a learned prompt ({config.peft_type.value}), which PEFT does not train further. Pass its "
+            "base as `model`, with a `peft_config`."
+        )
+    is_of_rewards = bool(head_names(folder)) or config.task_type == "SEQ_CLS"
+    if is_of_rewards and task_type != "SEQ_CLS":
+        raise ValueError(
+            f"`model` {path} is the adapter of a reward model, and a language model is to be trained. Pass one of a "
+            "language model, or the base with a `peft_config`."
+        )
+    name, base_revision = base_of_adapter(folder)
+    base_kwargs |= {"revision": base_revision}
+    base_kwargs.setdefault("trust_remote_code", args.trust_remote_code)
+    if quantization_config is not None:
+        base_kwargs["quantization_config"] = quantization_config
+    if args.distributed_state.distributed_type in ["MULTI_GPU", "DEEPSPEED"]:
+        base_kwargs["device_map"] = None
+    architecture = None
+    if task_type == "SEQ_CLS":
+        architecture, base_kwargs["num_labels"] = AutoModelForSequenceClassification, 1
+    set_seed(args.seed)  # of a new head
+    base = create_model_from_path(name, architecture, **base_kwargs)
+    fit_embeddings(base, folder, args.trust_remote_code)
+    if task_type == "SEQ_CLS" and not is_of_rewards:
+        config.task_type, config.inference_mode = task_type, False
+        model = get_peft_model(base, config)
+        # PEFT wants the weights of everything that trains, and the head is new
+        set_peft_model_state_dict(model, get_peft_model_state_dict(model) | load_peft_weights(folder, device="cpu"))
+    else:
+        model = PeftModel.from_pretrained(base, folder, is_trainable=True)
+    if (Path(folder) / PROCESSOR_FILE).is_file() and task_type != "SEQ_CLS":
+        return model, AutoProcessor.from_pretrained(folder, trust_remote_code=args.trust_remote_code)
+    if (Path(folder) / "tokenizer_config.json").is_file():
+        return model, tokenizer_of_adapter(folder, args.trust_remote_code)
+    return model, None
+
+
+@contextmanager
+def without_loading_warnings(trl_class: type) -> Iterator[None]:
+    """Within the context TRL does not say that it ignores `model_init_kwargs`, which the model was loaded with."""
+
+    def is_other(record: logging.LogRecord) -> bool:
+        return "your model is already instantiated" not in record.getMessage()
+
+    logger = logging.getLogger(trl_class.__module__)
+    logger.addFilter(is_other)
+    try:
+        yield
+    finally:
+        logger.removeFilter(is_other)
+
+
+# --- What trains ---
+
+
+@contextmanager
+def requires_grad_kept(model: nn.Module) -> Iterator[None]:
+    """
+    The weights that train are afterwards those that did before. PEFT's ways to add an adapter, and to switch to another
+    and back, leave all of the active one's to train, those that were frozen with them, or none.
+    """
+    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        yield
+    finally:
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
+
+
+def say_that_head_has_no_bias(model: nn.Module) -> None:
+    """
+    Where single tokens of a head are trained (`trainable_token_indices`, with tied embeddings), TRL asks PEFT's wrapper
+    around it for a bias, and the wrapper, which knows of weights alone, has no answer.
+    """
+    head = model.get_output_embeddings()
+    if not isinstance(head, TrainableTokensWrapper):
+        return
+    if getattr(head.original_module, "bias", None) is not None:  # embeddings have none
+        raise ValueError(
+            "`trainable_token_indices` trains tokens of an LM head with a bias, which PEFT leaves out. Set "
+            "`modules_to_save` to the embeddings and the head in its place."
+        )
+    head.register_parameter("bias", None)
+
+
+# --- The reference ---
+
+
+@contextmanager
+def adapter_kept(model) -> Iterator[None]:
+    """
+    While TRL makes a trainer of a `PeftModel`: what trains is as it was given, and the reference, if TRL adds one, is of
+    the active adapter's kind, where TRL takes the one that is called `default`. Nothing happens to other models.
+    """
+    if not isinstance(model, PeftModel):
+        yield
+        return
+    configs, name = model.peft_config, model.active_adapter
+    had_default, had_reference = "default" in configs, REFERENCE in configs
+    with requires_grad_kept(model):
+        try:
+            configs.setdefault("default", configs[name])
+            yield
+        finally:
+            if not had_default:
+                del configs["default"]
+        if name != "default" and had_default and REFERENCE in configs and not had_reference:
+            model.delete_adapter(REFERENCE)
+            model.add_adapter(REFERENCE, configs[name])
+
+
+@torch.no_grad()
+def copy_to_reference(model: PeftModel) -> None:
+    """
+    Make the adapter [`REFERENCE`] a frozen copy of the active one. TRL copies what is called `default`, and of that
+    only modules: the tokens of `trainable_token_indices`, LoRA on embeddings and IA3 are parameters without one.
+    """
+    name = model.active_adapter
+    weights = dict(model.named_parameters(remove_duplicate=False))
+    for path, weight in weights.items():
+        before, _, after = f"{path}.".rpartition(f".{name}.")
+        copied = weights.get(f"{before}.{REFERENCE}.{after}"[:-1]) if before else None
+        if copied is not None:
+            copied.copy_(weight)
+    for path, weight in weights.items():
+        if f".{REFERENCE}." in f"{path}.":
+            weight.requires_grad_(False)

@@ -1,0 +1,191 @@
+r"""
+Q actor-critic: the critic values every token in its state, Q(s, a), and the actor follows what it says.
+
+    q:            grad J = E[ sum_t grad log pi(a_t|s_t) Q(s_t, a_t) ]
+    advantage:    grad J = E[ sum_t grad log pi(a_t|s_t) (Q(s_t, a_t) - V(s_t)) ],   V(s) = sum_a pi(a|s) Q(s, a)
+    all_actions:  grad J = E[ sum_t sum_a grad pi(a|s_t) Q(s_t, a) ]
+
+The critic is fitted to the lambda-return, with Q' and V' of a target head that moves slowly after it:
+
+    sarsa:           G_t = r_t + gamma [ (1 - lambda) Q'(s_{t+1}, a_{t+1}) + lambda G_{t+1} ]
+    expected_sarsa:  G_t = r_t + gamma [ (1 - lambda) V'(s_{t+1}) + lambda G_{t+1} ]
+
+Unlike that of generalized advantage estimation, this credit holds nothing of what was sampled after the token: less
+noise, for whatever the critic gets wrong.
+
+References: Sutton et al. 1999, Policy gradient methods for reinforcement learning with function approximation, theorem
+1; Sutton & Barto 2018, eq. 12.19-12.20 (the returns); Asadi et al. 2017, https://huggingface.co/papers/1709.00503
+(all actions).
+"""
+
+import textwrap
+from dataclasses import dataclass, field
+
+import torch
+from transformers import TrainerCallback
+
+from .. import token_mdp
+from ..actor_critic.config import ActorCriticConfig
+from ..actor_critic.trainer import ActorCriticTrainer
+from ..critic.heads import ActionValueHead, Estimate
+
+
+@dataclass
+class QActorCriticConfig(ActorCriticConfig):
+    r"""
+    Configuration of [`QActorCriticTrainer`].
+
+    Parameters:
+        policy_gradient (`str`, *optional*, defaults to `"advantage"`):
+            What the actor follows: `"q"`, the value of the sampled token; `"advantage"`, the same less the mean over all
+            tokens; `"all_actions"`, the value of every token of the vocabulary, weighted by its probability.
+        q_target (`str`, *optional*, defaults to `"expected_sarsa"`):
+            What the critic's target takes for the value of the next state: `"sarsa"`, that of the token sampled in it;
+            `"expected_sarsa"`, the mean over all tokens.
+        q_rank (`int`, *optional*, defaults to `64`):
+            R, numbers per token of the vocabulary by which Q tells tokens apart.
+        target_update_rate (`float`, *optional*, defaults to `0.05`):
+            Share by which the target head moves towards the critic's at each optimizer step; 1 is no target head.
+    """
+
+    policy_gradient: str = field(
+        default="advantage",
+        metadata={
+            "help": "What the actor follows: the value of the sampled token ('q'), the same less the mean over all "
+            "tokens ('advantage'), or the values of all tokens, weighted by their probabilities ('all_actions').",
+            "choices": ["q", "advantage", "all_actions"],
+        },
+    )
+    q_target: str = field(
+        default="expected_sarsa",
+        metadata={
+            "help": "What the critic's target takes for the value of the next state: that of the token sampled in it "
+            "('sarsa') or the mean over all tokens ('expected_sarsa').",
+            "choices": ["sarsa", "expected_sarsa"],
+        },
+    )
+    q_rank: int = field(
+        default=64, metadata={"help": "Numbers per token of the vocabulary by which Q tells tokens apart."}
+    )
+    target_update_rate: float = field(
+        default=0.05,
+        metadata={"help": "Share by which the target head moves towards the critic's at each optimizer step."},
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        for name, choices in (
+            ("policy_gradient", ("q", "advantage", "all_actions")),
+            ("q_target", ("sarsa", "expected_sarsa")),
+        ):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"`{name}` must be one of {choices}, got {getattr(self, name)!r}.")
+        if self.q_rank < 1:
+            raise ValueError(f"`q_rank` must be at least 1, got {self.q_rank}.")
+        if not 0 < self.target_update_rate <= 1:
+            raise ValueError(f"`target_update_rate` must be above 0 and at most 1, got {self.target_update_rate}.")
+        for name in ("lam_policy", "length_adaptive_alpha"):
+            if getattr(self, name) is not None:
+                raise ValueError(
+                    f"`{name}` sets how far the actor looks along what was sampled, and the actor of Q actor-critic "
+                    "follows the critic alone. Remove it; `lam` is that of the critic's targets."
+                )
+        if self.policy_gradient == "all_actions" and self.whiten_advantages:
+            raise ValueError(
+                "`policy_gradient='all_actions'` has no advantages of tokens, so there are none to whiten. Set "
+                "`whiten_advantages=False`."
+            )
+
+
+class UpdateTarget(TrainerCallback):
+    """Moves the target head after each optimizer step."""
+
+    def __init__(self, head: ActionValueHead):
+        self.head = head
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.head.update_target(args.target_update_rate)
+
+
+class QActorCriticTrainer(ActorCriticTrainer):
+    """
+    [`ActorCriticTrainer`] whose critic values actions: advantages are Q(s, a) - V(s) as the critic has them, and it is
+    fitted to SARSA or expected SARSA targets. With `policy_gradient="all_actions"` the loss of the parent holds no
+    advantage (but its KL, if `beta` is not 0), and the mean of -V(s_t) over the tokens is added.
+    """
+
+    _tag_names = ["trl", "trl_ext", "q-actor-critic"]
+    _name = "Q Actor-Critic"
+    _paper = {
+        "title": "Policy Gradient Methods for Reinforcement Learning with Function Approximation",
+        "citation": textwrap.dedent("""\
+            @inproceedings{sutton1999policy,
+                title     = {{Policy Gradient Methods for Reinforcement Learning with Function Approximation}},
+                author    = {Richard S. Sutton and David McAllester and Satinder Singh and Yishay Mansour},
+                booktitle = {Advances in Neural Information Processing Systems},
+                volume    = 12,
+                year      = 1999,
+            }"""),
+    }
+    _method = (
+        "The critic values every token in its state, Q(s, a), and the policy follows what it says (`policy_gradient`), "
+        "not what was sampled afterwards."
+    )
+    config_class = QActorCriticConfig
+    _reads_head = True
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            raise ValueError(
+                "The target head is a moving average of weights that FSDP and DeepSpeed shard. Use DDP, or `A2CTrainer`."
+            )
+        self.add_callback(UpdateTarget(self.critic.value_head))
+
+    def _set_head(self, critic):
+        vocab_size = self._policy.config.get_text_config().vocab_size
+        if not isinstance(critic.value_head, ActionValueHead):
+            critic.value_head = ActionValueHead(critic.value_head, vocab_size, self.args.q_rank)
+        saved, needed = tuple(critic.value_head.embedding.shape), (vocab_size, self.args.q_rank)
+        if saved != needed:
+            raise ValueError(
+                f"`critic_model_name_or_path={self.args.critic_model_name_or_path!r}` tells {saved[0]} tokens apart by "
+                f"{saved[1]} numbers, and this training {needed[0]} by {needed[1]}. Set `q_rank={saved[1]}` and use a "
+                "policy of the same tokenizer, or leave it unset."
+            )
+        critic.value_head.temperature.fill_(self.temperature)
+        critic.value_head.all_actions = self.args.policy_gradient == "all_actions"
+
+    @staticmethod
+    def _state_values(values):
+        return values[..., Estimate.TARGET_V]
+
+    @staticmethod
+    def _fitted(values):
+        return values[..., Estimate.Q]
+
+    def compute_advantages(self, rewards, values, mask, bootstrap):
+        """`values` is `(B, T, 4)`, the [`~trl_ext.value_heads.Estimate`]s; the rest is as in the parent."""
+        of_next = Estimate.TARGET_Q if self.args.q_target == "sarsa" else Estimate.TARGET_V
+        lam = self.args.lam if self.args.lam_value is None else self.args.lam_value
+        # With any X for the values, G_t = r_t + gamma [(1 - lambda) X_{t+1} + lambda G_{t+1}]
+        _, returns = token_mdp.generalized_advantage_estimate(
+            rewards, values[..., of_next], mask, self.args.gamma, lam, bootstrap
+        )
+        advantages = values[..., Estimate.Q]
+        if self.args.policy_gradient != "q":
+            advantages = advantages - values[..., Estimate.V]
+        return torch.where(mask, advantages, 0), returns
+
+    def _add_advantages(self, batch, logps, values):
+        super()._add_advantages(batch, logps, values)
+        if self.args.policy_gradient == "all_actions":  # logged, but not followed
+            batch["advantages"] = torch.zeros_like(batch["advantages"])
+
+    def _compute_loss(self, model, inputs):
+        loss = super()._compute_loss(model, inputs)
+        if self.args.policy_gradient == "all_actions" and not (self._in_critic_warmup and self.model.training):
+            values = self._passes[-1][1][:, :-1, Estimate.V]
+            mean_value = torch.where(self._own_tokens(inputs), values, 0).sum() / self._tokens_per_window(inputs)
+            loss = loss - mean_value
+        return loss

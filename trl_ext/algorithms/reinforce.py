@@ -1,0 +1,117 @@
+r"""
+REINFORCE on the token MDP: the Monte-Carlo policy gradient.
+
+    grad J = E[ sum_t grad log pi(a_t|s_t) (G_t - b) ]
+
+with G_t the discounted return from token t on, or (`one_step_mdp`) the reward of the whole completion taken as one
+action. The baseline b is 0, the mean return of the batch, or the value function.
+
+Reference: Williams 1992, https://doi.org/10.1007/BF00992696; Sutton & Barto 2018, section 13.3-13.4.
+"""
+
+import textwrap
+from dataclasses import dataclass, field
+
+import torch
+
+from .. import token_mdp
+from ..actor_critic.config import ActorCriticConfig, check_on_policy
+from ..actor_critic.trainer import ActorCriticTrainer
+
+
+ONLY_WITH_CRITIC = ["critic_model_name_or_path", "critic_detach", "critic_warmup_steps", "cliprange_value"]
+
+
+@dataclass
+class ReinforceConfig(ActorCriticConfig):
+    r"""
+    Configuration of [`ReinforceTrainer`].
+
+    Parameters:
+        one_step_mdp (`bool`, *optional*, defaults to `False`):
+            The bandit formulation: the whole completion is one action and every token shares its reward.
+        baseline (`str`, *optional*, defaults to `"batch_mean"`):
+            What is subtracted from the returns: `"none"`, `"batch_mean"` (over the own tokens of the global generation
+            batch) or `"value"` (the critic, of the prompt with `one_step_mdp`). Without `"value"` there is no critic.
+    """
+
+    one_step_mdp: bool = field(
+        default=False,
+        metadata={"help": "The bandit formulation: the whole completion is one action, all tokens share its reward."},
+    )
+    baseline: str = field(
+        default="batch_mean",
+        metadata={
+            "help": "What is subtracted from the returns: nothing, their mean over the batch, or the critic's value.",
+            "choices": ["none", "batch_mean", "value"],
+        },
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_on_policy(self, "REINFORCE")
+        if self.baseline not in ("none", "batch_mean", "value"):
+            raise ValueError(f"`baseline` must be 'none', 'batch_mean' or 'value', got {self.baseline!r}.")
+        unused = [name for name in ONLY_WITH_CRITIC if getattr(self, name) != self.__dataclass_fields__[name].default]
+        if self.baseline != "value" and unused:
+            raise ValueError(
+                f"`baseline={self.baseline!r}` has no critic, so {', '.join(unused)} would do nothing. Remove them, or "
+                "set `baseline='value'`."
+            )
+        for name, needs_critic in (
+            ("truncation", self.truncation == "bootstrap"),
+            ("critic", self.critic != "shared"),
+        ):
+            if self.baseline != "value" and needs_critic:
+                raise ValueError(
+                    f"`{name}={getattr(self, name)!r}` needs a critic, and `baseline={self.baseline!r}` has none. Set "
+                    "`baseline='value'`."
+                )
+
+
+class ReinforceTrainer(ActorCriticTrainer):
+    """
+    [`ActorCriticTrainer`] with Monte-Carlo returns less a baseline as advantages; the critic is there only as baseline.
+    """
+
+    _tag_names = ["trl", "trl_ext", "reinforce"]
+    _name = "REINFORCE"
+    _paper = {
+        "title": "Simple Statistical Gradient-Following Algorithms for Connectionist Reinforcement Learning",
+        "citation": textwrap.dedent("""\
+            @article{williams1992reinforce,
+                title   = {{Simple Statistical Gradient-Following Algorithms for Connectionist Reinforcement Learning}},
+                author  = {Ronald J. Williams},
+                journal = {Machine Learning},
+                volume  = 8,
+                pages   = {229--256},
+                year    = 1992,
+            }"""),
+    }
+    _method = (
+        "Advantages are Monte-Carlo returns, of each token or (`one_step_mdp`) of the whole completion, less a "
+        "`baseline`."
+    )
+    config_class = ReinforceConfig
+
+    def _make_critic(self, critic_model):
+        return super()._make_critic(critic_model) if self.args.baseline == "value" else None
+
+    @property
+    def _has_batch_statistics(self):
+        return self.args.baseline == "batch_mean" or super()._has_batch_statistics
+
+    def compute_advantages(self, rewards, values, mask, bootstrap):
+        if self.args.one_step_mdp:
+            returns = token_mdp.one_step_returns(rewards, mask, bootstrap)
+        else:
+            returns = token_mdp.discounted_returns(rewards, mask, self.args.gamma, bootstrap)
+        baseline = torch.zeros_like(returns)
+        if self.args.baseline == "batch_mean":
+            _, mean, _ = self._global_moments(returns, mask)
+            baseline = mean.expand_as(returns)
+        elif self.args.baseline == "value" and self.args.one_step_mdp:
+            baseline = token_mdp.first_own_token(values, mask).unsqueeze(1).expand_as(returns)
+        elif self.args.baseline == "value":
+            baseline = values
+        return torch.where(mask, returns - baseline, 0), returns

@@ -1,0 +1,138 @@
+r"""
+The critic's heads: what is read off the hidden state h(s) of a trunk.
+
+    V(s)    = w . h(s) + b                              [`ValueHead`]
+    Q(s, a) = w . h(s) + b + (U h(s)) . E_a             [`ActionValueHead`], with U of shape (R, H) and E of (V, R)
+
+Both compute in float32 outside autocast, whatever the trunk's dtype.
+"""
+
+from dataclasses import dataclass
+from enum import IntEnum
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from ..models.lm_head import mean_over_actions
+
+
+@dataclass
+class Decisions:
+    """
+    What the policy does in some states.
+
+    Args:
+        policy (`PreTrainedModel`): It.
+        hidden_states (`torch.Tensor` of shape `(B, S, H)`): Its trunk's.
+        actions (`torch.Tensor` of shape `(B, S)`): The token that followed each; any id where none did.
+        mask (`torch.Tensor` of shape `(B, S)`, bool): Which of the states are real.
+    """
+
+    policy: PreTrainedModel
+    hidden_states: torch.Tensor
+    actions: torch.Tensor
+    mask: torch.Tensor
+
+    def mean(self, table: torch.Tensor, temperature: torch.Tensor) -> torch.Tensor:
+        """sum_a pi(a|s) table_a, `(V, R)` -> `(B, S, R)`; 0 where there is no state."""
+        means = mean_over_actions(self.policy, self.hidden_states[self.mask], table, temperature)
+        return means.new_zeros(*self.mask.shape, table.size(1)).masked_scatter(self.mask.unsqueeze(-1), means)
+
+
+class ValueHead(nn.Module):
+    """
+    V(s) = w . h(s) + b.
+
+    Starts at V = 0: a random head would be noise in the first advantages (Huang et al. 2022, The 37 implementation
+    details of PPO). Drawing no random numbers also leaves the rollouts those of a run without a critic.
+    """
+
+    def __init__(self, hidden_size: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(1, hidden_size))
+        self.bias = nn.Parameter(torch.zeros(1))
+
+    def forward(self, hidden_states: torch.Tensor, decisions: Decisions | None = None) -> torch.Tensor:
+        """`(B, S, H)` -> `(B, S)`. The value of a state does not depend on what is done in it."""
+        return state_value(hidden_states, self.weight, self.bias)
+
+
+def state_value(hidden_states: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    """w . h(s) + b, `(B, S, H)` -> `(B, S)`, float32."""
+    with torch.autocast(hidden_states.device.type, enabled=False):
+        return nn.functional.linear(hidden_states.float(), weight.float(), bias.float()).squeeze(-1)
+
+
+class Estimate(IntEnum):
+    """The entries of [`ActionValueHead`]'s output."""
+
+    Q = 0  # Q(s, a) of the action that followed; the only one with gradients of the critic
+    V = 1  # sum_a pi(a|s) Q(s, a), with gradients of pi if `all_actions`
+    TARGET_Q = 2  # the same two of the target head
+    TARGET_V = 3
+
+
+class ActionValueHead(nn.Module):
+    r"""
+    Q(s, a) = w . h(s) + b + (U h(s)) . E_a for all of a vocabulary, from R numbers per token: what depends on the action
+    is of low rank, so that sum_a pi(a|s) Q(s, a) = w . h(s) + b + (U h(s)) . sum_a pi(a|s) E_a never needs Q of all
+    actions.
+
+    Starts at Q = V of `value_head` (E = 0). The target head is a moving average of this one, and is saved with it.
+
+    Args:
+        value_head ([`ValueHead`]): Where w and b start.
+        vocab_size (`int`): V, the number of actions.
+        rank (`int`): R.
+        temperature (`float`, *optional*, defaults to `1.0`): Of the policy.
+
+    Reference: the split into a state's value and what the action adds, Wang et al. 2016,
+    https://huggingface.co/papers/1511.06581; the moving target, Lillicrap et al. 2016,
+    https://huggingface.co/papers/1509.02971.
+    """
+
+    def __init__(self, value_head: ValueHead, vocab_size: int, rank: int, temperature: float = 1.0):
+        super().__init__()
+        hidden_size = value_head.weight.size(1)
+        self.weight = nn.Parameter(value_head.weight.detach().clone())
+        self.bias = nn.Parameter(value_head.bias.detach().clone())
+        # From numbers of its own: the rollouts stay those of a run without a critic
+        random = torch.randn(rank, hidden_size, generator=torch.Generator().manual_seed(0))
+        self.projection = nn.Parameter(random.to(self.weight.device) / hidden_size**0.5)
+        self.embedding = nn.Parameter(torch.zeros(vocab_size, rank, device=self.weight.device))
+        # Buffers, so that what walks over parameters trains none of them
+        for name, parameter in list(self.named_parameters()):
+            self.register_buffer(f"target_{name}", parameter.detach().clone())
+        self.register_buffer("temperature", torch.tensor(float(temperature), device=self.weight.device))
+        self.all_actions = False  # whether gradients of pi flow through V
+
+    def forward(self, hidden_states: torch.Tensor, decisions: Decisions) -> torch.Tensor:
+        """`(B, S, H)` -> `(B, S, 4)`, float32: the [`Estimate`]s."""
+        rank = self.embedding.size(1)
+        tables = torch.cat([self.embedding, self.target_embedding], dim=1).detach()
+        with torch.set_grad_enabled(self.all_actions and torch.is_grad_enabled()):
+            mean, target_mean = decisions.mean(tables, self.temperature).split(rank, dim=-1)
+        q, v = self._values(hidden_states, decisions, mean, "")
+        with torch.no_grad():
+            target_q, target_v = self._values(hidden_states, decisions, target_mean, "target_")
+        return torch.stack([q, v, target_q, target_v], dim=-1)
+
+    def _values(self, hidden_states, decisions, mean_embedding, prefix):
+        """Q of the actions and V, `(B, S)` each, by the weights of that prefix."""
+        weight, bias, projection, embedding = (
+            getattr(self, prefix + name) for name in ("weight", "bias", "projection", "embedding")
+        )
+        with torch.autocast(hidden_states.device.type, enabled=False):
+            base = state_value(hidden_states, weight, bias)
+            features = nn.functional.linear(hidden_states.float(), projection.float())
+            action_embedding = nn.functional.embedding(decisions.actions, embedding.float())
+            q = base + (features * action_embedding).sum(dim=-1)
+            v = base.detach() + (features.detach() * mean_embedding).sum(dim=-1)
+        return q, v
+
+    @torch.no_grad()
+    def update_target(self, rate: float) -> None:
+        """target <- target + rate (head - target)."""
+        for name, parameter in self.named_parameters():
+            getattr(self, f"target_{name}").lerp_(parameter, rate)

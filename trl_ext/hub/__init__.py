@@ -1,0 +1,6 @@
+"""Publishing datasets and models to the Hub."""
+
+from .datasets import publish_rankings, publish_rollouts, publish_samples
+
+
+__all__ = ["publish_rankings", "publish_rollouts", "publish_samples"]

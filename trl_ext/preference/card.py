@@ -1,0 +1,130 @@
+"""The model cards of what was trained on rankings, or on pairs: reward models, and policies by DPO."""
+
+import torch
+
+from ..hub.curves import Panel
+from ..hub.model_card import CardContent, shown
+from ..models.reward_inputs import RewardInput
+from ..ranking import predict_pair
+from ..training.card import ModelCardMixin
+from .config import RankingArguments
+
+
+TRAINING_ARGUMENTS = [
+    "learning_rate",
+    "lr_scheduler_type",
+    "optim",
+    "max_steps",
+    "num_train_epochs",
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "world_size",
+    "max_length",
+    "max_grad_norm",
+    "bf16",
+    "seed",
+]
+METRICS = [
+    "loss",
+    "accuracy",
+    "rewards/accuracies",
+    "three_way_accuracy",
+    "kendall_tau_b",
+    "tie_rate",
+    "predicted_tie_rate",
+    "tie_calibration_error",
+    "log_likelihood",
+    "baseline_log_likelihood",
+    "margin",
+    "rewards/margins",
+    "mean_reward",
+]
+RESULTS = {
+    "accuracy": ("accuracy", "accuracy on pairs with a winner"),
+    "rewards/accuracies": ("accuracy", "accuracy on pairs with a winner"),
+    "three_way_accuracy": ("accuracy", "accuracy on win, tie or loss"),
+    "kendall_tau_b": ("kendall_tau_b", "Kendall's tau-b"),
+    "log_likelihood": ("log_likelihood", "log-likelihood per ranking, nats"),
+}
+PANELS = [
+    Panel("Loss", "nats", "loss"),
+    Panel("Accuracy on pairs with a winner", "share", "accuracy"),
+    Panel("Accuracy on pairs with a winner", "share", "rewards/accuracies"),
+    Panel("Log-likelihood (dotted: tie rates only)", "nats per ranking", "log_likelihood", "baseline_log_likelihood"),
+    Panel("Rank correlation", "Kendall's tau-b", "kendall_tau_b"),
+    Panel("Ties predicted (dotted: observed)", "share of pairs", "predicted_tie_rate", "tie_rate"),
+    Panel("Margin of the winner", "score", "margin"),
+    Panel("Margin of the winner", "score", "rewards/margins"),
+]
+EXPLANATION = (
+    "`accuracy` is that of pairs with a winner. `log_likelihood` is per ranking, in nats; `baseline_log_likelihood` is "
+    "what one gets by knowing how frequent ties are and nothing else."
+)
+LIKELIHOODS = {
+    "bradley_terry": "the Bradley-Terry likelihood of all strict pairs; ties were left out",
+    "soft_bradley_terry": "the Bradley-Terry likelihood of all pairs, a tie counting as half a win for each",
+    "rao_kupper": "the Rao-Kupper likelihood of all pairs, which has ties",
+    "davidson": "the Davidson likelihood of all pairs, which has ties",
+    "plackett_luce": "the Plackett-Luce likelihood of each ranking, without ties",
+    "plackett_luce_marginal": "the Plackett-Luce likelihood of each ranking, summed over the orders within ties",
+    "plackett_luce_efron": "the Plackett-Luce likelihood of each ranking, with Efron's approximation at ties",
+    "plackett_luce_breslow": "the Plackett-Luce likelihood of each ranking, with Breslow's approximation at ties",
+    "davidson_luce": "the Davidson-Luce likelihood of each ranking, which is a distribution over all orders with ties",
+}
+
+
+def reading(how: RewardInput | None) -> dict:
+    """What a card says of how a reward model reads texts; nothing of other models."""
+    if how is None:
+        return {}
+    left_out = [f"the special tokens {', '.join(f'`{token}`' for token in how.special_tokens)}"] * bool(
+        how.special_tokens
+    ) + [f"the `{how.ending}` at their end"] * bool(how.ending)
+    return {
+        "is_tokenized": how.kind == "tokens",
+        "is_bare": how.kind == "text" and not left_out,
+        "has_ending": bool(how.ending),
+        "left_out": " and ".join(left_out),
+    }
+
+
+class RankingCardMixin(ModelCardMixin):
+    """The card says which rankings were learned from, how, and what the scores mean."""
+
+    def _card_content(self):
+        on_rankings, parents_paper = self._has_rankings, super()._paper
+        details = {
+            "on_rankings": on_rankings,
+            "likelihood": LIKELIHOODS[self.args.ranking_model] if on_rankings else "that of single pairs, as in TRL",
+            "explanation": EXPLANATION if on_rankings else None,
+            "is_chat": self._is_chat,
+            **reading(self.reward_input),
+            "max_length": self.args.max_length,
+            "learn_ties": self.args.learn_ties,
+            "tie_of_equals": None if self.ties is None else f"{self._tie_of_equals():.1%}",
+            "ties": {} if self.ties is None else {name: f"{value:.4g}" for name, value in self._named_ties().items()},
+        }
+        return CardContent(
+            model=self._model,
+            rows="rankings" if on_rankings else "pairs",
+            metrics=METRICS,
+            results=RESULTS,
+            panels=PANELS,
+            hyper_parameters=shown(self.args, [*TRAINING_ARGUMENTS, *self._own_arguments(on_rankings)]),
+            papers=[paper for paper in ([self._paper] if on_rankings else []) + [parents_paper] if paper],
+            details=details,
+        )
+
+    def _tie_of_equals(self) -> float:
+        """How likely two completions with the same score tie, if nothing else is ranked with them."""
+        _, tie, _ = predict_pair(torch.zeros(()), torch.zeros(()), self.args.ranking_model, self._log_tie())
+        return tie.item()
+
+    def _own_arguments(self, on_rankings: bool) -> list[str]:
+        own = [name for name in RankingArguments.__dataclass_fields__ if name not in ("log_tie", "on_error")]
+        if self.ties is None:
+            own = [name for name in own if "tie" not in name]
+        is_policy = self._pipeline_tag == "text-generation"
+        if not on_rankings:
+            return ["beta", "loss_type"] if is_policy else ["center_rewards_coefficient"]
+        return own + (["beta"] if is_policy else ["center_rewards_coefficient"])
