@@ -12,7 +12,7 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 from trl.chat_template_utils import qwen3_chat_template
 
 from trl_ext import A2CConfig, A2CTrainer, PPOConfig, PPOTrainer, ReinforceConfig, ReinforceTrainer, load_rollouts
-from trl_ext.actor_critic.dense import rewards_of_turns
+from trl_ext.token_mdp import rewards_of_turns
 
 
 @pytest.fixture

@@ -40,9 +40,9 @@ from trl_ext import (
     ReinforceConfig,
     ReinforceTrainer,
 )
-from trl_ext.actor_critic.dense import rewards_of_tokens, shaped_rewards, token_ends
+from trl_ext.actor_critic.dense import rewards_of_tokens, token_ends
 from trl_ext.models.score_head import prefix_scores
-from trl_ext.token_mdp import carry_to_own_token
+from trl_ext.token_mdp import carry_to_own_token, shaped_rewards
 
 
 DATA = Path(__file__).parents[2] / "shared" / "data"

@@ -5,7 +5,7 @@ from dataclasses import asdict
 
 import pytest
 
-from trl_ext.token_mdp.kl_controller import KLController
+from trl_ext.token_mdp.kl import KLController
 
 
 def step(controller, kl, n=64):

@@ -23,35 +23,12 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
+from ..token_mdp import shaped_rewards
+
 
 # Tokens that are decoded together at most, unless the last of them are part of a character that is not complete
 MAX_WINDOW = 32
 INVALID = "\N{REPLACEMENT CHARACTER}"
-
-
-def shaped_rewards(potentials: torch.Tensor, gamma: float = 1.0, end: torch.Tensor | None = None) -> torch.Tensor:
-    r"""
-    A potential's rise with each token: r_t = gamma Phi(s_{t+1}) - Phi(s_t).
-
-    With `end` the episode ends there, and its last token is paid that reward where no potential is left:
-    r_{T-1} = R - Phi(s_{T-1}). Discounted the rewards then sum to gamma^{T-1} R - Phi(s_0): to what R on the last token
-    is worth, less what no action changes. So the best policy is that for R at the end, and each token is told at once
-    what it did. Without, where somebody goes on from s_T, they sum to gamma^T Phi(s_T) - Phi(s_0).
-
-    Args:
-        potentials (`torch.Tensor` of shape `(1 + T,)`): Phi of the prompt and of each prefix after it.
-        gamma (`float`, *optional*, defaults to `1.0`): The discount of the MDP.
-        end (`torch.Tensor` of shape `()`, *optional*): R, the reward of the whole.
-
-    Returns:
-        `torch.Tensor` of shape `(T,)`.
-
-    Reference: Ng, Harada and Russell 1999, Policy invariance under reward transformations, theorem 1.
-    """
-    rises = gamma * potentials[1:] - potentials[:-1]
-    if end is not None:
-        rises[-1] = end - potentials[-2]
-    return rises
 
 
 @dataclass
@@ -85,28 +62,6 @@ def shaped_reward(
     rewards = torch.zeros_like(potentials[1:])
     rewards[steps] = shaped_rewards(potentials[[*steps.tolist(), -1]], gamma, None if goes_on else end)
     return ShapedReward(rewards.tolist(), (end - potentials[0]).item())
-
-
-def rewards_of_turns(totals: list[float | None], tool_mask: list[int]) -> list[float]:
-    """
-    What each turn adds to an environment's total, on the last token of that turn.
-
-    Args:
-        totals (`list[float | None]`): Before the first turn, and after each turn. What it is before counts for the first
-            turn; what comes after the policy's last turn counts for that one. None adds nothing.
-        tool_mask (`list[int]`): 1 at the policy's own tokens. A run of them is a turn.
-
-    Returns:
-        `list[float]`: One reward per token, which sum to the last total.
-    """
-    rewards = [0.0] * len(tool_mask)
-    ends = [t for t, own in enumerate(tool_mask) if own and (t + 1 == len(tool_mask) or not tool_mask[t + 1])]
-    before = 0.0
-    for turn, after in enumerate(totals[1:]):
-        if after is not None:
-            rewards[ends[min(turn, len(ends) - 1)]] += after - before
-            before = after
-    return rewards
 
 
 def is_dense(reward: Any) -> bool:

@@ -18,8 +18,9 @@ from ..models.quantization import is_quantized
 from ..models.score_head import has_score_head, scores_of_prefixes_and_whole
 from ..packing.check import PrefixCheck
 from ..packing.reward_scoring import RewardScoring
+from ..token_mdp import rewards_of_turns
 from .checks import checked_reward
-from .dense import DenseRewards, ShapedReward, rewards_of_turns, shaped_reward
+from .dense import DenseRewards, ShapedReward, shaped_reward
 
 
 logger = get_logger(__name__)

@@ -41,8 +41,7 @@ from ..models.companion import give_learning_rate
 from ..models.dropout import active_dropout, stop_dropout
 from ..models.quantization import is_quantized
 from ..models.reference import take_up_start
-from ..token_mdp.kl_controller import KLController
-from ..token_mdp.losses import value_loss
+from ..token_mdp import KLController, value_loss
 from ..training.adapters import AdapterMixin
 from ..training.arguments import checked_args
 from ..training.pushing import PushMixin

@@ -1,4 +1,4 @@
-"""The critic's loss, as a pure function. The policy's surrogate losses are TRL's own."""
+"""The critic's loss. The policy's surrogate losses are those of TRL."""
 
 import torch
 
@@ -10,7 +10,7 @@ def value_loss(
     cliprange: float | None = None,
 ) -> torch.Tensor:
     r"""
-    Squared error of the critic per token, optionally pessimistic about moving far from the rollout's estimate.
+    Returns the squared error of the critic per token, optionally without reward for leaving the rollout's estimate.
 
         L_t = (V_t - G_t)^2 / 2                                                      without `cliprange`
         L_t = max[(V_t - G_t)^2, (clip(V_t, V_t^old - c, V_t^old + c) - G_t)^2] / 2  with it
