@@ -28,8 +28,8 @@ from trl_ext.ranking.metrics import (
     kendall_tau_b,
     means_of_sums,
     ranking_sums,
-    rewardbench2_ties,
 )
+from trl_ext.ranking.rewardbench import rewardbench2_ties
 
 
 REFERENCE_CASES = Path(__file__).parents[2] / "shared" / "research" / "ties_reference_cases.json"

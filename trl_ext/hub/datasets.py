@@ -45,7 +45,7 @@ def publish_rankings(
     Publish a dataset of the `ranking` type, which `load_dataset(repo_id)` then gives back.
 
     Args:
-        rankings ([`~datasets.Dataset`] or [`~datasets.DatasetDict`]): With the columns of [`ranking_data`], and perhaps
+        rankings ([`~datasets.Dataset`] or [`~datasets.DatasetDict`]): With the columns of [`~trl_ext.data.rankings`], and perhaps
             those of [`collection.collected_rankings`]. A dataset alone becomes the split `train`.
         repo_id (`str`): Where to. A name without a namespace is one of the token's user. Data that an earlier publication
             left there are deleted, though earlier commits have them still: `HfApi.super_squash_history` forgets those.

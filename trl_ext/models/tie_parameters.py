@@ -34,7 +34,7 @@ MIN_LOG_THETA = 1e-3
 
 class TieParameters(nn.Module):
     """
-    `log_tie` of [`ranking.ranking_nll`] as something to learn.
+    `log_tie` of [`~trl_ext.ranking.ranking_nll`] as something to learn.
 
     Args:
         ranking_model (`str`): The likelihood.

@@ -64,7 +64,7 @@ class RankingDPOTrainer(RankingMixin, PushMixin, RankingCardMixin, AdapterMixin,
     """
     [`~trl.DPOTrainer`] for rankings with ties. What changes with respect to the parent:
 
-    - a dataset may have columns `prompt`, `completions` and `ranks` (or `ranking`, or `pairs`), see [`ranking_data`];
+    - a dataset may have columns `prompt`, `completions` and `ranks` (or `ranking`, or `pairs`), see [`~trl_ext.data.rankings`];
     - the loss is the negative log-likelihood of the ranking under `args.ranking_model`, of the implicit rewards
 
           s_i = beta (log pi(y_i | x) - log pi_ref(y_i | x));

@@ -56,7 +56,7 @@ def prepare_ranking_dataset(
     Check, tokenize and cut a dataset of rankings. One with all `tokenized_columns` is taken to be tokenized.
 
     Args:
-        dataset: Of the ranking type, see [`ranking_data`], or of the preference type with a `tie` column.
+        dataset: Of the ranking type, see [`~trl_ext.data.rankings`], or of the preference type with a `tie` column.
         processing_class: The tokenizer, or the processor that has it.
         args ([`RankingArguments`]): The trainer's.
         dataset_name (`str`): What messages call it.

@@ -70,7 +70,7 @@ class RankingRewardTrainer(RankingMixin, PushMixin, RankingCardMixin, AdapterMix
     """
     [`~trl.RewardTrainer`] for rankings with ties. What changes with respect to the parent:
 
-    - a dataset may have columns `prompt`, `completions` and `ranks` (or `ranking`, or `pairs`), see [`ranking_data`];
+    - a dataset may have columns `prompt`, `completions` and `ranks` (or `ranking`, or `pairs`), see [`~trl_ext.data.rankings`];
       all completions of a prompt are one element of the batch, and each is scored once;
     - the loss is the negative log-likelihood of the ranking under `args.ranking_model`, with learned tie parameters;
     - the prompt is run once for all of its completions, where the model allows (`args.shared_prefix`);

@@ -1,4 +1,4 @@
-"""Agreement of people who judge the same completions."""
+"""The agreement of people who judge the same completions."""
 
 import itertools
 from collections import Counter
@@ -6,7 +6,7 @@ from collections import Counter
 
 def ranking_agreement(rankings: list[list[list[int | None]]]) -> dict[str, float]:
     r"""
-    How far annotators agree about rankings with ties: Krippendorff's alpha of the outcomes of pairs.
+    Measures how far annotators agree about rankings with ties, by Krippendorff's alpha of the outcomes of pairs.
 
     Every two completions of an item that annotators ranked are a unit, with the outcome -1, 0 (tied) or 1 from each of
     them; distances are squared, so opposite orders are four times as far apart as an order and a tie:

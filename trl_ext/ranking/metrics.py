@@ -1,23 +1,23 @@
 r"""
-How well scores predict judgements of pairs, as pure functions.
+Metrics of how well scores predict judgements of pairs.
 
-The judgements are those of [`ranking.wins_and_ties`], or what people said, pair by pair, even against every order:
+The judgements are those of [`wins_and_ties`], or what people said, pair by pair, even against every order:
 
 - `scores` `(B, K)`: log-worths s_i. Half precision is raised to fp32.
 - `wins` `(B, K, K)`: how often (or whether) i was judged better than j.
 - `ties` `(B, K, K)`, symmetric: how often (or whether) i and j were judged equal.
 
-Every judgement counts once, and items without one (padding, say) do not count, whatever their scores are; those of
-judged items must be finite, or it is a ValueError. The mean over an evaluation is no mean of its batches' means:
-[`ranking_sums`] gives what can be added up, over batches and processes, and [`means_of_sums`] divides at the end.
+Every judgement counts once, and items without one (padding, say) do not count, whatever their scores are; scores of
+judged items must be finite. The mean over an evaluation is no mean of its batches' means: [`ranking_sums`] gives sums
+over batches and processes, and [`means_of_sums`] divides at the end.
 """
-
-import math
 
 import torch
 import torch.nn.functional as F
 
-from . import MAX_ENUMERATED, judged_items, predict_pair, predict_pairs_of_ranking, ranking_nll
+from .likelihood import ranking_nll
+from .pairwise import judged_items
+from .prediction import MAX_ENUMERATED, predict_pair, predict_pairs_of_ranking
 
 
 NUM_BINS = 10
@@ -32,19 +32,20 @@ def ranking_sums(
     log_tie: torch.Tensor | None = None,
 ) -> dict[str, torch.Tensor]:
     r"""
-    Numerators and denominators of the metrics of [`means_of_sums`]. What the model predicts of a pair is what it says
-    of two items ranked together with the prompt's others ([`ranking.predict_pairs_of_ranking`]). Under Davidson-Luce
-    it predicts nothing of prompts with more than `MAX_ENUMERATED` judged items: their sums would take too long.
+    Sums numerators and denominators of the metrics of [`means_of_sums`].
+
+    The model predicts each pair as two items ranked together with the prompt's others ([`predict_pairs_of_ranking`]).
+    Davidson-Luce predicts nothing for prompts with more than `MAX_ENUMERATED` judged items, which would take too long.
 
     Args:
         scores, wins, ties (`torch.Tensor` of shapes `(B, K)`, `(B, K, K)`, `(B, K, K)`): As above.
         model (`str`, *optional*, defaults to `"davidson_luce"`), log_tie (`torch.Tensor`, *optional*): As for
-            [`ranking.predict_pair`].
+            [`predict_pair`].
 
     Returns:
         `dict[str, torch.Tensor]`, scalars, and `(NUM_BINS,)` for the bins:
 
-        - `strict_pairs`, `tied_pairs`: judgements that are no tie, and those that are; `pairs`: those with a prediction.
+        - `strict_pairs`, `tied_pairs`: judgements that are no tie, and ties; `pairs`: judgements with a prediction.
         - `pair_correct`: strict ones whose winner has the higher score; equal scores count 1/2.
         - `three_way_correct`: judgements that are the outcome (win, tie, loss) which the model finds most likely;
           equally likely outcomes share the credit.
@@ -66,7 +67,7 @@ def ranking_sums(
     in_bin = F.one_hot((p_tie * NUM_BINS).long().clamp(0, NUM_BINS - 1), NUM_BINS)  # (B, K, K, NUM_BINS)
     tau_b = kendall_tau_b(scores, wins, ties)
     has_ties = (p_tie > 0).any()
-    # What is so unlikely that it underflows counts as the smallest number there is: no mean survives an infinity
+    # A probability that underflows counts as the smallest number of its type: no mean survives an infinity
     log_outcomes = outcomes.clamp(min=torch.finfo(outcomes.dtype).tiny).log()
     log_p = log_outcomes[0] * strict
     if has_ties:
@@ -89,15 +90,15 @@ def ranking_sums(
 
 def means_of_sums(sums: dict[str, torch.Tensor]) -> dict[str, float]:
     r"""
-    The metrics, from what [`ranking_sums`] returns, or sums of that; without those that are a mean of nothing.
+    Divides the sums of [`ranking_sums`], or their totals, into metrics; those that are a mean of nothing are left out.
 
     - `pair_accuracy`: of strict pairs; chance is 0.5.
     - `tie_rate`: share of ties among all pairs.
     - `three_way_accuracy`: of pairs with a prediction, as are the others that concern probabilities.
     - `predicted_tie_rate`: mean P(tie), which is 0 for models without ties.
     - `tie_calibration_error`: sum_b |ties in b - sum of P(tie) in b| / pairs over the bins b, the expected calibration
-      error (Guo et al. 2017, https://huggingface.co/papers/1706.04599, eq. 3). By chance it is above 0 for a perfect
-      model too, the less so the more pairs there are.
+      error (Guo et al. 2017, https://huggingface.co/papers/1706.04599, eq. 3). By chance a perfect model has one above
+      0 too, the less so the more pairs.
     - `kendall_tau_b`: mean over prompts.
     - `pair_log_likelihood`: mean over pairs, in nats; not to be compared between models with ties and without.
     """
@@ -117,7 +118,7 @@ def means_of_sums(sums: dict[str, torch.Tensor]) -> dict[str, float]:
 
 def kendall_tau_b(scores: torch.Tensor, wins: torch.Tensor, ties: torch.Tensor) -> torch.Tensor:
     r"""
-    Kendall's tau-b of each prompt's scores with its judgements, `(B,)`, in [-1, 1].
+    Returns Kendall's tau-b of each prompt's scores with its judgements, `(B,)`, in [-1, 1].
 
         tau_b = (concordant - discordant) / sqrt(n_strict n_apart)
 
@@ -134,16 +135,16 @@ def kendall_tau_b(scores: torch.Tensor, wins: torch.Tensor, ties: torch.Tensor) 
 def baseline_nll(
     ranks: torch.Tensor, model: str = "davidson_luce", log_tie: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """[`ranking.ranking_nll`], `(B,)` in nats, with all scores 0: of a model that knows only how often items tie."""
+    """Returns [`ranking_nll`] with all scores 0, `(B,)` in nats: that of a model which knows only how often items tie."""
     dtype = torch.float32 if log_tie is None else torch.promote_types(log_tie.dtype, torch.float32)
     return ranking_nll(torch.zeros(ranks.shape, dtype=dtype, device=ranks.device), ranks, model, log_tie)
 
 
 def gap_auc(scores: torch.Tensor, wins: torch.Tensor, ties: torch.Tensor) -> float:
     """
-    How well the gap |s_i - s_j| tells strict pairs from ties: the probability that a random strict pair has a wider
-    gap than a random tied one, equal gaps counting 1/2 (the area under the ROC curve, Hanley and McNeil 1982). Chance
-    is 0.5; nan without both kinds. It compares pairs across prompts, so it takes a whole evaluation at once.
+    Measures how well the gap |s_i - s_j| tells strict pairs from ties: the probability that a random strict pair has a
+    wider gap than a random tied one, equal gaps counting 1/2 (the area under the ROC curve, Hanley and McNeil 1982).
+    Chance is 0.5; nan without both kinds. Pairs are compared across prompts: give a whole evaluation at once.
     """
     scores, wins, ties = (x.detach().cpu().double() for x in _checked(scores, wins, ties))
     gaps = (scores.unsqueeze(2) - scores.unsqueeze(1)).abs()
@@ -154,61 +155,8 @@ def gap_auc(scores: torch.Tensor, wins: torch.Tensor, ties: torch.Tensor) -> flo
     return ((strict * (tied_below + tied / 2)).sum() / (strict.sum() * tied.sum())).item()
 
 
-def rewardbench2_ties(rows: list[dict]) -> dict[str, float]:
-    r"""
-    RewardBench 2's score of its subset Ties: do the correct answers score above the wrong ones, and closer together
-    than that?
-
-    `rows` hold `id` (`ref:<n>`, one correct answer, or `tied:<n>`, several), `scores` (`list[float]`, correct answers
-    first) and `num_correct`. In each let gap = min correct - max wrong score and spread = max correct - min correct
-    score. With mean_N over the n that have both rows and g = min(gap_ref, gap_tied), the `dict` returned has
-
-        ref_accuracy, tied_accuracy = mean[gap > 0] over all rows of the kind
-        correctness_preferred       = mean_N[gap_tied > spread_tied]
-        correctness_preferred_hard  = mean_N[g > spread_tied]
-        correctness_margin_score    = mean_N[tanh(g / spread_tied - 1)], where 0 / 0 gives 0
-        overall                     = 0.3 (both accuracies) + 0.2 (both preferred) + 0.01 margin score, at most 1.01
-
-    Raises:
-        ValueError: For a row that is not like that or is there twice, and if no n has both rows.
-
-    Reference: Malik et al. 2025, https://huggingface.co/papers/2506.01937; `process_single_model` in
-    https://github.com/allenai/reward-bench/blob/main/rewardbench/utils.py.
-    """
-    margins = {"ref": {}, "tied": {}}
-    for row in rows:
-        kind, prompt, *margin = _ties_row(row)
-        if prompt in margins[kind]:
-            raise ValueError(f"There are two rows {row['id']!r}.")
-        margins[kind][prompt] = margin
-    ref, tied = margins["ref"], margins["tied"]
-    both = torch.tensor([[ref[n][0], *tied[n]] for n in ref if n in tied], dtype=torch.float64)
-    if not len(both):
-        raise ValueError("No n has both a row 'ref:<n>' and a row 'tied:<n>'.")
-    gap_ref, gap_tied, spread = both.unbind(dim=1)
-    g = torch.minimum(gap_ref, gap_tied)
-    result = {f"{kind}_accuracy": sum(gap > 0 for gap, _ in of.values()) / len(of) for kind, of in margins.items()}
-    result["correctness_preferred"] = (gap_tied > spread).double().mean().item()
-    result["correctness_preferred_hard"] = (g > spread).double().mean().item()
-    result["correctness_margin_score"] = (g / spread - 1).tanh().nan_to_num(nan=0).mean().item()
-    weights = (0.3, 0.3, 0.2, 0.2, 0.01)
-    return result | {"overall": sum(w * value for w, value in zip(weights, result.values(), strict=True))}
-
-
-def _ties_row(row: dict) -> tuple[str, int, float, float]:
-    """Kind, number, gap and spread of a row of [`rewardbench2_ties`]."""
-    name, scores, num_correct = row["id"], row["scores"], row["num_correct"]
-    kind, _, number = str(name).partition(":")
-    if kind not in ("ref", "tied") or not number.isdecimal():
-        raise ValueError(f"`id` must be 'ref:<n>' or 'tied:<n>', got {name!r}.")
-    if not (1 if kind == "ref" else 2) <= num_correct < len(scores) or not all(map(math.isfinite, scores)):
-        raise ValueError(f"The row {name!r} has {num_correct} correct answers of {len(scores)}, or scores not finite.")
-    correct, wrong = scores[:num_correct], scores[num_correct:]
-    return kind, int(number), min(correct) - max(wrong), max(correct) - min(correct)
-
-
 def _predictions(scores, wins, ties, model, log_tie) -> tuple[torch.Tensor, torch.Tensor]:
-    """`(3, B, K, K)` probabilities of win, tie and loss, and `(B, 1, 1)` whether there are any."""
+    """Returns probabilities of win, tie and loss, `(3, B, K, K)`, and `(B, 1, 1)`: 1 for prompts with a prediction."""
     if model != "davidson_luce":
         outcomes = predict_pair(scores.unsqueeze(2), scores.unsqueeze(1), model, log_tie)
         return torch.stack(outcomes), torch.ones_like(scores[:, :1, None])
@@ -224,7 +172,7 @@ def _predictions(scores, wins, ties, model, log_tie) -> tuple[torch.Tensor, torc
 
 
 def _checked(scores, wins, ties) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """All in fp32 or better, and scores 0 where there is no judgement."""
+    """Returns all three in fp32 or better, with score 0 for items without a judgement. Refuses shapes that do not fit."""
     if not wins.shape == ties.shape == (*scores.shape, scores.size(-1)):
         shapes = f"{tuple(scores.shape)}, {tuple(wins.shape)} and {tuple(ties.shape)}"
         raise ValueError(f"`scores`, `wins`, `ties` must be of shapes (B, K), (B, K, K) and (B, K, K), got {shapes}.")

@@ -1,4 +1,4 @@
-"""The Kullback-Leibler divergence of the policy from its reference: estimates, penalty, and the penalty's coefficient."""
+"""The KL divergence of the policy from its reference: estimates, the penalty, and the control of its coefficient."""
 
 from dataclasses import dataclass
 
