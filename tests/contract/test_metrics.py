@@ -1,0 +1,108 @@
+"""Every metric that is logged has a row in a README, and every row is of a metric that is logged."""
+
+import re
+
+import pytest
+from conftest import count_good, ranking_settings, settings
+from datasets import Dataset
+from test_readmes import ROOT
+
+from trl_ext import (
+    A2CConfig,
+    A2CTrainer,
+    NLPOConfig,
+    NLPOTrainer,
+    PPOConfig,
+    PPOTrainer,
+    QActorCriticConfig,
+    QActorCriticTrainer,
+    RankingDPOConfig,
+    RankingDPOTrainer,
+    RankingRewardConfig,
+    RankingRewardTrainer,
+    ReinforceConfig,
+    ReinforceTrainer,
+)
+
+
+# What transformers' Trainer logs of any training
+OF_ANY_TRAINING = re.compile("epoch|step|total_flos|runtime|(samples|steps)_per_second|train_.*")
+RUNS = {
+    "ppo": (
+        PPOTrainer,
+        PPOConfig,
+        {"kl_in_reward": 0.1, "target_kl": 1e-6, "cliprange_value": 0.2, "num_iterations": 2},
+    ),
+    "nlpo": (NLPOTrainer, NLPOConfig, {"min_tokens_to_keep": 2, "entropy_coef": 0.01, "num_iterations": 1}),
+    "q": (QActorCriticTrainer, QActorCriticConfig, {"q_rank": 2, "loss_type": "vespo"}),
+    "reinforce": (ReinforceTrainer, ReinforceConfig, {"num_generations": 2, "beta": 0.1, "loss_type": "cispo"}),
+    "a2c": (A2CTrainer, A2CConfig, {}),  # on a stream, of which a prompt is too long
+}
+RANKING_RUNS = {
+    "davidson_luce": (RankingRewardTrainer, RankingRewardConfig),
+    "rao_kupper": (RankingRewardTrainer, RankingRewardConfig),
+    "davidson": (RankingDPOTrainer, RankingDPOConfig),
+}
+
+
+def documented(folder):
+    """Names in the first column of the tables of metrics, as patterns: `<name>` stands for any."""
+    text = (ROOT / "trl_ext" / folder / "README.md").read_text(encoding="utf-8")
+    section = re.split(r"^## ", text[text.index("## Every metric") + 3 :], flags=re.MULTILINE)[0]
+    names = [name for cell in re.findall(r"^\| (`.*?`) \|", section, re.MULTILINE) for name in cell.split(", ")]
+    assert len(names) == len({*names}) > 10
+    return {name: re.compile(re.sub("<[^>]+>", "[^/]+", name.strip("`"))) for name in names}
+
+
+def logged(trainer):
+    """Names of what a training and an evaluation log, those of the latter without their `eval_`."""
+    trainer.train()
+    trainer.evaluate()
+    names = {name.removeprefix("eval_") for entry in trainer.state.log_history for name in entry}
+    return {name for name in names if not OF_ANY_TRAINING.fullmatch(name)}
+
+
+@pytest.fixture(scope="module")
+def of_actor_critics(policy_path, prompts, tmp_path_factory):
+    found = {}
+    for name, (trainer_class, config_class, own) in RUNS.items():
+        args = config_class(**settings(tmp_path_factory.mktemp(name), **own))
+        dataset = prompts
+        if name == "a2c":
+            dataset = Dataset.from_dict({"prompt": ["the film was " * 30] * 8}).to_iterable_dataset()
+        trainer = trainer_class(policy_path, count_good, args, dataset, eval_dataset=prompts.select(range(4)))
+        found[name] = logged(trainer)
+    return found
+
+
+@pytest.fixture(scope="module")
+def of_rankers(policy_path, rankings, tmp_path_factory):
+    found = {}
+    for model, (trainer_class, config_class) in RANKING_RUNS.items():
+        args = config_class(**ranking_settings(tmp_path_factory.mktemp(model), ranking_model=model))
+        trainer = trainer_class(policy_path, args=args, train_dataset=rankings, eval_dataset=rankings)
+        found[model] = logged(trainer)
+    return found
+
+
+@pytest.mark.parametrize("folder, runs", [("actor_critic", "of_actor_critics"), ("preference", "of_rankers")])
+def test_rows_and_metrics_are_the_same(request, folder, runs):
+    rows, found = documented(folder), request.getfixturevalue(runs)
+    names = set().union(*found.values())
+    assert {name for name in names if not any(row.fullmatch(name) for row in rows.values())} == set()
+    assert {row for row, pattern in rows.items() if not any(map(pattern.fullmatch, names))} == set()
+
+
+def test_rows_say_of_which_trainer_they_are(of_actor_critics):
+    """The claims about which run has a metric."""
+    has = {name: {run for run, names in of_actor_critics.items() if name in names} for name in documented_names()}
+    assert has["mask/forced"] == {"nlpo"}
+    assert has["frac_reward_zero_std"] == {"reinforce"}  # several completions per prompt
+    assert has["explained_variance"] == {*RUNS} - {"reinforce"}  # which has no critic
+    assert has["target_kl_exceeded"] == has["value_clip_ratio"] == {"ppo"}
+    assert has["prompts/clipped_ratio"] == {"a2c"}
+    assert has["kl"] == {"reinforce"} and has["kl/coef"] == {"ppo"}
+
+
+def documented_names():
+    return [name.strip("`") for name in documented("actor_critic")]
