@@ -1,4 +1,4 @@
-"""Every metric that is logged has a row in a README, and every row is of a metric that is logged."""
+"""Every metric that is logged, and every option, has its row in a README, and every row is of one."""
 
 import re
 
@@ -6,6 +6,7 @@ import pytest
 from conftest import count_good, ranking_settings, settings
 from datasets import Dataset
 from test_readmes import ROOT
+from trl import DPOConfig, GRPOConfig, RewardConfig
 
 from trl_ext import (
     A2CConfig,
@@ -45,11 +46,15 @@ RANKING_RUNS = {
 }
 
 
+def section(folder, heading):
+    text = (ROOT / "trl_ext" / folder / "README.md").read_text(encoding="utf-8")
+    return re.split(r"^## ", text[text.index(f"## {heading}\n") + 3 :], flags=re.MULTILINE)[0]
+
+
 def documented(folder):
     """Names in the first column of the tables of metrics, as patterns: `<name>` stands for any."""
-    text = (ROOT / "trl_ext" / folder / "README.md").read_text(encoding="utf-8")
-    section = re.split(r"^## ", text[text.index("## Every metric") + 3 :], flags=re.MULTILINE)[0]
-    names = [name for cell in re.findall(r"^\| (`.*?`) \|", section, re.MULTILINE) for name in cell.split(", ")]
+    cells = re.findall(r"^\| (`.*?`) \|", section(folder, "Every metric"), re.MULTILINE)
+    names = [name for cell in cells for name in cell.split(", ")]
     assert len(names) == len({*names}) > 10
     return {name: re.compile(re.sub("<[^>]+>", "[^/]+", name.strip("`"))) for name in names}
 
@@ -106,3 +111,23 @@ def test_rows_say_of_which_trainer_they_are(of_actor_critics):
 
 def documented_names():
     return [name.strip("`") for name in documented("actor_critic")]
+
+
+@pytest.mark.parametrize(
+    ("folder", "parents", "configs"),
+    [
+        ("actor_critic", {GRPOConfig}, [config_class for _, config_class, _ in RUNS.values()]),
+        ("preference", {RewardConfig, DPOConfig}, [config_class for _, config_class in RANKING_RUNS.values()]),
+    ],
+)
+def test_every_option_is_in_the_table_of_its_subject(folder, parents, configs):
+    cells = re.findall(r"^\| [^|]+ \| (`.*) \|$", section(folder, "Options"), re.MULTILINE)
+    named = {name for cell in cells for name in re.findall(r"`(\w+)`", cell)}
+    added = {
+        name for config in configs for name, field in config.__dataclass_fields__.items() if is_added(field, parents)
+    }
+    assert added <= named
+
+
+def is_added(field, parents):
+    return all(field.name not in parent.__dataclass_fields__ for parent in parents)
