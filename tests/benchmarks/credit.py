@@ -5,7 +5,8 @@ The picture of the README: two reviews with the advantage that GRPO gives all of
     python tests/benchmarks/credit.py --quickstart outputs/quickstart --output tests/benchmarks/credit.png
 
 Policy, critic and reward model are the quickstart's, after training. The reviews go on from one opening, so GRPO's
-advantage is the reward less the mean of both; the others are generalized advantage estimates (gamma 1, lambda 0.95).
+advantage is, up to its scale, the reward less the mean of both; the others are generalized advantage estimates (gamma
+1, lambda 0.95).
 """
 
 import argparse
@@ -27,8 +28,8 @@ REVIEWS = [
 
 
 @torch.no_grad()
-def credits(folder: Path) -> list[tuple[list[str], float, torch.Tensor, torch.Tensor]]:
-    """Tokens, reward, values before each token, and advantages, of each review."""
+def credit_of_tokens(folder: Path) -> list[tuple[list[str], float, torch.Tensor, torch.Tensor]]:
+    """Returns tokens, reward, values before each token, and advantages, of each review."""
     policy = AutoModelForCausalLM.from_pretrained(folder / "policy")
     tokenizer = AutoTokenizer.from_pretrained(folder / "policy")
     critic = load_critic(policy, str(folder / "policy"))
@@ -87,7 +88,7 @@ def main() -> None:
     parser.add_argument("--quickstart", type=Path, default=Path("outputs/quickstart"), help="output of the quickstart")
     parser.add_argument("--output", type=Path, default=Path("credit.png"))
     args = parser.parse_args()
-    rows = credits(args.quickstart)
+    rows = credit_of_tokens(args.quickstart)
     for tokens, reward, values, advantages in rows:
         print(f"reward {reward:+.2f}")
         for token, value, advantage in zip(tokens, values, advantages, strict=True):

@@ -52,7 +52,7 @@ def section(folder, heading):
 
 
 def documented(folder):
-    """Names in the first column of the tables of metrics, as patterns: `<name>` stands for any."""
+    """Returns names in the first column of the tables of metrics, as patterns: `<name>` stands for any."""
     cells = re.findall(r"^\| (`.*?`) \|", section(folder, "Every metric"), re.MULTILINE)
     names = [name for cell in cells for name in cell.split(", ")]
     assert len(names) == len({*names}) > 10
@@ -60,7 +60,7 @@ def documented(folder):
 
 
 def logged(trainer):
-    """Names of what a training and an evaluation log, those of the latter without their `eval_`."""
+    """Returns names of all that a training and an evaluation log, those of the latter without their `eval_`."""
     trainer.train()
     trainer.evaluate()
     names = {name.removeprefix("eval_") for entry in trainer.state.log_history for name in entry}

@@ -33,7 +33,7 @@ def rankings():
 
 @pytest.fixture(scope="module")
 def shelf(tokenizer, tmp_path_factory):
-    """What the snippets load: models, prompts, an adapter, a file of rankings, and the results of one training."""
+    """A folder of all that snippets load: models, prompts, an adapter, a file of rankings, the results of a training."""
     folder = tmp_path_factory.mktemp("shelf")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)

@@ -21,13 +21,13 @@ def without_code(text):
 
 
 def anchors(text):
-    """Those that GitHub gives to the headings of a text."""
+    """Returns the anchors that GitHub gives to the headings of a text."""
     headings = re.findall(r"^#+ (.*)$", without_code(text), re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
 def links(readme):
-    """Paths and anchors that a README links to, those within the repository."""
+    """Yields paths and anchors that a README links to, within the repository."""
     for target in LINK.findall(without_code(readme.read_text(encoding="utf-8"))):
         if "://" not in target:
             path, _, anchor = target.partition("#")
