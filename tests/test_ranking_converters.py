@@ -12,12 +12,11 @@ from datasets import Dataset, DatasetDict, List, Value
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trl_ext.data import convert as ranking_converters
-from trl_ext.data import rankings as ranking_data
-from trl_ext.data import sources as ranking_layouts
+from trl_ext import data
 from trl_ext.data.argilla import to_argilla
 from trl_ext.data.convert import from_pairs, from_scores, to_pairs
-from trl_ext.data.rankings import is_ranking, prepare_rankings, weak_order
+from trl_ext.data.orders import weak_order
+from trl_ext.data.rankings import is_ranking, prepare_rankings
 from trl_ext.data.sources import (
     from_arena_55k,
     from_chatbot_arena,
@@ -606,7 +605,14 @@ def public_functions(module):
 
 @pytest.mark.parametrize(
     "function",
-    [f for module in (ranking_data, ranking_converters, ranking_layouts) for f in public_functions(module)],
+    [
+        weak_order,
+        *(
+            f
+            for module in (data.notation, data.rankings, data.convert, data.sources)
+            for f in public_functions(module)
+        ),
+    ],
     ids=lambda function: function.__name__,
 )
 def test_examples_in_the_documentation(function):

@@ -12,14 +12,9 @@ from datasets import Dataset, Features, IterableDataset, List, Value, concatenat
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trl_ext.data.rankings import (
-    format_ranking,
-    is_ranking,
-    normalize_ranking,
-    parse_ranking,
-    prepare_rankings,
-    weak_order,
-)
+from trl_ext.data.notation import format_ranking, parse_ranking
+from trl_ext.data.orders import weak_order
+from trl_ext.data.rankings import is_ranking, normalize_ranking, prepare_rankings
 
 
 DATA = Path(__file__).parents[2] / "shared" / "data"

@@ -12,7 +12,7 @@ from .compat import stop_repacking
 from .critic.critic import Critic
 from .critic.reading import token_action_values, token_values
 from .critic.start import load_critic
-from .data.rankings import format_ranking, parse_ranking
+from .data.notation import format_ranking, parse_ranking
 from .data.rollouts import load_rollouts
 from .hub.merging import merge_adapter
 from .models.tie_parameters import tie_parameters

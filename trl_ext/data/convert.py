@@ -21,7 +21,8 @@ from typing import Any
 from datasets import Dataset, Features, List, Value
 from trl.data_utils import maybe_extract_prompt
 
-from .rankings import prepare_rankings, weak_order
+from .orders import weak_order
+from .rankings import prepare_rankings
 from .rows import NUMBER, PAIRS, RANKS, TEXT, convert_rows, get, in_row, ranks_of_scores, require, whole
 
 
