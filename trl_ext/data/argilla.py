@@ -1,5 +1,5 @@
 """
-Rankings to and from Argilla's ranking question, as the records that its `to_json` writes and `from_json` reads.
+Converters of rankings to and from Argilla's ranking question, as the records that its `to_json` writes and `from_json` reads.
 
 A record has the fields `prompt` and `completion-1` to `completion-K`, and for each annotator a response to the question
 `ranking`, whose value is a list of `{"value": "completion-2", "rank": 1}`, with equal ranks for ties.
@@ -25,7 +25,7 @@ FIELD = "completion-"
 
 def to_argilla(rankings: Dataset) -> list[dict[str, Any]]:
     """
-    Records of a dataset of texts of the `ranking` type.
+    Writes a dataset of texts of the `ranking` type as records.
 
     Args:
         rankings ([`~datasets.Dataset`]): With `ranks`. Rows of one `id` (or, without, of the same texts) are one record
@@ -62,6 +62,7 @@ def to_argilla(rankings: Dataset) -> list[dict[str, Any]]:
 
 
 def _check_texts(row: dict[str, Any]) -> None:
+    """Refuses conversations, and pairs that amount to no order."""
     is_text = isinstance(row["prompt"], str) and all(isinstance(text, str) for text in row["completions"])
     require(is_text, "column `prompt`: Argilla's text fields take texts, got a conversation. Render it first.")
     require(
@@ -71,7 +72,7 @@ def _check_texts(row: dict[str, Any]) -> None:
 
 def from_argilla(records: list[dict[str, Any]], question: str = QUESTION) -> Dataset:
     """
-    Rankings that annotators gave in Argilla.
+    Reads the rankings that annotators gave in Argilla.
 
     Args:
         records (`list[dict]`): As `to_json` writes them, or [`to_argilla`]. The fields that rankings name, in this
@@ -100,7 +101,7 @@ def from_argilla(records: list[dict[str, Any]], question: str = QUESTION) -> Dat
 
 
 def _responses(record: dict[str, Any], question: str) -> list[tuple[dict[str, int], str | None]]:
-    """For each submitted response the ranks by field, and who gave it."""
+    """Reads, for each submitted response, the ranks by field and the annotator."""
     require(isinstance(record, Mapping), f"record: must be a dict with `fields` and `responses`, got {record!r:.80}.")
     given, responses = record.get("responses") or {}, []
     require(isinstance(record.get("fields") or {}, Mapping), f"fields: must be a dict, got {record['fields']!r:.80}.")
@@ -127,6 +128,7 @@ def _responses(record: dict[str, Any], question: str) -> list[tuple[dict[str, in
 
 
 def _rows_of(record: dict[str, Any], question: str, names: list[str]) -> list[dict[str, Any]]:
+    """Returns a row for each submitted response, of the fields `names` that the record fills."""
     fields, responses = record.get("fields") or {}, _responses(record, question)
     if not responses:
         return []
@@ -158,5 +160,5 @@ def _rows_of(record: dict[str, Any], question: str, names: list[str]) -> list[di
 
 
 def _natural(name: str) -> list:
-    """`completion-10` comes after `completion-2`."""
+    """Returns a key that sorts `completion-10` after `completion-2`."""
     return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]

@@ -1,5 +1,5 @@
 """
-Datasets of judged completions, as datasets of the `ranking` type, and back; [`ranking_layouts`] does it for public ones.
+Converters of scores and of pairs to the `ranking` type, and back; [`~trl_ext.data.sources`] has those of public datasets.
 
 | function | judgement | better is |
 | --- | --- | --- |
@@ -9,7 +9,7 @@ Datasets of judged completions, as datasets of the `ranking` type, and back; [`r
 They take a [`~datasets.Dataset`] and return one with `prompt`, `completions` and `ranks`, unless they say otherwise,
 and none of the source's other columns. Where the source is not as documented, they raise a ValueError that names the
 column, and the row if it is one row's. Rows of no use, with fewer than two completions ranked, are converted like
-others: [`~trl_ext.ranking_data.prepare_rankings`] finds them.
+others: [`~trl_ext.data.rankings.prepare_rankings`] finds them.
 """
 
 import itertools
@@ -26,12 +26,9 @@ from .rankings import prepare_rankings
 from .rows import NUMBER, PAIRS, RANKS, TEXT, convert_rows, get, in_row, ranks_of_scores, require, whole
 
 
-# --- Any source ---
-
-
 def from_scores(dataset: Dataset, tie_threshold: float = 0.0) -> Dataset:
     """
-    Rank completions by their scores, near ones tied.
+    Ranks completions by their scores, near ones tied.
 
     Ties chain, or they would not be transitive: the scores are sorted and neighbours within the threshold are tied, so
     the best and the worst of a tie may be further apart.
@@ -68,7 +65,7 @@ def from_scores(dataset: Dataset, tie_threshold: float = 0.0) -> Dataset:
 
 def from_pairs(dataset: Dataset) -> Dataset:
     """
-    Gather the pairs of each prompt into one ranking.
+    Gathers the pairs of each prompt into one ranking.
 
     Args:
         dataset ([`~datasets.Dataset`]): TRL's preference type, text or conversational: `prompt`, `chosen`, `rejected`
@@ -78,7 +75,7 @@ def from_pairs(dataset: Dataset) -> Dataset:
 
     Returns:
         [`~datasets.Dataset`]: `prompt`, `completions` (the distinct ones), and either `ranks`, if the pairs amount to
-        an order ([`~trl_ext.ranking_data.weak_order`]), or `pairs`; the other is null.
+        an order ([`~trl_ext.data.orders.weak_order`]), or `pairs`; the other is null.
 
     Example:
 
@@ -108,6 +105,7 @@ def from_pairs(dataset: Dataset) -> Dataset:
 
 
 def _explicit_pair(row: dict[str, Any]) -> dict[str, Any]:
+    """Returns the pair with its prompt, which may be the beginning that both share. Refuses one without a difference."""
     row = {name: value for name, value in row.items() if value is not None}
     for name in ("chosen", "rejected"):
         require(
@@ -120,14 +118,14 @@ def _explicit_pair(row: dict[str, Any]) -> dict[str, Any]:
 
 def to_pairs(dataset: Dataset, ties: bool = False) -> Dataset:
     """
-    Every judgement as a row of TRL's preference type.
+    Writes every judgement as a row of TRL's preference type.
 
     With `ties=True`, [`from_pairs`] undoes it if no two rows have the same prompt and no two completions of a row are
     the same, up to the order of completions and those that nobody judged.
 
     Args:
         dataset ([`~datasets.Dataset`]): Of the ranking type. Rows with both `ranks` and `pairs` give their pairs.
-        ties (`bool`, *optional*, defaults to `False`): Whether to keep ties, with the earlier completion as `chosen`.
+        ties (`bool`, *optional*, defaults to `False`): True keeps ties, with the earlier completion as `chosen`.
 
     Returns:
         [`~datasets.Dataset`]: `prompt`, `chosen`, `rejected` and, with `ties=True`, the bool `tie`.
@@ -161,7 +159,7 @@ def to_pairs(dataset: Dataset, ties: bool = False) -> Dataset:
 
 
 def _judgements(ranks: list[int] | None, pairs: list[list[int]] | None) -> Iterator[tuple[int, int, bool]]:
-    """The better completion, the worse one, and whether they are tied, which puts the earlier first."""
+    """Yields the better completion, the worse one, and True if they are tied, with the earlier first."""
     if pairs is None:
         ranked = [i for i, rank in enumerate(ranks) if rank >= 0]
         for pair in itertools.combinations(ranked, 2):

@@ -1,4 +1,4 @@
-"""Files of JSON objects, one to a line: written by people and other tools, or a log that survives a loss of power."""
+"""Files of JSON objects, one to a line: those of people and other tools, and logs that survive a loss of power."""
 
 import codecs
 import contextlib
@@ -12,7 +12,7 @@ from filelock import FileLock
 
 
 def append_line(file: Path, record: dict[str, Any]) -> None:
-    """Add a line and return when it is on disk. What a loss of power left of a line before it is cut off."""
+    """Adds a line and returns when that is on disk. Half a line before it, left by a loss of power, is cut off."""
     with _locked(file):
         with open(file, "r+b" if file.is_file() else "w+b") as opened:
             content = opened.read()
@@ -28,20 +28,20 @@ def append_line(file: Path, record: dict[str, Any]) -> None:
 
 @contextlib.contextmanager
 def _locked(file: Path) -> Iterator[None]:
-    """One writer at a time, of this and other processes. Windows could not read a file that is locked itself."""
+    """Holds a lock, so that one process writes at a time. It has a file of its own, as Windows reads no locked file."""
     file.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(file.with_name(f".{file.name}.lock")):
         yield
 
 
 def read_lines(file: Path) -> Iterator[dict[str, Any]]:
-    """What [`append_line`] wrote, but for a line that was cut."""
+    """Yields the records that [`append_line`] wrote, without a last one that was cut."""
     return (record for _, record in numbered_lines(file, is_log=True))
 
 
 def numbered_lines(file: Path, is_log: bool = False) -> Iterator[tuple[int, dict[str, Any]]]:
     """
-    Lines that are not blank, with their numbers from 1; of a log, without a last one that was cut in the middle.
+    Yields the records of lines that are not blank, with their numbers from 1; of a log, without a last one that was cut.
 
     Raises:
         ValueError: for a line that is no JSON object.
@@ -59,7 +59,7 @@ def numbered_lines(file: Path, is_log: bool = False) -> Iterator[tuple[int, dict
 
 
 def _has_key_twice(line: bytes) -> bool:
-    """True where the parser keeps the last of several values, and does not say so."""
+    """Returns True if a key stands twice, of which the parser would keep the last without a word."""
     found = []
     json.loads(
         line.removeprefix(codecs.BOM_UTF8).decode(),
@@ -69,7 +69,7 @@ def _has_key_twice(line: bytes) -> bool:
 
 
 def _parsed(line: bytes) -> dict[str, Any] | None:
-    """None for what is no JSON object, which half of one is not either."""
+    """Returns the JSON object in a line, or None if there is none, as in half a line."""
     try:
         record = json.loads(line.removeprefix(codecs.BOM_UTF8).decode())
     except ValueError:  # of the decoding, or the parsing

@@ -1,4 +1,4 @@
-"""Recorded rollouts: every completion with what became of it token by token, as Parquet in `output_dir/rollouts`."""
+"""Recorded rollouts: every completion with its numbers token by token, as Parquet in `output_dir/rollouts`."""
 
 from pathlib import Path
 
@@ -6,8 +6,6 @@ from datasets import Dataset, DatasetDict
 
 
 FOLDER = "rollouts"
-
-
 NUMBERS_OF_TOKENS = ["rewards", "advantages", "returns", "values", "kl", "logps"]
 
 
@@ -33,10 +31,10 @@ ROLLOUT_COLUMNS = {
 
 def load_rollouts(output_dir: str | Path) -> DatasetDict:
     """
-    What a training with `save_rollouts` recorded.
+    Loads the rollouts that a training with `save_rollouts` recorded.
 
     Args:
-        output_dir (`str` or `Path`): Of the training.
+        output_dir (`str` or `Path`): Folder of the training.
 
     Returns:
         [`~datasets.DatasetDict`]: `train`, and `eval` (or `eval_<name>` for each of several evaluation datasets), if
@@ -58,4 +56,5 @@ def load_rollouts(output_dir: str | Path) -> DatasetDict:
 
 
 def files_of(folder: Path) -> list[Path]:
+    """Lists the files of recorded rollouts, in order of steps."""
     return sorted(folder.glob("*/step-*.parquet"))

@@ -1,4 +1,4 @@
-"""Rows of datasets that become rankings: reading them, and what is said of those that are not as they should be."""
+"""Rows of datasets that become rankings: reading them, and refusing those that are malformed."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -21,7 +21,7 @@ PAIRS = {"pairs": List(List(Value("int64")))}
 
 def require(condition: Any, message: str) -> None:
     """
-    Raise a ValueError unless the condition holds. Messages are `requirement, got value. Mend.`: dropped rows are
+    Raises a ValueError unless the condition holds. Messages are `requirement, got value. Mend.`: dropped rows are
     counted by requirement.
 
     Example:
@@ -35,19 +35,19 @@ def require(condition: Any, message: str) -> None:
 
 
 def get(record: Any, column: str, kind: type | tuple[type, ...]) -> Any:
-    """The value of `column`, which a nested record knows by the part after the dot."""
+    """Returns the value of `column`, which a nested record knows by the part after the dot. Refuses another kind."""
     value = record.get(column.rpartition(".")[2]) if isinstance(record, Mapping) else None
     require(isinstance(value, kind), f"column `{column}`: must be {KINDS[kind]}, got {value!r:.80}.")
     return value
 
 
 def in_row(index: int, function: Callable, *args) -> Any:
-    """`function(*args)`, whose errors say in which row."""
+    """Returns `function(*args)`, and has its errors say in which row."""
     return located(f"row {index}", function, *args)
 
 
 def located(where: str, function: Callable, *args) -> Any:
-    """`function(*args)`, whose errors say where."""
+    """Returns `function(*args)`, and has its errors say where."""
     try:
         return function(*args)
     except ValueError as error:
@@ -56,13 +56,13 @@ def located(where: str, function: Callable, *args) -> Any:
 
 def check_texts(row: dict[str, Any]) -> str:
     """
-    Look at the `prompt` and the two or more `completions` of a row.
+    Refuses a row without a `prompt` and two or more `completions` of one kind.
 
     Returns:
-        `str`: What all of them are, `"text"` or `"conversation"`.
+        `str`: The kind of all of them, `"text"` or `"conversation"`.
 
     Raises:
-        ValueError: which names the column, and says how to mend it.
+        ValueError: for such a row; it names the column, and says how to mend it.
     """
     for name in ("prompt", "completions"):
         value = row.get(name)
@@ -89,7 +89,7 @@ def check_texts(row: dict[str, Any]) -> str:
 
 
 def kind_of(value: Any, column: str) -> str | None:
-    """`"text"`, `"conversation"`, whose messages are looked at, or None for anything else."""
+    """Returns `"text"`, `"conversation"`, or None for anything else. Refuses a conversation with malformed messages."""
     if isinstance(value, str):
         return "text"
     if not isinstance(value, list) or not value or not all(isinstance(message, Mapping) for message in value):
@@ -111,17 +111,17 @@ def kind_of(value: Any, column: str) -> str | None:
 
 
 def is_whole(value: Any) -> bool:
-    """True for whole numbers, floats among them, as Arrow and pandas make of whole numbers beside nulls."""
+    """Returns True for whole numbers, floats among them, which Arrow and pandas make of whole numbers beside nulls."""
     is_int = isinstance(value, int) and not isinstance(value, bool)
     return is_int or (isinstance(value, float) and value.is_integer())
 
 
 def report_dropped(errors: list[str | None], dataset_name: str) -> None:
-    """Warn of what was wrong, by row, and how often."""
+    """Warns of the rows with an error, counted by requirement."""
     dropped = {}
     for row, error in enumerate(errors):
         if error is not None:
-            reason = error.partition(", got ")[0]  # what was got differs from row to row
+            reason = error.partition(", got ")[0]  # the rest differs from row to row
             dropped.setdefault(reason, []).append(row)
     if dropped:
         PartialState()  # the logger asks it which process this is, and there may be no trainer yet
@@ -133,7 +133,7 @@ def report_dropped(errors: list[str | None], dataset_name: str) -> None:
 
 def plain(dataset: Dataset | IterableDataset) -> Dataset | IterableDataset:
     """
-    The dataset with rows of python objects, whatever `with_format` made of them.
+    Returns the dataset with rows of python objects, whatever `with_format` made of them.
 
     Raises:
         ValueError: for a transform, which would be applied again after each step.
@@ -147,17 +147,17 @@ def plain(dataset: Dataset | IterableDataset) -> Dataset | IterableDataset:
 
 
 def first_row(dataset: Dataset | IterableDataset) -> dict[str, Any]:
-    """The first row, of python objects whatever `with_format` made of it; empty where there is none."""
+    """Returns the first row, of python objects whatever `with_format` made of it; empty for a dataset without rows."""
     is_transformed = isinstance(dataset, Dataset) and dataset.format["type"] == "custom"
     return next(iter(dataset if is_transformed else plain(dataset)), {})
 
 
 def whole(dataset: Dataset) -> Dataset:
     """
-    A dataset to convert, with rows of python objects.
+    Returns a dataset to convert, with rows of python objects.
 
     Raises:
-        ValueError: for a stream, or the splits of one; it says how to make a dataset of it.
+        ValueError: for a stream, splits or another type; it says how to make a dataset of them.
     """
     if isinstance(dataset, IterableDataset):
         raise ValueError(
@@ -174,6 +174,7 @@ def whole(dataset: Dataset) -> Dataset:
 
 
 def convert_rows(dataset: Dataset, convert: Callable, types: dict[str, Any]) -> Dataset:
+    """Replaces each row by `convert(row)`, a dict with columns of `types`."""
     dataset = whole(dataset)
     return dataset.map(
         lambda row, index: in_row(index, convert, row),
@@ -185,7 +186,7 @@ def convert_rows(dataset: Dataset, convert: Callable, types: dict[str, Any]) -> 
 
 
 def ranks_of_scores(scores: list[float | None], tie_threshold: float = 0.0) -> list[int | None]:
-    """Ranks from 1 without gaps, None for None and NaN; on the threshold see [`from_scores`]."""
+    """Returns ranks from 1 without gaps, None for None and NaN; on the threshold see [`from_scores`]."""
     ranks, rank, previous = {}, 0, math.inf
     for score in sorted({score for score in scores if score is not None and score == score}, reverse=True):
         gap = previous - score

@@ -11,16 +11,30 @@ Public datasets of judged completions, as datasets of the `ranking` type.
 | [`from_chatbot_arena`], [`from_arena_55k`] | a winner or a tie | the one named |
 | [`from_webgpt`] | `score_0`, `score_1` | higher |
 
-What they take and return is what [`ranking_converters`] says.
+Each takes a [`~datasets.Dataset`] as its publishers made it and returns one as [`~trl_ext.data.convert`] says.
 """
 
 import itertools
-import json
-import re
 from typing import Any
 
 from datasets import Dataset, Features, List, Value
 
+from .readers import (
+    Reader,
+    arena_55k_messages,
+    by_place,
+    by_score,
+    by_strength,
+    column,
+    columns,
+    each,
+    messages,
+    nectar_prompt,
+    oasst1_message,
+    oasst1_thread,
+    replies,
+    split_conversations,
+)
 from .rows import NUMBER, PAIRS, RANKS, TEXT, convert_rows, get, in_row, ranks_of_scores, require, whole
 
 
@@ -30,7 +44,7 @@ CONVERSATION = {"prompt": MESSAGES, "completions": List(MESSAGES)}
 
 def from_qa_feedback(dataset: Dataset) -> Dataset:
     """
-    Human preferences among four answers, of which 13% are ties, from
+    Converts human preferences among four answers, of which 13% are ties, of
     [FineGrainedRLHF](https://github.com/allenai/FineGrainedRLHF/tree/main/tasks/qa_feedback/data).
 
     Args:
@@ -50,20 +64,19 @@ def from_qa_feedback(dataset: Dataset) -> Dataset:
     ```
     """
 
-    def convert(row):
-        completions = [get(row, f"prediction {k}", str) for k in (1, 2, 3, 4)]
+    def pairs(row):
         preference = get(row, "preference", list)
         is_valid = len(preference) == 6 and {*preference} <= {0, 1, 2}
         require(is_valid, f"column `preference`: must be six times 0, 1 or 2, got {preference}.")
-        pairs = [[i, j, v] for (i, j), v in zip(itertools.combinations(range(4), 2), preference, strict=True)]
-        return {"prompt": get(row, "question", str), "completions": completions, "pairs": pairs}
+        return [[i, j, v] for (i, j), v in zip(itertools.combinations(range(4), 2), preference, strict=True)]
 
-    return convert_rows(dataset, convert, TEXT | PAIRS)
+    completions = columns(*(f"prediction {k}" for k in (1, 2, 3, 4)))
+    return _converted(dataset, TEXT | PAIRS, prompt=column("question"), completions=completions, pairs=pairs)
 
 
 def from_ultrafeedback(dataset: Dataset, by: str = "fine-grained_score") -> Dataset:
     """
-    GPT-4's scores of four completions, from [UltraFeedback](https://huggingface.co/datasets/openbmb/UltraFeedback).
+    Converts GPT-4's scores of four completions, of [UltraFeedback](https://huggingface.co/datasets/openbmb/UltraFeedback).
 
     Args:
         dataset ([`~datasets.Dataset`]): `instruction` and `completions`, dicts with `response` and both scores, higher
@@ -86,18 +99,18 @@ def from_ultrafeedback(dataset: Dataset, by: str = "fine-grained_score") -> Data
         is_rated = answer.get(by) not in (None, "N/A")
         return get(answer, f"completions.{by}", NUMBER) if is_rated else None
 
-    def convert(row):
-        answers = get(row, "completions", list)
-        completions = [get(answer, "completions.response", str) for answer in answers]
-        ranks = ranks_of_scores([score(answer) for answer in answers])
-        return {"prompt": get(row, "instruction", str), "completions": completions, "ranks": ranks}
-
-    return convert_rows(dataset, convert, TEXT | RANKS)
+    return _converted(
+        dataset,
+        TEXT | RANKS,
+        prompt=column("instruction"),
+        completions=each("completions.response"),
+        ranks=by_score(lambda row: [score(answer) for answer in row["completions"]]),
+    )
 
 
 def from_oasst1(dataset: Dataset) -> Dataset:
     """
-    Human rankings of the replies in conversations, without ties, from
+    Converts human rankings of the replies in conversations, without ties, of
     [oasst1](https://huggingface.co/datasets/OpenAssistant/oasst1).
 
     Args:
@@ -118,39 +131,24 @@ def from_oasst1(dataset: Dataset) -> Dataset:
     ```
     """
     rows = list(whole(dataset).select_columns(["message_id", "parent_id", "text", "role", "rank"]))
-    messages = {row["message_id"]: row for row in rows}
-    replies = {}
+    messages_by_id = {row["message_id"]: row for row in rows}
+    answers = {}  # rows of the ranked replies, by the message they answer
     for index, row in enumerate(rows):
         if row["role"] == "assistant" and row["rank"] is not None:
-            replies.setdefault(row["parent_id"], []).append(index)
+            answers.setdefault(row["parent_id"], []).append(index)
     rankings = []
-    for parent_id, indices in replies.items():
+    for parent_id, indices in answers.items():
         if len(indices) > 1:
-            prompt = in_row(indices[0], _oasst1_thread, messages, parent_id)
-            completions = [[in_row(index, _oasst1_message, rows[index])] for index in indices]
+            prompt = in_row(indices[0], oasst1_thread, messages_by_id, parent_id)
+            completions = [[in_row(index, oasst1_message, rows[index])] for index in indices]
             ranks = ranks_of_scores([-rows[index]["rank"] for index in indices])
             rankings.append({"prompt": prompt, "completions": completions, "ranks": ranks})
     return Dataset.from_list(rankings, features=Features(CONVERSATION | RANKS))
 
 
-def _oasst1_thread(messages: dict[str, dict[str, Any]], message_id: str | None) -> list[dict[str, str]]:
-    thread = []
-    while message_id is not None:
-        require(message_id in messages, f"column `parent_id`: {message_id!r} is in no row. Convert whole trees.")
-        thread.append(_oasst1_message(messages[message_id]))
-        message_id = messages[message_id]["parent_id"]
-    return thread[::-1]
-
-
-def _oasst1_message(row: dict[str, Any]) -> dict[str, str]:
-    roles = {"prompter": "user", "assistant": "assistant"}
-    require(row["role"] in roles, f"column `role`: must be one of {list(roles)}, got {row['role']!r}.")
-    return {"role": roles[row["role"]], "content": get(row, "text", str)}
-
-
 def from_nectar(dataset: Dataset) -> Dataset:
     r"""
-    GPT-4's rankings of seven answers, from [Nectar](https://huggingface.co/datasets/berkeley-nest/Nectar).
+    Converts GPT-4's rankings of seven answers, of [Nectar](https://huggingface.co/datasets/berkeley-nest/Nectar).
 
     Args:
         dataset ([`~datasets.Dataset`]): `prompt`, turns that begin with `"\n\nHuman: "` or `"\n\nAssistant: "`, of
@@ -165,29 +163,18 @@ def from_nectar(dataset: Dataset) -> Dataset:
     {'prompt': [{'role': 'user', 'content': 'Is it?'}], 'ranks': [2, 1]}
     ```
     """
-
-    def convert(row):
-        answers = get(row, "answers", list)
-        completions = [_reply(get(answer, "answers.answer", str)) for answer in answers]
-        ranks = ranks_of_scores([-get(answer, "answers.rank", NUMBER) for answer in answers])
-        return {"prompt": _nectar_messages(get(row, "prompt", str)), "completions": completions, "ranks": ranks}
-
-    return convert_rows(dataset, convert, CONVERSATION | RANKS)
-
-
-def _nectar_messages(prompt: str) -> list[dict[str, str]]:
-    before, *turns = re.split(r"\n\n(Human|Assistant):", prompt)
-    names, texts = turns[::2], [text.strip() for text in turns[1::2]]
-    is_valid = turns and not before and names[0] == "Human" and names[-1] == "Assistant" and not texts[-1]
-    expected = r"must begin with '\n\nHuman: ' and end with '\n\nAssistant: '"
-    require(is_valid, f"column `prompt`: {expected}, got {prompt!r:.80}.")
-    roles = {"Human": "user", "Assistant": "assistant"}
-    return [{"role": roles[name], "content": text} for name, text in zip(names[:-1], texts[:-1], strict=True)]
+    return _converted(
+        dataset,
+        CONVERSATION | RANKS,
+        prompt=nectar_prompt,
+        completions=replies(each("answers.answer")),
+        ranks=by_place(each("answers.rank", NUMBER)),
+    )
 
 
 def from_helpsteer2(dataset: Dataset, by: str = "helpfulness") -> Dataset:
     """
-    Human ratings of two responses, from [HelpSteer2](https://huggingface.co/datasets/nvidia/HelpSteer2).
+    Converts human ratings of two responses, of [HelpSteer2](https://huggingface.co/datasets/nvidia/HelpSteer2).
 
     Args:
         dataset ([`~datasets.Dataset`]): `prompt`, `response` and the rating; neighbouring rows share a prompt.
@@ -217,7 +204,7 @@ def from_helpsteer2(dataset: Dataset, by: str = "helpfulness") -> Dataset:
 
 def from_helpsteer2_preference(dataset: Dataset) -> Dataset:
     """
-    Human preferences, from `data_dir="preference"` of [HelpSteer2](https://huggingface.co/datasets/nvidia/HelpSteer2).
+    Converts human preferences, of `data_dir="preference"` of [HelpSteer2](https://huggingface.co/datasets/nvidia/HelpSteer2).
 
     Args:
         dataset ([`~datasets.Dataset`]): `prompt`, `response_1`, `response_2` and `preference_strength`, -3 to 3,
@@ -231,18 +218,18 @@ def from_helpsteer2_preference(dataset: Dataset) -> Dataset:
     {'prompt': 'Is it?', 'completions': ['No.', 'Yes.'], 'ranks': [2, 1]}
     ```
     """
-
-    def convert(row):
-        completions = [get(row, name, str) for name in ("response_1", "response_2")]
-        ranks = _ranks_of_strength(row, "preference_strength")
-        return {"prompt": get(row, "prompt", str), "completions": completions, "ranks": ranks}
-
-    return convert_rows(dataset, convert, TEXT | RANKS)
+    return _converted(
+        dataset,
+        TEXT | RANKS,
+        prompt=column("prompt"),
+        completions=columns("response_1", "response_2"),
+        ranks=by_strength("preference_strength"),
+    )
 
 
 def from_helpsteer3(dataset: Dataset) -> Dataset:
     """
-    Human preferences, from [HelpSteer3](https://huggingface.co/datasets/nvidia/HelpSteer3).
+    Converts human preferences, of [HelpSteer3](https://huggingface.co/datasets/nvidia/HelpSteer3).
 
     Args:
         dataset ([`~datasets.Dataset`]): `context`, a list of messages; `response1`, `response2`; `overall_preference`,
@@ -256,18 +243,18 @@ def from_helpsteer3(dataset: Dataset) -> Dataset:
     [1, 2]
     ```
     """
-
-    def convert(row):
-        completions = [_reply(get(row, name, str)) for name in ("response1", "response2")]
-        ranks = _ranks_of_strength(row, "overall_preference")
-        return {"prompt": _messages(row, "context"), "completions": completions, "ranks": ranks}
-
-    return convert_rows(dataset, convert, CONVERSATION | RANKS)
+    return _converted(
+        dataset,
+        CONVERSATION | RANKS,
+        prompt=messages("context"),
+        completions=replies(columns("response1", "response2")),
+        ranks=by_strength("overall_preference"),
+    )
 
 
 def from_chatbot_arena(dataset: Dataset) -> Dataset:
     """
-    Human preferences between two conversations, from Chatbot Arena's
+    Converts human preferences between two conversations, of Chatbot Arena's
     [33k](https://huggingface.co/datasets/lmsys/chatbot_arena_conversations) or
     [100k](https://huggingface.co/datasets/lmarena-ai/arena-human-preference-100k).
 
@@ -294,16 +281,16 @@ def from_chatbot_arena(dataset: Dataset) -> Dataset:
     def convert(row):
         winner = get(row, "winner", str)
         require(winner in ranks, f"column `winner`: must be one of {list(ranks)}, got {winner!r}.")
-        conversations = [_messages(row, name) for name in ("conversation_a", "conversation_b")]
+        conversations = [messages(name)(row) for name in ("conversation_a", "conversation_b")]
         judgement = {"ranks": ranks[winner], "both_bad": winner == "tie (bothbad)"}
-        return _split_conversations(*conversations) | judgement
+        return split_conversations(*conversations) | judgement
 
     return convert_rows(dataset, convert, CONVERSATION | RANKS | {"both_bad": Value("bool")})
 
 
 def from_arena_55k(dataset: Dataset) -> Dataset:
     """
-    Human preferences between two conversations, from Chatbot Arena's
+    Converts human preferences between two conversations, of Chatbot Arena's
     [55k](https://huggingface.co/datasets/lmarena-ai/arena-human-preference-55k).
 
     Args:
@@ -327,44 +314,15 @@ def from_arena_55k(dataset: Dataset) -> Dataset:
     def convert(row):
         winners = [name for name in ranks if get(row, name, NUMBER) == 1]
         require(len(winners) == 1, f"column `winner_tie`: must be 1, or one of {list(ranks)[:2]}, got {winners} at 1.")
-        conversations = [_arena_messages(row, name) for name in ("response_a", "response_b")]
-        return _split_conversations(*conversations) | {"ranks": ranks[winners[0]]}
+        conversations = [arena_55k_messages(row, name) for name in ("response_a", "response_b")]
+        return split_conversations(*conversations) | {"ranks": ranks[winners[0]]}
 
     return convert_rows(dataset, convert, CONVERSATION | RANKS)
 
 
-def _arena_messages(row: dict[str, Any], column: str) -> list[dict[str, str]]:
-    prompts, replies = _json_turns(row, "prompt"), _json_turns(row, column)
-    require(len(prompts) == len(replies), f"column `{column}`: must have {len(prompts)} turns, got {len(replies)}.")
-    turns = zip(prompts, replies, strict=True)
-    return [message for prompt, reply in turns for message in ({"role": "user", "content": prompt}, *_reply(reply))]
-
-
-def _json_turns(row: dict[str, Any], column: str) -> list[str]:
-    text = get(row, column, str)
-    try:
-        turns = json.loads(text)
-    except json.JSONDecodeError:
-        turns = None
-    is_valid = isinstance(turns, list) and turns and all(turn is None or isinstance(turn, str) for turn in turns)
-    require(is_valid, f"column `{column}`: must be a list of texts in JSON, got {text!r:.80}.")
-    return [turn or "" for turn in turns]
-
-
-def _split_conversations(a: list[dict[str, str]], b: list[dict[str, str]]) -> dict[str, Any]:
-    """The turns that both share are the prompt, except for the last: a completion has one turn at least."""
-    shared = list(itertools.takewhile(lambda turns: turns[0] == turns[1], zip(a[:-1], b[:-1], strict=False)))
-    users = [[turn for turn in conversation if turn["role"] == "user"] for conversation in (a, b)]
-    require(
-        shared and users[0] == users[1] and a[-1]["role"] == b[-1]["role"] == "assistant",
-        "columns `conversation_a` and `conversation_b`: must share the user turns and end in a reply. Remove the row.",
-    )
-    return {"prompt": a[: len(shared)], "completions": [a[len(shared) :], b[len(shared) :]]}
-
-
 def from_webgpt(dataset: Dataset) -> Dataset:
     """
-    Human preferences between two answers, from
+    Converts human preferences between two answers, of
     [WebGPT comparisons](https://huggingface.co/datasets/openai/webgpt_comparisons).
 
     Args:
@@ -379,29 +337,15 @@ def from_webgpt(dataset: Dataset) -> Dataset:
     {'prompt': 'Is it?', 'completions': ['No.', 'Yes.'], 'ranks': [2, 1]}
     ```
     """
-
-    def convert(row):
-        question = get(get(row, "question", dict), "question.full_text", str)
-        completions = [get(row, name, str) for name in ("answer_0", "answer_1")]
-        ranks = ranks_of_scores([get(row, name, NUMBER) for name in ("score_0", "score_1")])
-        return {"prompt": question, "completions": completions, "ranks": ranks}
-
-    return convert_rows(dataset, convert, TEXT | RANKS)
-
-
-# --- Rows ---
+    return _converted(
+        dataset,
+        TEXT | RANKS,
+        prompt=column("question.full_text"),
+        completions=columns("answer_0", "answer_1"),
+        ranks=by_score(columns("score_0", "score_1", kind=NUMBER)),
+    )
 
 
-def _messages(row: dict[str, Any], column: str) -> list[dict[str, str]]:
-    names = ("role", "content")
-    return [{name: get(turn, f"{column}.{name}", str) for name in names} for turn in get(row, column, list)]
-
-
-def _reply(text: str) -> list[dict[str, str]]:
-    return [{"role": "assistant", "content": text}]
-
-
-def _ranks_of_strength(row: dict[str, Any], column: str) -> list[int]:
-    strength = get(row, column, NUMBER)
-    require(-3 <= strength <= 3, f"column `{column}`: must be from -3 to 3, got {strength}.")
-    return ranks_of_scores([-strength, strength])
+def _converted(dataset: Dataset, types: dict[str, Any], **readers: Reader) -> Dataset:
+    """Converts each row by a reader for each of its new columns."""
+    return convert_rows(dataset, lambda row: {name: read(row) for name, read in readers.items()}, types)
