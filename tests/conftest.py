@@ -1,11 +1,7 @@
-"""Tiny offline models and data: a two-layer Llama built from a config and a word-level tokenizer."""
+"""Fixtures: tiny offline models and data, each in a process without a Hub and without deprecated calls."""
 
 import gc
 import os
-import random
-import subprocess
-import sys
-from pathlib import Path
 
 import deprecations  # it replaces what the libraries below import by name
 
@@ -16,16 +12,17 @@ os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
 
 import pytest
 import torch
+from agents import build_tool_model
 from datasets import Dataset
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import (
-    BertConfig,
-    BertForSequenceClassification,
-    LlamaConfig,
-    LlamaForCausalLM,
-    LlamaForSequenceClassification,
-    PreTrainedTokenizerFast,
+from helpers import (
+    PROMPTS,
+    RANKINGS,
+    build_policy,
+    build_reward_model,
+    build_tokenizer,
+    tiny_config,
 )
+from transformers import LlamaForSequenceClassification
 
 
 torch.set_num_threads(1)
@@ -46,77 +43,9 @@ def frozen_imports():
     gc.freeze()
 
 
-WORDS = "the a film movie was is dull slow bad good great warm bright it and but sad plot ending actor user assistant"
-SPECIAL = ["<pad>", "<eos>", "<unk>", "<|user|>", "<|assistant|>"]
-CHAT_TEMPLATE = (
-    "{% for m in messages %}{{ '<|' + m['role'] + '|> ' + m['content'] + ' ' }}"
-    "{% if m['role'] == 'assistant' %}{{ '<eos>' }}{% endif %}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|assistant|> ' }}{% endif %}"
-)
-
-
 @pytest.fixture(scope="session")
 def tokenizer():
-    vocab = {word: i for i, word in enumerate([*SPECIAL, *WORDS.split()])}
-    backend = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
-    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        pad_token="<pad>",
-        eos_token="<eos>",
-        unk_token="<unk>",
-        additional_special_tokens=SPECIAL[3:],
-        padding_side="left",
-        chat_template=CHAT_TEMPLATE,
-    )
-
-
-def tiny_settings(tokenizer):
-    """What the config of any small decoder takes."""
-    return {
-        "vocab_size": len(tokenizer),
-        "hidden_size": 16,
-        "intermediate_size": 32,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 1,
-        "max_position_embeddings": 64,
-        "pad_token_id": tokenizer.pad_token_id,
-        "eos_token_id": tokenizer.eos_token_id,
-        "bos_token_id": None,
-        "tie_word_embeddings": False,
-        "dtype": "float32",
-    }
-
-
-def tiny_config(tokenizer, **overrides):
-    return LlamaConfig(**tiny_settings(tokenizer) | overrides)
-
-
-def build_encoder(tokenizer):
-    """A reward model that is no decoder."""
-    torch.manual_seed(0)
-    config = BertConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        max_position_embeddings=64,
-        num_labels=1,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    return BertForSequenceClassification(config)
-
-
-def build_policy(tokenizer, seed=0, **overrides):
-    torch.manual_seed(seed)
-    model = LlamaForCausalLM(tiny_config(tokenizer, **overrides))
-    with torch.no_grad():  # far enough from uniform that values, ratios and gradients are of ordinary size
-        for parameter in model.parameters():
-            if parameter.dim() > 1:
-                parameter.normal_(0, 0.2)
-    return model
+    return build_tokenizer()
 
 
 @pytest.fixture
@@ -141,18 +70,6 @@ def reward_model_path(tokenizer, tmp_path_factory):
     return path
 
 
-PROMPTS = [
-    "the film was",
-    "a dull plot but",
-    "the ending is",
-    "it was a slow",
-    "the actor",
-    "a sad movie and",
-    "it",
-    "but",
-]
-
-
 @pytest.fixture(scope="session")
 def prompts():
     return Dataset.from_dict({"prompt": PROMPTS})
@@ -163,47 +80,9 @@ def chats():
     return Dataset.from_dict({"prompt": [[{"role": "user", "content": p}] for p in PROMPTS]})
 
 
-# Ties, an unranked completion, one in which another begins, prompts of different lengths
-RANKINGS = {
-    "prompt": ["the film was", "a", "it was a slow plot but the ending is", "the actor"],
-    "completions": [
-        [" good", " good but slow", " bad and dull and sad", " great"],
-        [" good", " bad"],
-        [" great great great", " great bad", " great great", " warm bright it and but"],
-        [" warm", " dull", " sad", " slow"],
-    ],
-    "ranks": [[1, 1, 2, None], [1, 2], [2, 1, 2, 3], [1, 2, 2, 2]],
-}
-
-
 @pytest.fixture(scope="session")
 def rankings():
     return Dataset.from_dict(RANKINGS)
-
-
-def make_rankings(num_rows, seed=0, num_ranks=3, num_completions=(2, 3, 4)):
-    """Columns of `num_rows` rankings of different lengths, with ties if there are fewer ranks than completions."""
-    rng = random.Random(seed)
-    columns = {"prompt": [], "completions": [], "ranks": []}
-    for row in range(num_rows):
-        k = rng.choice(num_completions)
-        completions = set()
-        while len(completions) < k:
-            completions.add("".join(f" {word}" for word in rng.choices(WORDS.split()[:18], k=rng.randint(1, 4))))
-        columns["prompt"].append(PROMPTS[row % len(PROMPTS)])
-        columns["completions"].append(sorted(completions))
-        columns["ranks"].append(rng.sample(range(k), k) if num_ranks >= k else rng.choices(range(num_ranks), k=k))
-    return columns
-
-
-def build_reward_model(tokenizer, seed=0, **overrides):
-    torch.manual_seed(seed)
-    model = LlamaForSequenceClassification(tiny_config(tokenizer, num_labels=1, **overrides))
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() > 1:
-                parameter.normal_(0, 0.2)
-    return model
 
 
 @pytest.fixture
@@ -211,95 +90,6 @@ def reward_model(tokenizer):
     return build_reward_model(tokenizer)
 
 
-def ranking_settings(tmp_path, **overrides):
-    """[`settings`] of the trainers that do not generate."""
-    own = {"max_completion_length", "critic_learning_rate"}
-    return {name: value for name, value in settings(tmp_path).items() if name not in own} | overrides
-
-
-def count_good(completions, **kwargs):
-    """Reward: share of the completion's words that are 'good'."""
-    texts = [c if isinstance(c, str) else c[-1]["content"] for c in completions]
-    return [text.split().count("good") / max(1, len(text.split())) for text in texts]
-
-
-def settings(tmp_path, **overrides):
-    """Fast, silent, exact on CPU."""
-    return {
-        "output_dir": str(tmp_path),
-        "per_device_train_batch_size": 4,
-        "per_device_eval_batch_size": 4,
-        "max_completion_length": 6,
-        "max_steps": 2,
-        "learning_rate": 1e-2,
-        "critic_learning_rate": 1e-2,
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "report_to": "none",
-        "bf16": False,
-        "use_cpu": True,
-        "gradient_checkpointing": False,
-        "disable_tqdm": True,
-        "lr_scheduler_type": "constant",
-    } | overrides
-
-
-def run_snippets(folder):
-    """Executes the python blocks of a card as they are, each for itself; the names they leave, and what they `printed`."""
-    scope = {"printed": []}
-    for snippet in (Path(folder) / "README.md").read_text().split("```python\n")[1:]:
-        own = {"print": scope["printed"].append}
-        exec(snippet.split("```")[0], own)
-        scope |= {name: value for name, value in own.items() if name != "print"}
-    return scope
-
-
-class Rollouts:
-    """Mixin that keeps the batches of a trainer for a test to look at: as rolled out, and as trained on."""
-
-    def _generate_and_score_completions(self, inputs):
-        batch = super()._generate_and_score_completions(inputs)
-        self.rollouts = [*getattr(self, "rollouts", []), batch]
-        return batch
-
-    def _compute_loss(self, model, inputs):
-        loss = super()._compute_loss(model, inputs)
-        self.updates = [*getattr(self, "updates", []), inputs]
-        return loss
-
-
-def recorded(trainer_class):
-    """`trainer_class` with [`Rollouts`] mixed in."""
-    return type(f"Recorded{trainer_class.__name__}", (Rollouts, trainer_class), {})
-
-
-FSDP2 = Path(__file__).parents[1] / "recipes" / "accelerate_configs" / "fsdp2.yaml"
-
-
-def launch(num_processes, script, *arguments, config_file=None, **environment):
-    """Runs a script of this folder on the CPU as `accelerate launch` does."""
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", str(num_processes)]
-    if config_file is not None:
-        command += ["--config_file", str(config_file)]
-    else:
-        # `--cpu --num_processes 2` starts one process (accelerate 1.15 without mpirun); the scripts set `use_cpu`
-        command += ["--multi_gpu"] if num_processes > 1 else ["--cpu"]
-    command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
-    run = subprocess.run(
-        [*command, str(Path(__file__).with_name(script)), *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **environment},
-    )
-    assert run.returncode == 0, run.stderr[-4000:]
-
-
-def scripted_rollout(prompts, trainer):
-    """`rollout_func` whose completions depend on nothing but the prompt: equal on every process and in every run."""
-    tokenizer = trainer.processing_class
-    prompt_ids = [tokenizer(prompt)["input_ids"] for prompt in prompts]
-    completion_ids = []
-    for ids in prompt_ids:
-        words = [5 + (7 * sum(ids) + 3 * k * k) % 16 for k in range(2 + sum(ids) % 4)]
-        completion_ids.append(words if sum(ids) % 3 == 0 else [*words, tokenizer.eos_token_id])
-    return {"prompt_ids": prompt_ids, "completion_ids": completion_ids, "logprobs": None}
+@pytest.fixture
+def tool_model():
+    return build_tool_model()

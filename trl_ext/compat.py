@@ -1,5 +1,5 @@
 """
-The only module that imports or names what TRL and transformers keep private. `tests/test_compat.py` checks each entry,
+The only module that imports or names what TRL and transformers keep private. `tests/contract/test_compat.py` checks each entry,
 so that a release which moves one fails there, by name.
 
 Hooks of `GRPOTrainer` that are overridden elsewhere in the package, each calling `super()`:

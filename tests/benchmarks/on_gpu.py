@@ -3,7 +3,7 @@ Everything that waits for a GPU, by one command:
 
     python tests/benchmarks/on_gpu.py --output gpu
 
-    exact       tests/test_gpu.py: FlexAttention, bfloat16, 4 bits
+    exact       tests/contract/test_gpu.py: FlexAttention, bfloat16, 4 bits
     fixed       PPO against TRL's GRPO, completions of one length (goal: 0.75 of its time)
     geometric   the same, lengths as they come (goal: 0.60)
     prompts     8 completions to a prompt of 512 tokens, training alone (goal: 0.50)
@@ -55,7 +55,7 @@ def parts(args: argparse.Namespace) -> dict[str, list[list[str]]]:
         {"shared_prefix": "never"},
     ]
     return {
-        "exact": [[sys.executable, "-m", "pytest", "-q", "-rs", str(HERE.parent / "test_gpu.py")]],
+        "exact": [[sys.executable, "-m", "pytest", "-q", "-rs", str(HERE.parent / "contract" / "test_gpu.py")]],
         "fixed": speed(["grpo-1epoch", "ppo-1epoch"], "--prompts", "8"),
         "geometric": speed(ONE_UPDATE, *GEOMETRIC, "--profile"),
         "prompts": speed(["grpo-1epoch", "ppo-1epoch"], *PROMPTS),

@@ -1,0 +1,513 @@
+"""The trainers against independent computations of what they should do."""
+
+import math
+
+import pytest
+import torch
+from helpers import build_policy, count_good, recorded, rows_of, scripted_rollout, settings
+from peft import LoraConfig
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, TrainerCallback
+
+from trl_ext import (
+    A2CConfig,
+    A2CTrainer,
+    ActorCriticConfig,
+    ActorCriticTrainer,
+    PPOConfig,
+    PPOTrainer,
+    ReinforceConfig,
+    ReinforceTrainer,
+)
+from trl_ext.critic.heads import ActionValueHead
+from trl_ext.critic.reading import token_action_values, token_values
+from trl_ext.critic.start import critic_from_policy, shared_critic
+
+
+def by_length(completion_ids, **kwargs):
+    return [float(len(ids)) for ids in completion_ids]
+
+
+def plain_logps(model, prompt_ids, completion_ids):
+    """Log-probabilities of one completion by the model's ordinary logits."""
+    ids = torch.tensor([[*prompt_ids, *completion_ids]])
+    logps = model(ids).logits[0, len(prompt_ids) - 1 : -1].log_softmax(-1)
+    return logps.gather(1, torch.tensor(completion_ids)[:, None])[:, 0]
+
+
+# --- What the batch holds ---
+
+
+@pytest.mark.parametrize("num_iterations", [1, 2])
+def test_returns_are_the_discounted_score_of_the_completion(policy, tokenizer, prompts, tmp_path, num_iterations):
+    args = PPOConfig(
+        **settings(tmp_path, gamma=0.9, lam=1.0, learning_rate=0.0, max_steps=1), num_iterations=num_iterations
+    )
+    trainer = recorded(PPOTrainer)(policy, by_length, args, prompts, processing_class=tokenizer)
+    trainer.train()
+    for i, (_, completion) in enumerate(rows_of(batch := trainer.updates[0])):
+        n = len(completion)
+        expected = [n * 0.9 ** (n - 1 - t) for t in range(n)] + [0.0] * (batch["returns"].size(1) - n)
+        torch.testing.assert_close(batch["returns"][i], torch.tensor(expected))
+
+
+@pytest.mark.parametrize("critic", ["shared", "separate"])
+@pytest.mark.parametrize("num_iterations", [1, 2])
+def test_values_are_those_of_the_unpadded_prefixes(policy, tokenizer, prompts, tmp_path, critic, num_iterations):
+    args = PPOConfig(
+        **settings(
+            tmp_path,
+            critic=critic,
+            max_steps=1,
+            num_iterations=num_iterations,
+            learning_rate=0.0,
+            critic_learning_rate=0.0,
+        )
+    )
+    trainer = recorded(PPOTrainer)(policy, by_length, args, prompts, processing_class=tokenizer)
+    torch.nn.init.normal_(trainer.critic.value_head.weight)
+    trainer.train()
+    assert trainer.updates[0]["values"].grad_fn is None and not trainer.updates[0]["values"].requires_grad
+    for i, (prompt, completion) in enumerate(rows_of(batch := trainer.updates[0])):
+        hidden = policy.model(torch.tensor([[*prompt, *completion]])).last_hidden_state[0]
+        expected = hidden @ trainer.critic.value_head.weight[0]
+        n = len(completion)
+        torch.testing.assert_close(batch["values"][i, :n], expected[len(prompt) - 1 : -1], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("critic", ["shared", "separate", "q"])
+def test_padding_on_the_left_changes_no_value(tokenizer, critic):
+    """Though GPT-2 has learned what each position is."""
+    torch.manual_seed(0)
+    sizes = {"n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 32}
+    policy = GPT2LMHeadModel(GPT2Config(vocab_size=len(tokenizer), bos_token_id=1, eos_token_id=1, **sizes)).eval()
+    for parameter in policy.parameters():
+        torch.nn.init.normal_(parameter, 0, 0.3)
+    critic_model = critic_from_policy(policy) if critic == "separate" else shared_critic(policy)
+    torch.nn.init.normal_(critic_model.value_head.weight)
+    f = token_values
+    if critic == "q":
+        critic_model.value_head = ActionValueHead(critic_model.value_head, len(tokenizer), rank=4)
+        f = token_action_values
+    texts = [[5, 6, 7, 8, 9], [5, 6], [10, 11, 12]]
+    width = 7
+    ids = torch.tensor([[0] * (width - len(text)) + text for text in texts])
+    mask = torch.tensor([[0] * (width - len(text)) + [1] * len(text) for text in texts])
+    padded = f(policy, critic_model, ids, mask)
+    assert padded.nan_to_num().std() > 0.2
+    for row, text in zip(padded, texts, strict=True):
+        (alone,) = f(policy, critic_model, torch.tensor([text]), torch.ones(1, len(text), dtype=torch.long))
+        first = 1 if critic == "q" else 0  # the first token has no state before it
+        torch.testing.assert_close(row[width - len(text) + first :], alone[first:], atol=1e-5, rtol=1e-5)
+
+
+def test_a_cut_completion_is_worth_the_value_of_its_last_state(policy, tokenizer, prompts, tmp_path):
+    args = A2CConfig(**settings(tmp_path, truncation="bootstrap", learning_rate=0.0, critic_learning_rate=0.0))
+    trainer = recorded(A2CTrainer)(
+        policy, by_length, args, prompts, processing_class=tokenizer, rollout_func=scripted_rollout
+    )
+    torch.nn.init.normal_(trainer.critic.value_head.weight)
+    trainer.train()
+    cut = []
+    for batch in trainer.updates:
+        for i, (prompt, completion) in enumerate(rows_of(batch)):
+            ids = torch.tensor([[*prompt, *completion]])
+            is_cut = completion[-1] != tokenizer.eos_token_id
+            last = token_values(policy, trainer.critic, ids, torch.ones_like(ids))[0, -1].item()
+            expected = last if is_cut else float(len(completion))
+            torch.testing.assert_close(batch["returns"][i, 0].item(), expected, atol=1e-4, rtol=1e-4)
+            cut.append(is_cut)
+    assert any(cut) and not all(cut)
+
+
+def test_a_cut_completion_pays_the_missing_eos_penalty(policy, tokenizer, prompts, tmp_path):
+    args = A2CConfig(**settings(tmp_path, missing_eos_penalty=10.0))
+    trainer = recorded(A2CTrainer)(
+        policy, by_length, args, prompts, processing_class=tokenizer, rollout_func=scripted_rollout
+    )
+    trainer.train()
+    for i, (_, completion) in enumerate(rows_of(batch := trainer.updates[0])):
+        penalty = 0.0 if completion[-1] == tokenizer.eos_token_id else 10.0
+        assert batch["returns"][i, 0].item() == pytest.approx(len(completion) - penalty)
+
+
+def test_masked_truncation_trains_on_finished_completions_only(policy, tokenizer, prompts, tmp_path):
+    args = A2CConfig(**settings(tmp_path, truncation="mask"))
+    assert args.mask_truncated_completions
+    trainer = recorded(A2CTrainer)(
+        policy, by_length, args, prompts, processing_class=tokenizer, rollout_func=scripted_rollout
+    )
+    trainer.train()
+    batch = trainer.updates[0]
+    ends = torch.isin(batch["completion_ids"], torch.tensor(tokenizer.eos_token_id)).any(dim=1)
+    assert ends.any() and not ends.all()
+    assert (batch["advantages"][~ends] == 0).all() and (batch["returns"][ends, 0] > 0).all()
+
+
+def test_kl_in_reward_is_the_log_ratio_to_the_reference(policy_path, tokenizer, prompts, tmp_path):
+    policy = AutoModelForCausalLM.from_pretrained(policy_path)
+    reference = AutoModelForCausalLM.from_pretrained(policy_path)
+    args = A2CConfig(**settings(tmp_path, kl_in_reward=0.5, learning_rate=3e-2, max_steps=3))
+    trainer = recorded(A2CTrainer)(policy, by_length, args, prompts, processing_class=tokenizer)
+    before = []
+
+    class KeepWeights(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            before.append({name: p.detach().clone() for name, p in policy.named_parameters()})
+
+    trainer.add_callback(KeepWeights())
+    trainer.train()
+    policy.load_state_dict(before[2], strict=False)
+    batch = trainer.updates[2]
+    for i, (prompt, completion) in enumerate(rows_of(batch)):
+        k1 = plain_logps(policy, prompt, completion) - plain_logps(reference, prompt, completion)
+        assert k1.abs().max() > 1e-2  # the policy has moved
+        expected = len(completion) - 0.5 * k1.flip(0).cumsum(0).flip(0)
+        torch.testing.assert_close(batch["returns"][i, : len(completion)], expected, atol=1e-3, rtol=1e-4)
+    logged = trainer.state.log_history[2]
+    assert logged["kl/k3"] > 0 and logged["kl/coef"] == 0.5
+    assert trainer.beta == 0.5 and trainer.args.beta == 0.0
+
+
+def test_kl_in_reward_stays_out_of_the_loss(policy_path, tokenizer, prompts, tmp_path):
+    """With equal advantages (none) the gradient of a KL in the loss would be the only one left."""
+    args = A2CConfig(**settings(tmp_path, kl_in_reward=1e-9, vf_coef=0.0, max_steps=2))
+    policy = AutoModelForCausalLM.from_pretrained(policy_path)
+    trainer = A2CTrainer(
+        policy, lambda completions, **kw: [0.0] * len(completions), args, prompts, processing_class=tokenizer
+    )
+    with torch.no_grad():
+        policy.lm_head.weight.mul_(1.5)  # off the reference, which is the policy as it was given
+    trainer.train()
+    history = trainer.state.log_history
+    assert history[0]["kl/k3"] > 1e-3 and history[0]["grad_norm"] < 1e-6
+
+
+def test_adaptive_kl_coefficient_moves_towards_its_target(policy_path, tokenizer, prompts, tmp_path):
+    def last_coef(target):
+        args = A2CConfig(
+            **settings(tmp_path, kl_in_reward=0.1, kl_target=target, kl_horizon=20, max_steps=6, learning_rate=1e-2)
+        )
+        trainer = A2CTrainer(policy_path, count_good, args, prompts)
+        trainer.train()
+        return trainer.kl_controller.coef
+
+    assert last_coef(1e-6) > 0.1 > last_coef(1e6)
+
+
+def test_rows_without_a_score_teach_nothing(policy, tokenizer, prompts, tmp_path):
+    def half(prompts, completion_ids, **kwargs):
+        return [float(len(c)) if i % 2 else None for i, c in enumerate(completion_ids)]
+
+    args = PPOConfig(**settings(tmp_path, num_iterations=2, max_steps=1))
+    trainer = recorded(PPOTrainer)(policy, half, args, prompts, processing_class=tokenizer)
+    trainer.train()
+    batch = trainer.updates[0]
+    unscored = batch["scores"].isnan()
+    assert unscored.sum() == 2
+    assert (batch["advantages"][unscored] == 0).all() and (batch["returns"][unscored] == 0).all()
+    scored = batch["advantages"][~unscored][batch["completion_mask"][~unscored].bool()]
+    assert abs(scored.mean()) < 1e-5 and abs(scored.std() - 1) < 1e-3  # whitened over the scored tokens alone
+
+
+# --- The gradient ---
+
+
+@pytest.mark.parametrize("case", ["a2c", "ppo", "reinforce", "bandit", "separate"])
+def test_gradient_equals_that_of_the_plain_objective(policy, tokenizer, prompts, tmp_path, case):
+    """One update's gradient against autograd through ordinary logits and hidden states, row by row, unpadded."""
+    trainer_class, args = {
+        "a2c": (A2CTrainer, A2CConfig(**settings(tmp_path, gamma=0.9, vf_coef=0.5))),
+        "ppo": (PPOTrainer, PPOConfig(**settings(tmp_path, vf_coef=0.5))),
+        "reinforce": (ReinforceTrainer, ReinforceConfig(**settings(tmp_path, gamma=0.9, baseline="none"))),
+        "bandit": (ReinforceTrainer, ReinforceConfig(**settings(tmp_path, one_step_mdp=True, baseline="value"))),
+        "separate": (A2CTrainer, A2CConfig(**settings(tmp_path, critic="separate"))),
+    }[case]
+    trainer = recorded(trainer_class)(policy, by_length, args, prompts, processing_class=tokenizer)
+    if trainer.critic is not None:
+        torch.nn.init.normal_(trainer.critic.value_head.weight, std=0.3)
+    gradients = {}
+
+    class KeepGradients(TrainerCallback):
+        def on_pre_optimizer_step(self, args, state, control, **kwargs):
+            if state.global_step == 0:
+                gradients.update({n: p.grad.clone() for n, p in trainer.model.named_parameters()})
+                control.should_training_stop = True
+
+        def on_optimizer_step(self, args, state, control, **kwargs):
+            pass
+
+    trainer.add_callback(KeepGradients())
+    trainer.args.max_grad_norm = 0.0
+    start = {n: p.detach().clone() for n, p in trainer.model.named_parameters()}
+    trainer.train()
+    trainer.model.load_state_dict(start)
+    trainer.model.zero_grad()
+
+    batch = trainer.updates[0]
+    num_tokens = batch["completion_mask"].sum()
+    loss = 0
+    for i, (prompt, completion) in enumerate(rows_of(batch)):
+        n, ids = len(completion), torch.tensor([[*prompt, *completion]])
+        loss = loss - (plain_logps(policy, prompt, completion) * batch["advantages"][i, :n]).sum()
+        if trainer.critic is not None:
+            trunk = trainer.critic.trunk or policy.model
+            values = trainer.critic.value_head(trunk(ids).last_hidden_state)[0, len(prompt) - 1 : -1]
+            loss = loss + args.vf_coef * 0.5 * (values - batch["returns"][i, :n]).square().sum()
+    (loss / num_tokens).backward()
+    assert gradients.keys() == {n for n, _ in trainer.model.named_parameters()}
+    for name, parameter in trainer.model.named_parameters():
+        torch.testing.assert_close(
+            gradients[name], parameter.grad, atol=1e-5, rtol=1e-4, msg=lambda m, n=name: f"{n}: {m}"
+        )
+
+
+def test_detached_critic_leaves_the_trunk_to_the_policy(policy, tokenizer, prompts, tmp_path):
+    """With zero advantages (lr 0 so far, reward = value = 0) only the value loss could move the trunk."""
+    norms = {}
+    for detach in (True, False):
+        args = A2CConfig(**settings(tmp_path, critic_detach=detach, lam=0.0, max_steps=1, max_grad_norm=0.0))
+        trainer = recorded(A2CTrainer)(build_policy(tokenizer), by_length, args, prompts, processing_class=tokenizer)
+        torch.nn.init.normal_(trainer.critic.value_head.weight)
+        trainer.compute_advantages = lambda rewards, values, mask, bootstrap: (torch.zeros_like(rewards), rewards + 1)
+
+        class KeepNorm(TrainerCallback):
+            def on_pre_optimizer_step(self, args, state, control, detach=detach, trainer=trainer, **kwargs):
+                norms[detach] = trainer.model.model.layers[0].mlp.up_proj.weight.grad.norm().item()
+
+        trainer.add_callback(KeepNorm())
+        trainer.train()
+    assert norms[True] == 0 and norms[False] > 1e-4
+
+
+# --- The updates ---
+
+
+@pytest.mark.parametrize("num_iterations, steps_per_generation", [(3, 1), (1, 2), (2, 2)])
+def test_the_first_update_on_a_rollout_has_ratio_one(
+    policy, tokenizer, prompts, tmp_path, num_iterations, steps_per_generation
+):
+    args = PPOConfig(
+        **settings(
+            tmp_path,
+            max_steps=2 * num_iterations * steps_per_generation,
+            num_iterations=num_iterations,
+            steps_per_generation=steps_per_generation,
+        )
+    )
+    trainer = PPOTrainer(policy, by_length, args, prompts, processing_class=tokenizer)
+    trainer.train()
+    history = trainer.state.log_history[:-1]
+    for step, logs in enumerate(history):
+        first = step % (num_iterations * steps_per_generation) == 0
+        assert (abs(logs["ratio/max"] - 1) < 1e-5) == first, (step, logs["ratio/max"])
+
+
+def test_warmup_trains_the_critic_alone(policy, tokenizer, prompts, tmp_path):
+    args = PPOConfig(**settings(tmp_path, critic_warmup_steps=3, max_steps=4, num_iterations=1, weight_decay=0.1))
+    trainer = PPOTrainer(policy, by_length, args, prompts, processing_class=tokenizer)
+    weights = []
+
+    class KeepWeights(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            weights.append({n: p.detach().clone() for n, p in trainer.model.named_parameters()})
+
+    start = {n: p.detach().clone() for n, p in trainer.model.named_parameters()}
+    trainer.add_callback(KeepWeights())
+    trainer.train()
+    for name, weight in start.items():
+        frozen = [torch.equal(weight, after[name]) for after in weights]
+        assert frozen == ([False] * 4 if name.startswith("critic.") else [True, True, True, False]), (name, frozen)
+
+
+def test_target_kl_ends_the_epochs_until_the_next_rollout(policy, tokenizer, prompts, tmp_path):
+    args = PPOConfig(**settings(tmp_path, learning_rate=5e-2, num_iterations=4, max_steps=8, target_kl=1e-3))
+    trainer = PPOTrainer(policy, count_good, args, prompts, processing_class=tokenizer)
+    moved, weights = [], [policy.lm_head.weight.detach().clone()]
+
+    class KeepWeights(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            weights.append(policy.lm_head.weight.detach().clone())
+            moved.append(not torch.equal(weights[-2], weights[-1]))
+
+    trainer.add_callback(KeepWeights())
+    trainer.train()
+    # the second epoch finds the policy too far off, and neither it nor a later one is made
+    assert moved == [True, False, False, False] * 2
+
+
+def test_evaluation_does_not_hide_the_kl_that_ends_the_epochs(policy, tokenizer, prompts, tmp_path):
+    def steps_taken(**overrides):
+        args = PPOConfig(
+            **settings(tmp_path, learning_rate=5e-2, num_iterations=4, max_steps=4, target_kl=0.3, **overrides)
+        )
+        trainer = PPOTrainer(
+            build_policy(tokenizer),
+            count_good,
+            args,
+            prompts,
+            eval_dataset=prompts,
+            processing_class=tokenizer,
+            rollout_func=scripted_rollout,
+        )
+        trainer.train()
+        return [logs["target_kl_exceeded"] for logs in trainer.state.log_history if "target_kl_exceeded" in logs]
+
+    without = steps_taken()
+    assert without[-1] == 1 and without == steps_taken(eval_strategy="steps", eval_steps=1)
+
+
+def test_warmup_leaves_the_kl_coefficient_alone(policy_path, prompts, tmp_path):
+    args = A2CConfig(
+        **settings(tmp_path, kl_in_reward=0.1, kl_target=6.0, kl_horizon=10, critic_warmup_steps=3, max_steps=4)
+    )
+    trainer = A2CTrainer(policy_path, count_good, args, prompts)
+    trainer.train()
+    assert [logs["kl/coef"] for logs in trainer.state.log_history[:-1]] == [0.1] * 4
+
+
+def test_a_separate_critic_is_not_run_for_the_reference(policy_path, prompts, tmp_path):
+    args = PPOConfig(**settings(tmp_path, critic="separate", kl_in_reward=0.1, num_iterations=2, max_steps=2))
+    trainer = PPOTrainer(policy_path, count_good, args, prompts, peft_config=LoraConfig(target_modules="all-linear"))
+    calls = []
+    trainer.critic.trunk.register_forward_hook(lambda *_: calls.append(1))
+    trainer.train()
+    assert len(calls) == 3  # the rollout's values and two updates
+
+
+def test_value_gradients_are_zeroed_between_steps(policy, tokenizer, prompts, tmp_path):
+    """A critic outside the model would accumulate gradients for the whole run."""
+    args = A2CConfig(**settings(tmp_path, max_steps=3))
+    trainer = A2CTrainer(policy, by_length, args, prompts, processing_class=tokenizer)
+    trainer.train()
+    assert all(p.grad is None for p in trainer.critic.parameters())
+    in_optimizer = [p for group in trainer.optimizer.param_groups for p in group["params"]]
+    assert [sum(p is q for q in in_optimizer) for p in trainer.critic.parameters()] == [1, 1]
+
+
+def test_critic_has_its_own_learning_rate(policy, tokenizer, prompts, tmp_path):
+    args = A2CConfig(**settings(tmp_path, learning_rate=1e-3, critic_learning_rate=5e-2, weight_decay=0.1))
+    trainer = A2CTrainer(policy, by_length, args, prompts, processing_class=tokenizer)
+    trainer.create_optimizer()
+    found = {id(p): (g["lr"], g["weight_decay"]) for g in trainer.optimizer.param_groups for p in g["params"]}
+    head = trainer.critic.value_head
+    assert found[id(head.weight)] == (5e-2, 0.1) and found[id(head.bias)] == (5e-2, 0.0)
+    assert found[id(policy.lm_head.weight)] == (1e-3, 0.1)
+
+
+def test_given_optimizer_trains_the_critic(policy, tokenizer, prompts, tmp_path):
+    optimizer = torch.optim.SGD(policy.parameters(), lr=0.1)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
+    args = A2CConfig(**settings(tmp_path, max_steps=2))
+    trainer = A2CTrainer(
+        policy, by_length, args, prompts, processing_class=tokenizer, optimizers=(optimizer, scheduler)
+    )
+    trainer.train()
+    assert trainer.critic.value_head.bias.abs().item() > 1e-3
+
+
+def test_value_clipping_bounds_the_pull_on_the_critic(policy, tokenizer, prompts, tmp_path):
+    args = PPOConfig(**settings(tmp_path, cliprange_value=1e-3, num_iterations=3, max_steps=3))
+    trainer = PPOTrainer(policy, by_length, args, prompts, processing_class=tokenizer)
+    trainer.train()
+    assert (
+        trainer.state.log_history[0]["value_clip_ratio"] == 0
+        and trainer.state.log_history[2]["value_clip_ratio"] > 0.5
+    )
+
+
+# --- Learning ---
+
+
+def test_the_critic_learns_a_constant_reward(policy, tokenizer, prompts, tmp_path):
+    args = A2CConfig(
+        **settings(tmp_path, learning_rate=0.0, critic_learning_rate=5e-2, max_steps=60, logging_steps=10)
+    )
+    trainer = A2CTrainer(
+        policy, lambda completions, **kw: [3.0] * len(completions), args, prompts, processing_class=tokenizer
+    )
+    trainer.train()
+    history = trainer.state.log_history
+    assert history[0]["value_loss"] > 1 and history[5]["value_loss"] < 0.1 * history[0]["value_loss"]
+    assert history[5]["values/mean"] == pytest.approx(3.0, abs=0.3)
+
+
+@pytest.mark.parametrize(
+    "trainer_class, config_class, overrides",
+    [
+        (PPOTrainer, PPOConfig, {"num_iterations": 2, "max_steps": 60}),
+        (A2CTrainer, A2CConfig, {}),
+        (ReinforceTrainer, ReinforceConfig, {}),
+        (ReinforceTrainer, ReinforceConfig, {"one_step_mdp": True, "baseline": "value"}),
+        (PPOTrainer, PPOConfig, {"critic": "separate", "num_iterations": 2, "max_steps": 60}),
+    ],
+)
+def test_the_policy_learns(policy, tokenizer, prompts, tmp_path, trainer_class, config_class, overrides):
+    args = config_class(
+        **settings(
+            tmp_path,
+            per_device_train_batch_size=16,
+            num_generations=2,
+            max_steps=40,
+            logging_steps=10,
+            learning_rate=1e-2,
+        )
+        | overrides
+    )
+    trainer = trainer_class(policy, count_good, args, prompts, processing_class=tokenizer)
+    trainer.train()
+    rewards = [logs["reward"] for logs in trainer.state.log_history[:-1]]
+    assert rewards[0] < 0.45 and rewards[-1] > 0.8, rewards
+
+
+def test_metrics_people_steer_by_are_logged(policy_path, prompts, tmp_path):
+    args = PPOConfig(**settings(tmp_path, kl_in_reward=0.05, num_iterations=2, max_steps=4))
+    trainer = PPOTrainer(policy_path, count_good, args, prompts)
+    trainer.train()
+    logs = trainer.state.log_history[2] | trainer.state.log_history[3]  # with the rollout, and the epoch after it
+    for name in [
+        "reward", "returns/mean", "values/mean", "value_loss", "explained_variance", "kl/k1", "kl/k3", "kl/coef",
+        "ratio/mean", "ratio/max", "approx_kl", "clip_ratio/region_mean", "entropy", "completions/mean_length",
+        "completions/clipped_ratio",
+    ]:  # fmt: skip
+        assert math.isfinite(logs[name]), name
+    assert logs["tokens_per_second"] > 0
+    assert "frac_reward_zero_std" not in logs
+
+
+@pytest.mark.parametrize("num_iterations, accumulation", [(2, 1), (1, 2)])
+def test_completions_table_shows_token_advantages(policy, tokenizer, prompts, tmp_path, num_iterations, accumulation):
+    args = ActorCriticConfig(
+        **settings(
+            tmp_path,
+            log_completions=True,
+            num_iterations=num_iterations,
+            gradient_accumulation_steps=accumulation,
+            max_steps=1,
+        )
+    )
+    trainer = recorded(ActorCriticTrainer)(policy, by_length, args, prompts, processing_class=tokenizer)
+    trainer.train()
+    shown = dict(zip(trainer._logs["completion"], trainer._logs["advantages"], strict=True))
+    rows = {}
+    for batch in trainer.updates:
+        for i, (_, completion) in enumerate(rows_of(batch)):
+            text = tokenizer.decode(completion, skip_special_tokens=True)
+            rows[text] = batch["advantages"][i, : len(completion)].mean().item()
+    assert shown.keys() == rows.keys()
+    for text, advantage in shown.items():
+        assert advantage == pytest.approx(rows[text], abs=1e-5)
+    assert all(value != "" for value in trainer._logs["extra"]["decisive_token"])
+
+
+def test_lora_trains_adapters_and_head_only(policy_path, prompts, tmp_path):
+    args = PPOConfig(
+        **settings(tmp_path, kl_in_reward=0.05, num_iterations=2, max_steps=4, gradient_checkpointing=True)
+    )
+    trainer = PPOTrainer(
+        policy_path, count_good, args, prompts, peft_config=LoraConfig(r=4, target_modules="all-linear")
+    )
+    start = {n: p.detach().clone() for n, p in trainer.model.named_parameters()}
+    trainer.train()
+    for name, parameter in trainer.model.named_parameters():
+        is_trained = "lora_" in name or name.startswith("critic.")
+        assert torch.equal(start[name], parameter) != is_trained, name
