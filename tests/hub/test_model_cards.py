@@ -44,7 +44,7 @@ from trl_ext.hub import model_card
 from trl_ext.hub import record as training_record
 from trl_ext.hub.curves import Panel, draw_training_curves, lines_of, running_mean
 from trl_ext.hub.record import duration, evaluations, hardware, training_entries
-from trl_ext.models import tie_parameters
+from trl_ext import tie_parameters
 from trl_ext.preference.card import PANELS
 
 

@@ -14,7 +14,7 @@ from transformers import LlamaForSequenceClassification
 from trl import DPOConfig, RewardConfig
 
 from trl_ext import RankingDPOConfig, RankingDPOTrainer, RankingRewardConfig, RankingRewardTrainer
-from trl_ext.models import tie_parameters
+from trl_ext import tie_parameters
 
 
 CONFIGS = {"reward": RankingRewardConfig, "dpo": RankingDPOConfig}

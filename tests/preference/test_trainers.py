@@ -38,7 +38,7 @@ from trl_ext import (
     predict_pair,
     ranking_nll,
 )
-from trl_ext.models import tie_parameters
+from trl_ext import tie_parameters
 from trl_ext.preference.preparation import tokenize_for_dpo
 from trl_ext.ranking import LISTWISE_MODELS, RANKING_MODELS
 

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from trl_ext import PPOConfig, PPOTrainer, load_critic
 from trl_ext.actor_critic import trainer as actor_critic_trainer
 from trl_ext.adapters import reward_adapters
-from trl_ext.models import tie_parameters
+from trl_ext import tie_parameters
 
 
 pytestmark = pytest.mark.slow

@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from trl import ModelConfig, SFTConfig, get_peft_config, get_quantization_config
 
 from trl_ext import RankingRewardConfig, load_critic, load_rollouts, token_values
-from trl_ext.models import tie_parameters
+from trl_ext import tie_parameters
 
 
 ACCELERATE_CONFIGS = RECIPES / "accelerate_configs"

@@ -34,7 +34,7 @@ from trl_ext import (
 )
 from trl_ext.hub import uploading
 from trl_ext.hub.uploading import PublishError
-from trl_ext.models import tie_parameters
+from trl_ext import tie_parameters
 from trl_ext.training.pushing import HiddenToken, checkpoint_from_hub
 
 
