@@ -3,9 +3,8 @@
 import re
 
 import pytest
-from conftest import count_good, ranking_settings, settings
 from datasets import Dataset
-from test_readmes import ROOT
+from helpers import ROOT, count_good, ranking_settings, settings
 from trl import DPOConfig, GRPOConfig, RewardConfig
 
 from trl_ext import (

@@ -26,8 +26,7 @@ from transformers import (
 )
 from trl import BEMACallback, DPOConfig, DPOTrainer, RewardConfig, RewardTrainer
 
-from trl_ext import RankingDPOConfig, RankingDPOTrainer, RankingRewardConfig, RankingRewardTrainer
-from trl_ext import tie_parameters
+from trl_ext import RankingDPOConfig, RankingDPOTrainer, RankingRewardConfig, RankingRewardTrainer, tie_parameters
 from trl_ext.models.tie_parameters import TIE_PARAMETERS_FILE
 
 

@@ -6,11 +6,11 @@ import shutil
 import datasets.config
 import pytest
 import torch
-from conftest import PROMPTS, build_policy, build_reward_model, settings
 from datasets import Dataset, load_dataset
+from helpers import PROMPTS, build_policy, build_reward_model, settings
 from hub_server import HubServer, connect
 from peft import LoraConfig
-from test_readmes import READMES, name
+from readmes import READMES, name
 from transformers import training_args
 
 from trl_ext import PPOConfig, PPOTrainer, RankingRewardConfig, RankingRewardTrainer

@@ -1,19 +1,15 @@
 """Every README: short at the top, linked from there and back, and without links or paths that lead nowhere."""
 
 import re
-from pathlib import Path
 
 import pytest
+from helpers import ROOT
+from readmes import READMES, name
 
 
-ROOT = next(folder for folder in Path(__file__).parents if (folder / "pyproject.toml").is_file())
 TOP = ROOT / "README.md"
 LINK = re.compile(r"!?\[[^\]]*\]\(([^)\s]+)\)")
 PATH = re.compile(r"(?<![\w./-])(?:recipes|tests|trl_ext|model_cards)/[\w./-]*\w")
-# What the programs write is in folders of other names
-ROOMS = sorted(path.parent for path in (ROOT / "trl_ext").glob("*/__init__.py"))
-FOLDERS = [*ROOMS, *(ROOT / name for name in ("trl_ext", "recipes", "model_cards", "tests", "tests/benchmarks"))]
-READMES = [TOP, *(folder / "README.md" for folder in FOLDERS)]
 
 
 def without_code(text):
@@ -32,10 +28,6 @@ def links(readme):
         if "://" not in target:
             path, _, anchor = target.partition("#")
             yield (readme.parent / path).resolve() if path else readme, anchor
-
-
-def name(readme):
-    return str(readme.relative_to(ROOT))
 
 
 @pytest.mark.parametrize("readme", READMES, ids=name)

@@ -36,6 +36,7 @@ from trl_ext import (
     ReinforceConfig,
     ReinforceTrainer,
     predict_pair,
+    tie_parameters,
     token_action_values,
     token_values,
 )
@@ -44,7 +45,6 @@ from trl_ext.hub import model_card
 from trl_ext.hub import record as training_record
 from trl_ext.hub.curves import Panel, draw_training_curves, lines_of, running_mean
 from trl_ext.hub.record import duration, evaluations, hardware, training_entries
-from trl_ext import tie_parameters
 from trl_ext.preference.card import PANELS
 
 

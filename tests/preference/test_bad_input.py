@@ -13,8 +13,7 @@ from helpers import RANKINGS, build_encoder, build_policy, build_reward_model, r
 from transformers import LlamaForSequenceClassification
 from trl import DPOConfig, RewardConfig
 
-from trl_ext import RankingDPOConfig, RankingDPOTrainer, RankingRewardConfig, RankingRewardTrainer
-from trl_ext import tie_parameters
+from trl_ext import RankingDPOConfig, RankingDPOTrainer, RankingRewardConfig, RankingRewardTrainer, tie_parameters
 
 
 CONFIGS = {"reward": RankingRewardConfig, "dpo": RankingDPOConfig}

@@ -37,8 +37,8 @@ from trl_ext import (
     RankingRewardTrainer,
     predict_pair,
     ranking_nll,
+    tie_parameters,
 )
-from trl_ext import tie_parameters
 from trl_ext.preference.preparation import tokenize_for_dpo
 from trl_ext.ranking import LISTWISE_MODELS, RANKING_MODELS
 

@@ -8,10 +8,9 @@ from peft import AutoPeftModelForCausalLM, AutoPeftModelForSequenceClassificatio
 from processes.fsdp_script import CASES, RESUMED_FROM
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-from trl_ext import PPOConfig, PPOTrainer, load_critic
+from trl_ext import PPOConfig, PPOTrainer, load_critic, tie_parameters
 from trl_ext.actor_critic import trainer as actor_critic_trainer
 from trl_ext.adapters import reward_adapters
-from trl_ext import tie_parameters
 
 
 pytestmark = pytest.mark.slow

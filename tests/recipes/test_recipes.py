@@ -21,8 +21,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 from trl import ModelConfig, SFTConfig, get_peft_config, get_quantization_config
 
-from trl_ext import RankingRewardConfig, load_critic, load_rollouts, token_values
-from trl_ext import tie_parameters
+from trl_ext import RankingRewardConfig, load_critic, load_rollouts, tie_parameters, token_values
 
 
 ACCELERATE_CONFIGS = RECIPES / "accelerate_configs"

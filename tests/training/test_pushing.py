@@ -31,10 +31,10 @@ from trl_ext import (
     ReinforceConfig,
     ReinforceTrainer,
     SFTTrainer,
+    tie_parameters,
 )
 from trl_ext.hub import uploading
 from trl_ext.hub.uploading import PublishError
-from trl_ext import tie_parameters
 from trl_ext.training.pushing import HiddenToken, checkpoint_from_hub
 
 
