@@ -4,7 +4,7 @@ import re
 
 import pytest
 from helpers import ROOT
-from readmes import READMES, name
+from readmes import READMES, ROOMS, name
 
 
 TOP = ROOT / "README.md"
