@@ -60,7 +60,7 @@ from trl.trainer.utils import (
 
 
 def has_transformers_adapter(model) -> bool:
-    """Whether transformers put an adapter into the model (`model.add_adapter`), without PEFT's wrapper around it."""
+    """Returns True if transformers put an adapter into the model (`model.add_adapter`), without PEFT's wrapper."""
     return getattr(model, "_hf_peft_config_loaded", False)
 
 
@@ -90,12 +90,12 @@ def cache_argument(model) -> str | None:
 
 
 def has_states(model) -> bool:
-    """Whether some layers of a model are no attention but carry a state, which transformers calls stateful."""
+    """Returns True if some layers are no attention but carry a state; transformers calls such a model stateful."""
     return model._is_stateful
 
 
 def has_states_alone(model) -> bool:
-    """Whether all layers are such: no token attends to others, so that none needs a position."""
+    """Returns True if no layer is attention, so that no token attends to others and none needs a position."""
     return has_states(model) and "position_ids" not in inspect.signature(model.forward).parameters
 
 
