@@ -89,6 +89,11 @@ def cache_argument(model) -> str | None:
     return next((name for name in ("cache", "past_key_values", "cache_params") if name in taken), None)
 
 
+def attention_of(config) -> str:
+    """The implementation of attention that a model of this config runs."""
+    return config._attn_implementation
+
+
 def has_states(model) -> bool:
     """Returns True if some layers are no attention but carry a state; transformers calls such a model stateful."""
     return model._is_stateful
@@ -111,6 +116,7 @@ __all__ = [
     "MULTIMODAL_KEYS",
     "FusedCausalLMOutput",
     "OneGeneration",
+    "attention_of",
     "create_model_from_path",
     "cache_argument",
     "disable_gradient_checkpointing",

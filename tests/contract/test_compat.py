@@ -6,7 +6,7 @@ import warnings
 
 import pytest
 import torch
-from transformers import MambaModel, RecurrentGemmaModel, Trainer
+from transformers import AutoConfig, AutoModelForCausalLM, MambaModel, RecurrentGemmaModel, Trainer
 from trl import DPOTrainer, GRPOConfig, GRPOTrainer, RewardTrainer
 from trl.trainer import grpo_trainer, utils
 
@@ -302,3 +302,13 @@ def test_the_collator_is_not_used_before_the_trainer_is_made(trainer):
 )
 def test_signature_of_private_functions(function, expected):
     assert parameters(function) == expected, f"{function.__name__} has moved"
+
+
+def test_a_config_says_which_attention_a_model_runs():
+    model = AutoModelForCausalLM.from_config(
+        AutoConfig.for_model("llama", num_hidden_layers=0, hidden_size=4, num_attention_heads=1, vocab_size=8),
+        attn_implementation="eager",
+    )
+    assert compat.attention_of(model.config) == "eager"
+    model.set_attn_implementation("sdpa")
+    assert compat.attention_of(model.config) == "sdpa"

@@ -258,10 +258,11 @@ def test_a_model_that_scores_otherwise_after_a_shared_prefix_is_found_out(
     """As one would whose layers take no mask of blocks: here all see everything before them."""
     plain, _ = rewards_of(build_reward_model(tokenizer), tokenizer, policy_path, tmp_path, length_batches=False)
 
-    def causal(config, segments, positions, dtype):
-        return torch.ones(segments.size(1), segments.size(1), dtype=torch.bool).tril().expand(len(segments), 1, -1, -1)
+    def causal(model, input_ids, positions, segments):
+        seen = torch.ones(segments.size(1), segments.size(1), dtype=torch.bool).tril().expand(len(segments), 1, -1, -1)
+        return {"input_ids": input_ids, "attention_mask": seen, "position_ids": positions}
 
-    monkeypatch.setattr(trl_ext.packing.reward_scoring, "attention_mask", causal)
+    monkeypatch.setattr(trl_ext.packing.reward_scoring, "packed_inputs", causal)
     rewards, verdicts = rewards_of(build_reward_model(tokenizer), tokenizer, policy_path, tmp_path)
     assert verdicts == [False]
     torch.testing.assert_close(rewards, plain, atol=2e-5, rtol=1e-4)

@@ -31,8 +31,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-import trl_ext.preference.collator
-import trl_ext.preference.trainer
+import trl_ext.packing.layout
 from trl_ext import RankingDPOConfig, RankingDPOTrainer, RankingRewardConfig, RankingRewardTrainer
 from trl_ext.packing.check import PrefixCheck
 from trl_ext.packing.prefix import PADDING, attention_mask, common_prefix_length, pack, visible
@@ -254,7 +253,7 @@ def test_how_exact_a_model_must_be_is_a_matter_of_its_precision(bf16, difference
     model = torch.nn.Linear(1, 1)
     model.dtype = torch.float32
     check = PrefixCheck(args, Accelerator(cpu=True), model)
-    assert check(model, lambda: (rows, rows + torch.tensor([0.0, 0.0, 4 * difference]))) is verdict
+    assert check(lambda packed: rows + packed * torch.tensor([0.0, 0.0, 4 * difference])) is verdict
 
 
 # --- Layout ---
@@ -420,7 +419,7 @@ def test_never_is_never(tokenizer, rankings, tmp_path, monkeypatch):
     def refuse(*args):
         raise AssertionError("A mask of blocks was made.")
 
-    monkeypatch.setattr(trl_ext.preference.trainer, "attention_mask", refuse)
+    monkeypatch.setattr(trl_ext.packing.layout, "attention_mask", refuse)
     trainer = reward_trainer(build_reward_model(tokenizer), tokenizer, tmp_path, rankings, shared_prefix="never")
     trainer.train()
     assert trainer._packs is False and trainer.state.global_step == 2
@@ -447,7 +446,7 @@ def without_prefix(config, segments, positions, dtype):
 @pytest.mark.parametrize("wrong", [causal_only, without_window, without_prefix])
 def test_a_wrong_mask_is_found_out(tokenizer, rankings, tmp_path, caplog, monkeypatch, wrong, task):
     caplog.set_level(logging.INFO, logger="trl_ext")
-    monkeypatch.setattr(trl_ext.preference.trainer, "attention_mask", wrong)
+    monkeypatch.setattr(trl_ext.packing.layout, "attention_mask", wrong)
     trainer = architecture_trainer("mistral", task, tokenizer, tmp_path, rankings, "sdpa")
     trainer.train()
     (message,) = fallback_messages(caplog)
@@ -461,7 +460,7 @@ def test_wrong_positions_are_found_out(tokenizer, rankings, tmp_path, caplog, mo
         input_ids, _, segments, starts = pack(prefix, suffixes)
         return input_ids, list(range(len(input_ids))), segments, starts
 
-    monkeypatch.setattr(trl_ext.preference.collator, "pack", one_after_another)
+    monkeypatch.setattr(trl_ext.packing.layout, "pack", one_after_another)
     # Nobody sees across completions even so: the second one only lies too far from the prompt
     trainer = architecture_trainer("llama", "reward", tokenizer, tmp_path, rankings)
     trainer.train()

@@ -1,12 +1,11 @@
 """How [`ActorCriticTrainer`] leaves out what need not be computed: padding, repeated prompts, unscored positions."""
 
 import functools
-from contextlib import contextmanager
 
 import torch
 from peft import PeftModel
 
-from ..compat import MULTIMODAL_KEYS, disable_gradient_checkpointing
+from ..compat import MULTIMODAL_KEYS
 from ..packing.check import NUM_COMPARED, PrefixCheck
 from ..packing.micro_batches import Batch, by_length, sort_windows, trim
 from ..packing.scoring import CompactScoring
@@ -113,7 +112,7 @@ class CompactBatchesMixin:
                 )
             return model
         unwrapped = self.accelerator.unwrap_model(model)
-        rows = CompactScoring(model, unwrapped, completion_length, "rows")
+        ways = [CompactScoring(model, unwrapped, completion_length, way) for way in ("rows", "packed")]
         # Of a mixture of experts, the balancing loss counts prompts as often as they are run
         if kwargs.get("compute_aux_loss") and self.args.shared_prefix == "auto" and self.num_generations > 1:
             self._say_unused(
@@ -124,38 +123,29 @@ class CompactBatchesMixin:
                 "Load the model with `output_router_logits=False`, or set `shared_prefix='never'` to be told no more.",
             )
         if kwargs.get("compute_aux_loss") or self.num_generations == 1:
-            return rows
-        packed = CompactScoring(model, unwrapped, completion_length, "packed")
+            return ways[0]
         ids, mask = (x[:batch_size][:NUM_COMPARED] for x in (input_ids, attention_mask))
 
         @functools.cache  # asked for until a batch has shown it, and then no more
         def layouts():
-            return [way.layout(ids, mask) for way in (rows, packed)]
+            return [way.layout(ids, mask) for way in ways]
 
         def shows():  # where nothing is shared any mask is right
             return len(layouts()[1].inputs["input_ids"]) < len(ids)
 
-        def compare():
+        def logps(is_packed):
             labels = ids.masked_fill(mask == 0, -100)
             scored = mask[:, -completion_length:].bool()
-            with self._plain_forward():
-                return [way(ids, mask, labels, fused_lm_head=True).log_probs[scored] for way in (rows, packed)]
+            return ways[is_packed](ids, mask, labels, fused_lm_head=True).log_probs[scored]
 
-        def compare_critic():
-            with self._plain_forward():
-                return [self.critic.trunk_states(layout)[layout.mask].float() for layout in layouts()]
+        def critic_states(is_packed):
+            layout = layouts()[is_packed]
+            return self.critic.trunk_states(layout)[layout.mask]
 
-        packs = self._prefix_check(self._policy, compare, shows)
+        packs = self._prefix_check(logps, shows)
         if packs and self.critic is not None and self.critic.trunk is not None:  # which may be of another kind
-            packs = self._critic_prefix_check(self.critic, compare_critic, shows)
+            packs = self._critic_prefix_check(critic_states, shows)
         return CompactScoring(model, unwrapped, completion_length, "cheaper" if packs else "rows")
-
-    @contextmanager
-    def _plain_forward(self):
-        """As the policy's passes without gradient are made."""
-        kwargs = self.args.gradient_checkpointing_kwargs
-        with disable_gradient_checkpointing(self._policy, kwargs), self.accelerator.autocast():
-            yield
 
 
 def has_images(batch: Batch) -> bool:

@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from .prefix import real_tokens
+
 
 Batch = dict[str, Any]  # of tensors whose first dimension is the completions', scalars, lists and None
 
@@ -74,10 +76,7 @@ def by_length(prompt_ids: torch.Tensor, prompt_mask: torch.Tensor, completion_ma
     the longest, so that they can be run after a single copy of it.
     """
     lengths = (prompt_mask.sum(dim=1) + completion_mask.sum(dim=1)).tolist()
-    prompts = [
-        tuple(token for token, is_there in zip(ids, mask, strict=True) if is_there)
-        for ids, mask in zip(prompt_ids.tolist(), prompt_mask.tolist(), strict=True)
-    ]
+    prompts = [tuple(prompt) for prompt in real_tokens(prompt_ids, prompt_mask)]
     return torch.tensor(grouped_by_length(prompts, lengths), device=prompt_ids.device)
 
 

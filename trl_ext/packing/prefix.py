@@ -16,12 +16,22 @@ import torch
 from transformers import PreTrainedConfig
 from transformers.masking_utils import BlockMask, create_block_mask
 
+from ..compat import attention_of
+
 
 PADDING = -1  # segment of padding
 
 
+def real_tokens(input_ids: torch.Tensor, attention_mask: torch.Tensor) -> list[list[int]]:
+    """The tokens of each row `(B, L)` without its padding."""
+    return [
+        [token for token, is_there in zip(ids, there, strict=True) if is_there]
+        for ids, there in zip(input_ids.tolist(), attention_mask.tolist(), strict=True)
+    ]
+
+
 def common_prefix_length(sequences: list[list[int]]) -> int:
-    """How many first tokens all sequences have in common."""
+    """The number of first tokens that all sequences have in common."""
     length = 0
     for tokens in zip(*sequences, strict=False):
         if len(set(tokens)) > 1:
@@ -31,7 +41,8 @@ def common_prefix_length(sequences: list[list[int]]) -> int:
 
 
 def pack(prefix: list[int], suffixes: list[list[int]]) -> tuple[list[int], list[int], list[int], list[int]]:
-    """`(input_ids, positions, segments)` of one row, as the module describes them, and where in it each suffix starts."""
+    """Returns `(input_ids, positions, segments)` of one row, as the module describes them, and the place in the row at
+    which each suffix starts."""
     input_ids, positions, segments, starts = list(prefix), list(range(len(prefix))), [0] * len(prefix), []
     for number, suffix in enumerate(suffixes, start=1):
         starts.append(len(input_ids))
@@ -43,15 +54,15 @@ def pack(prefix: list[int], suffixes: list[list[int]]) -> tuple[list[int], list[
 
 def visible(segments: torch.Tensor, positions: torch.Tensor, window: int | None = None) -> torch.Tensor:
     """
-    What each token sees.
+    Returns the tokens that each token sees.
 
     Args:
         segments (`torch.Tensor` of shape `(B, L)`): 0 in the prefix, 1, 2, ... in the completions, `PADDING`.
         positions (`torch.Tensor` of shape `(B, L)`)
-        window (`int`, *optional*): How many last positions a token sees, itself included, if not all.
+        window (`int`, *optional*): The number of last positions that a token sees, itself included, if not all.
 
     Returns:
-        `torch.Tensor` of shape `(B, L, L)`, bool: whether token `[b, i]` sees token `[b, j]`. Padding sees padding
+        `torch.Tensor` of shape `(B, L, L)`, bool: True where token `[b, i]` sees token `[b, j]`. Padding sees padding
         only, and is seen by nothing else: a row that sees nothing would be NaN.
     """
     s_i, s_j = segments.unsqueeze(2), segments.unsqueeze(1)
@@ -60,7 +71,7 @@ def visible(segments: torch.Tensor, positions: torch.Tensor, window: int | None 
 
 
 def _sees(s_i, s_j, p_i, p_j, window: int | None) -> torch.Tensor:
-    """Whether a token of segment s_i at position p_i sees one of s_j at p_j."""
+    """Tells if a token of segment s_i at position p_i sees one of segment s_j at position p_j."""
     # Where segments are equal or j lies in the prefix, positions rise along the row
     seen = ((s_i == s_j) | ((s_j == 0) & (s_i != PADDING))) & (p_j <= p_i)
     return seen if window is None else seen & (p_i - p_j < window)
@@ -70,20 +81,19 @@ def attention_mask(
     config: PreTrainedConfig, segments: torch.Tensor, positions: torch.Tensor, dtype: torch.dtype
 ) -> torch.Tensor | BlockMask | dict[str, torch.Tensor | BlockMask]:
     """
-    [`visible`] in the form that a model of this config takes: by kind of layer where some slide over a window.
+    Returns [`visible`] in the form that a model of this config takes: by kind of layer where some slide over a window.
 
     Raises:
         ValueError: where the attention implementation, or a layer that is not attention, takes no mask.
     """
     config = config.get_text_config()
-    implementation = config._attn_implementation
+    implementation = attention_of(config)
     if implementation not in ("eager", "sdpa", "flex_attention"):
         raise ValueError(f"attention by {implementation!r} takes no mask of blocks")
     layer_types = getattr(config, "layer_types", None)  # absent where all layers are alike
     window = getattr(config, "sliding_window", None)
-    if "local" in getattr(
-        config, "attention_layers", []
-    ):  # of GPT-Neo, which makes windows of its own, by place in the row
+    # GPT-Neo makes windows of its own, by place in the row
+    if "local" in getattr(config, "attention_layers", []):
         raise ValueError("layers of type 'local' take no mask of blocks")
     kinds = set(layer_types or (["full_attention"] if window is None else ["sliding_attention"]))
     if not kinds <= {"full_attention", "sliding_attention"}:
@@ -102,7 +112,7 @@ def attention_mask(
 
 
 def _block_mask(segments: torch.Tensor, positions: torch.Tensor, window: int | None) -> BlockMask:
-    """[`visible`] as FlexAttention takes it, which skips the blocks in which nothing is seen."""
+    """Returns [`visible`] as FlexAttention takes it, which skips the blocks in which nothing is seen."""
 
     def sees(b, head, i, j):
         return _sees(segments[b, i], segments[b, j], positions[b, i], positions[b, j], window)

@@ -9,7 +9,7 @@ from transformers.data.data_collator import DataCollatorMixin
 
 from ..compat import pad
 from ..models.score_head import last_real_token
-from ..packing.prefix import PADDING, common_prefix_length, pack
+from ..packing.layout import pack_groups
 from ..ranking import wins_and_ties
 
 
@@ -56,7 +56,7 @@ class DataCollatorForRanking(DataCollatorMixin):
     - `input_ids`, `attention_mask`, `completion_mask` `(N, L)`: prompt and completion of each, and `rows` `(B, K)`,
       which of them is which (0 for padding);
     - `packed_input_ids`, `packed_positions`, `packed_segments`, `packed_completion_mask` `(B, L')`: all completions of
-      a prompt in one row, see [`shared_prefix`]; `ends` `(B, K)`, where the token lies that scores each.
+      a prompt in one row, see [`~packing.prefix`]; `ends` `(B, K)`, where the token lies that scores each.
 
     Args:
         pad_token_id (`int`): Fills rows up.
@@ -102,29 +102,34 @@ class DataCollatorForRanking(DataCollatorMixin):
         }
 
     def _packed(self, groups) -> dict[str, torch.Tensor]:
-        packed, masks, ends = [], [], []
-        for group in groups:
-            sequences = [ids for ids, _ in group]
-            # Each completion keeps the token that scores it, which transformers takes to be the last that is no
-            # padding, and the one before its first that is scored itself, which predicts it
-            scored = [last_real_token(ids, self.pad_token_id) for ids in sequences]
-            before = [max(start - 1, 0) for _, start in group if start is not None]
-            length = min(common_prefix_length(sequences), *scored, *before)
-            *row, starts = pack(sequences[0][:length], [ids[length:] for ids in sequences])
-            packed.append(row)
-            ends.append(torch.tensor([s + last - length for s, last in zip(starts, scored, strict=True)]))
-            masks.append([0] * length + sum((self._mask(ids, start)[length:] for ids, start in group), []))
-        input_ids, positions, segments = zip(*packed, strict=True)
+        flat = [sequence for group in groups for sequence in group]
+        sequences = [ids for ids, _ in flat]
+        # Each completion keeps the token that scores it, which transformers takes to be the last that is no padding,
+        # and the one before its first that is scored itself, which predicts it
+        ends = [last_real_token(ids, self.pad_token_id) for ids in sequences]
+        firsts = [
+            end if start is None else min(end, max(start - 1, 0)) for end, (_, start) in zip(ends, flat, strict=True)
+        ]
+        prompts = [number for number, group in enumerate(groups) for _ in group]
+        packed = pack_groups(sequences, firsts, prompts, self.pad_token_id, self.pad_to_multiple_of)
+        ends = (packed.origins + torch.tensor(ends)) % packed.input_ids.size(1)
+        starts = pad([torch.tensor([first_counted(start) for _, start in group]) for group in groups])
+        starts = starts.gather(1, (packed.segments - 1).clamp(min=0))  # of the completion that a token belongs to
         return {
-            "packed_input_ids": self._pad(list(input_ids), self.pad_token_id),
-            "packed_positions": self._pad(list(positions), 0),
-            "packed_segments": self._pad(list(segments), PADDING),
-            "packed_completion_mask": self._pad(masks, 0),
-            "ends": pad(ends),
+            "packed_input_ids": packed.input_ids,
+            "packed_positions": packed.positions,
+            "packed_segments": packed.segments,
+            "packed_completion_mask": ((packed.segments > 0) & (packed.positions >= starts)).long(),
+            "ends": pad(ends.split([len(group) for group in groups])),
         }
 
     @staticmethod
     def _mask(ids: list[int], start: int | None) -> list[int]:
-        """1 at the completion's tokens. Nothing predicts a first token that no prompt comes before."""
-        start = 0 if start is None else max(start, 1)
+        """1 at the completion's tokens."""
+        start = first_counted(start)
         return [0] * start + [1] * (len(ids) - start)
+
+
+def first_counted(start: int | None) -> int:
+    """The first token of a completion that counts: nothing predicts one that no prompt comes before."""
+    return 0 if start is None else max(start, 1)

@@ -14,7 +14,6 @@ from transformers.modeling_outputs import ModelOutput
 from trl.data_utils import get_dataset_column_names, is_conversational
 
 from ..adapters.reward_models import max_text_length
-from ..compat import disable_gradient_checkpointing
 from ..data.rankings import is_ranking
 from ..data.rows import first_row
 from ..models.companion import give_learning_rate, split_state_dict, walked_without_child, without_child
@@ -30,7 +29,7 @@ from ..models.tie_parameters import (
     write_to_config,
 )
 from ..packing.check import PrefixCheck
-from ..packing.prefix import attention_mask
+from ..packing.layout import packed_inputs
 from ..ranking import MAX_ENUMERATED, PAIRWISE_MODELS, judged_items, judgements_nll, ranking_nll
 from ..ranking.metrics import baseline_nll, means_of_sums, ranking_sums
 from .collator import DataCollatorForRanking
@@ -242,31 +241,17 @@ class RankingMixin:
 
     def _packed_kwargs(self, model, inputs) -> dict:
         """The forward's arguments for a packed batch."""
-        config = self.accelerator.unwrap_model(model).config
-        positions = inputs["packed_positions"]
-        mask = attention_mask(config, inputs["packed_segments"], positions, self._model.dtype)
-        return {
-            "input_ids": inputs["packed_input_ids"],
-            "attention_mask": mask,
-            "position_ids": positions,
-            "use_cache": False,
-        }
+        columns = (inputs[f"packed_{name}"] for name in ("input_ids", "positions", "segments"))
+        return packed_inputs(model, *columns) | {"use_cache": False}
 
     @property
     def _packs(self) -> bool | None:
         return self._prefix_check.verdict
 
     def _use_shared_prefix(self, model, inputs) -> bool:
-        """Whether the model gives completions the same packed as in rows of their own, as the first batch shows."""
-
-        def compare():
-            judged = judged_items(inputs["wins"], inputs["ties"])
-            with disable_gradient_checkpointing(self._model, self.args.gradient_checkpointing_kwargs):
-                rows = self._values(model, inputs, packed=False)[0].float()
-                packed = self._values(model, inputs, packed=True)[0].float()
-            return rows[judged], packed[judged]
-
-        return self._prefix_check(model, compare)
+        """Tells if the model gives completions the same packed as in rows of their own, as the first batch shows."""
+        judged = judged_items(inputs["wins"], inputs["ties"])
+        return self._prefix_check(lambda is_packed: self._values(model, inputs, is_packed)[0][judged])
 
     # --- Metrics ---
 
