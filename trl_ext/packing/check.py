@@ -1,4 +1,9 @@
-"""The one comparison of a model on packed rows with the same model on plain ones, which says if it may run packed rows."""
+"""
+The one comparison of packed rows with plain ones.
+
+Some models run packed rows wrongly: their attention takes no mask of blocks, or they make positions of their own. Before
+a model is trusted with packed rows it is run on a few sequences in both ways, once, and what it says must be the same.
+"""
 
 from collections.abc import Callable
 

@@ -21,12 +21,12 @@ PROMPT_TENSORS = ("prompt_ids", "prompt_mask")
 
 def sort_windows(batches: list[Batch], window: int, balance_tokens: bool = False) -> list[Batch]:
     """
-    Sort completions by length within every `window` micro-batches, the longest first, and [`trim`] each micro-batch.
+    Sorts completions by length within every `window` micro-batches, the longest first, and cuts each micro-batch by [`trim`].
 
     Args:
         batches (`list`): The micro-batches of a rollout, in the order that they are trained on, equally many
             completions in each.
-        window (`int`): How many of them make an optimizer step; it divides their number, or is a multiple of it.
+        window (`int`): The number of them in an optimizer step; it divides their number, or is a multiple of it.
         balance_tokens (`bool`, *optional*, defaults to `False`): Put about as many tokens into each micro-batch in
             place of as many completions.
     """
@@ -46,8 +46,9 @@ def sort_windows(batches: list[Batch], window: int, balance_tokens: bool = False
 
 def sizes_by_tokens(lengths: list[int], num_parts: int) -> list[int]:
     """
-    How many of the sequences of these lengths, in this order, each of `num_parts` parts takes, so that the largest part
-    is as small as it can be. A part's size is that of the sequences padded to its longest; none is empty.
+    Cuts sequences of these lengths, in this order, into `num_parts` parts, so that the largest part is as small as it
+    can be, and returns the number of sequences in each. A part's size is that of its sequences padded to the longest of
+    them; no part is empty.
     """
 
     def filled(budget: int) -> list[int]:
@@ -72,8 +73,8 @@ def sizes_by_tokens(lengths: list[int], num_parts: int) -> list[int]:
 
 def by_length(prompt_ids: torch.Tensor, prompt_mask: torch.Tensor, completion_mask: torch.Tensor) -> torch.Tensor:
     """
-    `(B,)`: the rows by their number of tokens, the most first; those of equal prompts stay together, in the place of
-    the longest, so that they can be run after a single copy of it.
+    Orders rows `(B,)` by their number of tokens, the most first; rows of equal prompts stay together, in the place of
+    the longest of them, so that they can be run after a single copy of the prompt.
     """
     lengths = (prompt_mask.sum(dim=1) + completion_mask.sum(dim=1)).tolist()
     prompts = [tuple(prompt) for prompt in real_tokens(prompt_ids, prompt_mask)]
@@ -81,7 +82,7 @@ def by_length(prompt_ids: torch.Tensor, prompt_mask: torch.Tensor, completion_ma
 
 
 def grouped_by_length(prompts: list[Hashable], lengths: list[int]) -> list[int]:
-    """Rows by length, the longest first, those of equal prompts in the place of the longest."""
+    """Orders rows by length, the longest first, those of equal prompts in the place of the longest of them."""
     groups = defaultdict(list)
     for row, prompt in enumerate(prompts):
         groups[prompt].append(row)
@@ -91,7 +92,7 @@ def grouped_by_length(prompts: list[Hashable], lengths: list[int]) -> list[int]:
 
 
 def join(batches: list[Batch]) -> Batch:
-    """The rows of several batches of one shape in one."""
+    """Returns one batch of the rows of several, which have one shape."""
 
     def joined(values: list) -> Any:
         if isinstance(values[0], torch.Tensor) and values[0].dim() > 0:
@@ -102,7 +103,7 @@ def join(batches: list[Batch]) -> Batch:
 
 
 def select(batch: Batch, rows: torch.Tensor) -> Batch:
-    """Some rows of a batch."""
+    """Returns some rows of a batch."""
 
     def selected(value: Any) -> Any:
         if isinstance(value, torch.Tensor) and value.dim() > 0:
@@ -113,7 +114,7 @@ def select(batch: Batch, rows: torch.Tensor) -> Batch:
 
 
 def trim(batch: Batch) -> Batch:
-    """Without the columns, before prompts and after completions, that are padding in every row."""
+    """Cuts off the columns, before prompts and after completions, that are padding in every row."""
     prompt_length = int(batch["prompt_mask"].sum(dim=1).max())
     width = batch["completion_mask"].size(1)
     # One column at least, for what takes a maximum over it

@@ -1,5 +1,5 @@
 """
-Running a prompt once for all of its completions.
+A row in which completions share their prompt, so that the model runs it once, and the mask that keeps them apart.
 
 The completions of a prompt lie in one row, after what they share:
 

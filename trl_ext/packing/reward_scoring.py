@@ -1,5 +1,7 @@
 """A reward model's scores of a rollout: without padding, and with each prompt run once."""
 
+from dataclasses import dataclass
+
 import torch
 from torch import nn
 from transformers.modeling_outputs import SequenceClassifierOutput
@@ -11,6 +13,35 @@ from .micro_batches import grouped_by_length
 from .prefix import real_tokens
 
 
+@dataclass
+class Texts:
+    """
+    Texts, some rows of which are wanted plain or packed.
+
+    Args:
+        inputs (`dict[str, torch.Tensor]`): The inputs of a model, `(B, L)`, padded on the right.
+        prompts (`list[str]`): The beginnings of the texts, B of them.
+    """
+
+    inputs: dict[str, torch.Tensor]
+    prompts: list[str]
+
+    def __post_init__(self):
+        self.tokens = real_tokens(self.inputs["input_ids"], self.inputs["attention_mask"])
+
+    def plain(self, rows: list[int]) -> dict[str, torch.Tensor]:
+        """The inputs of some rows, cut to the longest of them."""
+        longest = max(len(self.tokens[row]) for row in rows)
+        return {name: values[rows, :longest] for name, values in self.inputs.items()}
+
+    def packed(self, rows: list[int], pad_token_id: int) -> tuple[Packed, torch.Tensor]:
+        """Some rows after their prompts, and the numbers of the tokens that score them, `(len(rows),)`."""
+        tokens = [self.tokens[row] for row in rows]
+        ends = [last_real_token(ids, pad_token_id) for ids in tokens]
+        packed = pack_groups(tokens, ends, [self.prompts[row] for row in rows], pad_token_id)
+        return packed, packed.origins + torch.tensor(ends)
+
+
 class RewardScoring(nn.Module):
     """
     A reward model that scores texts of one prompt, and of similar length, together: each batch is cut to its own
@@ -18,7 +49,7 @@ class RewardScoring(nn.Module):
 
     Args:
         model (`nn.Module`): Gives `logits` `(B, 1)` of texts padded on the right.
-        batch_size (`int`): Texts scored at once.
+        batch_size (`int`): Number of texts scored at once.
         prompts (`list`): The beginnings of the texts.
         check ([`PrefixCheck`], *optional*): Tells if the model may run texts after a shared prefix. By default not.
     """
@@ -34,44 +65,40 @@ class RewardScoring(nn.Module):
         # A text without tokens is one of padding: with nothing to see, its score would hang on how long others are
         attention_mask = attention_mask.clone()
         attention_mask[:, 0] = 1
-        inputs |= {"input_ids": input_ids, "attention_mask": attention_mask}
-        texts = real_tokens(input_ids, attention_mask)
-        config = self.model.config.get_text_config()
-        ends = [last_real_token(text, config.pad_token_id) for text in texts]
-        order = grouped_by_length(self.prompts, [len(text) for text in texts])
+        texts = Texts(inputs | {"input_ids": input_ids, "attention_mask": attention_mask}, self.prompts)
+        order = grouped_by_length(self.prompts, [len(tokens) for tokens in texts.tokens])
         # As many batches in each process, which a model that is sharded over them needs
         batches = [order[start : start + self.batch_size] for start in range(0, len(order), self.batch_size)]
-
-        def longest(rows: list[int]) -> int:
-            return max(len(texts[row]) for row in rows)
-
-        def pack(rows: list[int]) -> Packed:
-            of_rows = ([values[row] for row in rows] for values in (texts, ends, self.prompts))
-            return pack_groups(*of_rows, config.pad_token_id)
-
-        def scores_in_rows(rows: list[int]) -> torch.Tensor:
-            return self.model(**{name: x[rows, : longest(rows)] for name, x in inputs.items()}).logits
-
-        def scores_packed(rows: list[int], packed: Packed) -> torch.Tensor:
-            columns = (x.to(self.model.device) for x in (packed.input_ids, packed.positions, packed.segments))
-            with scores_of_all_tokens(self.model):
-                logits = self.model(**packed_inputs(self.model, *columns), use_cache=False).logits
-            return logits.flatten(0, 1)[packed.origins + torch.tensor([ends[row] for row in rows])]
-
-        compared = batches[0][:NUM_COMPARED]
-
-        def compared_scores(is_packed: bool) -> torch.Tensor:
-            return scores_packed(compared, pack(compared)) if is_packed else scores_in_rows(compared)
-
-        def shows() -> bool:
-            return len({self.prompts[row] for row in compared}) < len(compared)
-
-        packs = self.check is not None and self.check(compared_scores, shows)
-        logits = []
-        for rows in batches:
-            packed = pack(rows) if packs else None
-            in_rows = forward_cost(len(rows), longest(rows), config.hidden_size)
-            is_less_work = packs and forward_cost(*packed.input_ids.shape, config.hidden_size) < in_rows
-            logits.append(scores_packed(rows, packed) if is_less_work else scores_in_rows(rows))
-        logits = torch.cat(logits)
+        packs = self.check is not None and self._may_pack(texts, batches[0][:NUM_COMPARED])
+        logits = torch.cat([self._scores(texts, rows, packs) for rows in batches])
         return SequenceClassifierOutput(logits=logits[torch.tensor(order, device=logits.device).argsort()])
+
+    def _may_pack(self, texts: Texts, rows: list[int]) -> bool:
+        def scores(is_packed: bool) -> torch.Tensor:
+            if is_packed:
+                return self._packed_scores(*texts.packed(rows, self._config.pad_token_id))
+            return self.model(**texts.plain(rows)).logits
+
+        return self.check(scores, lambda: len({self.prompts[row] for row in rows}) < len(rows))
+
+    def _scores(self, texts: Texts, rows: list[int], packs: bool) -> torch.Tensor:
+        """The scores `(len(rows), 1)`, packed if that is allowed and less work."""
+        plain = texts.plain(rows)
+        if packs:
+            packed, index = texts.packed(rows, self._config.pad_token_id)
+            if self._cost(packed.input_ids) < self._cost(plain["input_ids"]):
+                return self._packed_scores(packed, index)
+        return self.model(**plain).logits
+
+    def _packed_scores(self, packed: Packed, index: torch.Tensor) -> torch.Tensor:
+        columns = (column.to(self.model.device) for column in (packed.input_ids, packed.positions, packed.segments))
+        with scores_of_all_tokens(self.model):
+            logits = self.model(**packed_inputs(self.model, *columns), use_cache=False).logits
+        return logits.flatten(0, 1)[index.to(logits.device)]
+
+    def _cost(self, input_ids: torch.Tensor) -> int:
+        return forward_cost(*input_ids.shape, self._config.hidden_size)
+
+    @property
+    def _config(self):
+        return self.model.config.get_text_config()
