@@ -42,7 +42,7 @@ from trl_ext import (
     ReinforceTrainer,
 )
 from trl_ext.actor_critic.dense import rewards_of_tokens, token_ends
-from trl_ext.models.score_head import prefix_scores
+from trl_ext.models.score_head import scores_of_prefixes_and_whole
 from trl_ext.token_mdp import carry_to_own_token, shaped_rewards
 
 
@@ -350,9 +350,9 @@ def test_prefix_scores_are_those_of_the_prefixes(reward_model, tokenizer):
     """Each prefix alone, as transformers scores it."""
     prompts, completions = [[5, 6], [7, 8, 9]], [[10, 11, 12], [13]]
     reward_model.eval()
-    for row, prompt, completion in zip(
-        prefix_scores(reward_model, prompts, completions), prompts, completions, strict=True
-    ):
+    wholes = [prompt + completion for prompt, completion in zip(prompts, completions, strict=True)]
+    prefixes, _ = scores_of_prefixes_and_whole(reward_model, prompts, completions, wholes)
+    for row, prompt, completion in zip(prefixes, prompts, completions, strict=True):
         assert row.shape == (1 + len(completion),)
         for t, score in enumerate(row):
             with torch.no_grad():

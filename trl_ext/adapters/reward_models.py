@@ -19,6 +19,7 @@ from ..models.reward_inputs import (
     template_kwargs_of,
     text_tokenizer,
 )
+from ..models.score_head import padded
 from .reward_adapters import reward_model_of_its_own, tokenizer_of_adapter
 from .shared_base import is_adapter
 
@@ -266,13 +267,3 @@ def num_bytes(prompt: str | list) -> int:
         return len(prompt.encode())
     contents = [message.get("content") for message in prompt]
     return sum(len(c.encode()) for c in contents) if all(isinstance(c, str) for c in contents) else sys.maxsize
-
-
-def padded(ids: list[list[int]], pad_token_id: int) -> dict[str, torch.Tensor]:
-    """Token ids as a model's inputs `(B, L)`, padded on the right."""
-    width = max(1, *map(len, ids))
-    inputs = {
-        "input_ids": [row + [pad_token_id] * (width - len(row)) for row in ids],
-        "attention_mask": [[1] * len(row) + [0] * (width - len(row)) for row in ids],
-    }
-    return {name: torch.tensor(rows) for name, rows in inputs.items()}

@@ -1,9 +1,9 @@
 """
 Sampling that runs a prompt once for all its completions, and runs no completion that has ended.
 
-`generate` reads a prompt as often as it is completed, and steps every row until the last one ends. [`decode`] gives
-what it gives (the same tokens, if greedy; the same distribution, if not) for the options that reinforcement learning
-uses; [`why_not_decode`] says what stands against it.
+`generate` reads a prompt as often as it is completed, and steps every row until the last one ends. [`decode`] gives the
+same tokens, if greedy, or the same distribution, if not, for the options that reinforcement learning uses;
+[`why_not_decode`] gives the reason where it cannot.
 """
 
 import inspect
@@ -29,14 +29,14 @@ from ..compat import cache_argument, has_states
 from .lm_head import base_causal_lm
 
 
-# As they were on import: what somebody puts in their place on the class does something else than [`decode`]
+# As they were on import: a method that somebody puts in their place does something else than [`decode`]
 GENERATE = GenerationMixin.generate
 PREPARE_INPUTS = GenerationMixin.prepare_inputs_for_generation
 
-# What transformers takes where neither the call nor the model's own configuration says anything
+# Transformers takes these where neither the call nor the model's own configuration says anything
 DEFAULTS = {"do_sample": False, "temperature": 1.0, "top_k": 50, "top_p": 1.0, "repetition_penalty": 1.0}
 HANDLED = {*DEFAULTS, "max_new_tokens", "min_p", "eos_token_id", "pad_token_id"}
-# What changes nothing, at any value or at those given
+# These change nothing at any value, and those of NEUTRAL at the one given
 IRRELEVANT = {
     "max_length",  # where `max_new_tokens` is given
     "bos_token_id",
@@ -77,19 +77,19 @@ NEEDED = {"input_ids", "attention_mask", "position_ids", "logits_to_keep"}
 
 
 def settings_of(model: PreTrainedModel | PeftModel, generation_config: GenerationConfig) -> dict:
-    """The options of a call of `generate`: its own, then the model's."""
+    """The options of a call of `generate`: those of the model, unless the call says something else."""
     configs = (base_causal_lm(model).generation_config, generation_config)
     return {name: value for config in configs for name, value in config.to_dict().items() if value is not None}
 
 
 def why_not_decode(model: PreTrainedModel | PeftModel, settings: dict, model_inputs: dict) -> str | None:
     """
-    What keeps [`decode`] from doing what `generate` would; None where nothing does.
+    Names the reason why [`decode`] would not do the same as `generate`; None if it does.
 
     Args:
         model (`PreTrainedModel` or `PeftModel`): The policy.
         settings (`dict`): From [`settings_of`].
-        model_inputs (`dict`): What `generate` is given beside the configuration.
+        model_inputs (`dict`): The arguments of `generate` beside the configuration.
     """
     base = base_causal_lm(model)
     if isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning:
@@ -124,7 +124,7 @@ def named(names: Iterable[str]) -> str:
 
 
 def logits_processors(settings: dict) -> LogitsProcessorList:
-    """In the order of `generate`."""
+    """Makes the processors of logits that the options ask for, in the order of `generate`."""
     options = DEFAULTS | settings
     processors = LogitsProcessorList()
     if options["repetition_penalty"] != 1.0:
@@ -146,12 +146,12 @@ def decode(
     model: PreTrainedModel | PeftModel, input_ids: torch.Tensor, attention_mask: torch.Tensor, settings: dict
 ) -> torch.Tensor:
     """
-    Complete prompts.
+    Completes prompts.
 
     Args:
         model (`PreTrainedModel` or `PeftModel`): The policy.
-        input_ids, attention_mask (`torch.Tensor` of shape `(B, P)`): Of the prompts, padded on the left. Rows that
-            follow each other and are equal are read once.
+        input_ids, attention_mask (`torch.Tensor` of shape `(B, P)`): Prompts, padded on the left. Equal rows that
+            follow each other are read once.
         settings (`dict`): From [`settings_of`].
 
     Returns:
@@ -170,11 +170,11 @@ def decode(
     alive = torch.arange(len(input_ids), device=input_ids.device)  # the rows of what is returned that go on
     completions = torch.full_like(input_ids[:, :1], settings["pad_token_id"]).repeat(1, settings["max_new_tokens"])
     for t in range(settings["max_new_tokens"]):
-        scores = processors(sequences, logits.float())
+        logits = processors(sequences, logits.float())
         if do_sample:
-            tokens = torch.multinomial(scores.softmax(dim=-1), num_samples=1)
+            tokens = torch.multinomial(logits.softmax(dim=-1), num_samples=1)
         else:
-            tokens = scores.argmax(dim=-1, keepdim=True)
+            tokens = logits.argmax(dim=-1, keepdim=True)
         completions[alive, t] = tokens.squeeze(1)
         going_on = ~torch.isin(tokens.squeeze(1), ends)
         sequences = torch.cat([sequences, tokens], dim=1)
@@ -191,12 +191,12 @@ def decode(
 
 
 def next_logits(model, sequences, mask, cache: DynamicCache, num_new: int) -> torch.Tensor:
-    """`(B, V)`: those of the next token, once the last `num_new` of each row are read."""
+    """Reads the last `num_new` tokens of each row, and returns the logits `(B, V)` of the next."""
     positions = (mask.cumsum(dim=1) - 1).masked_fill(mask == 0, 0)[:, -num_new:]
     base = base_causal_lm(model)
     kwargs = {cache_argument(base): cache}
     if getattr(base.config.get_text_config(), "output_router_logits", False):  # absent where there are no experts
-        kwargs["output_router_logits"] = False  # whose balance is weighed by the mask of all tokens, not the new ones'
+        kwargs["output_router_logits"] = False  # their balance is weighed by the mask of all tokens, not the new ones'
     outputs = model(
         input_ids=sequences[:, -num_new:],
         attention_mask=mask,

@@ -18,7 +18,7 @@ NAMES = re.compile(r"dropout|pdrop|layerdrop|drop_prob|drop_path|drop_rate")
 
 
 def stop_dropout(model: nn.Module) -> None:
-    """Sets every probability of dropout in a model to 0. What its config says, and is saved with it, stays."""
+    """Sets every probability of dropout in a model to 0. Its config, which is saved with it, stays as it is."""
     for _, holder, key in _probabilities(model):
         holder[key] = 0.0
     for module in model.modules():
@@ -27,7 +27,7 @@ def stop_dropout(model: nn.Module) -> None:
 
 
 def active_dropout(model: nn.Module) -> dict[str, float]:
-    """Probabilities of dropout in a model that are not 0, by where they are."""
+    """Probabilities of dropout in a model that are not 0, by the place where they are kept."""
     in_config = (
         (f"{name}.config.{key}", module.config.to_dict(), key)
         for name, module in model.named_modules()
@@ -41,7 +41,7 @@ def _is_probability(value: Any) -> bool:
 
 
 def _probabilities(model: nn.Module) -> Iterator[tuple[str, dict, str]]:
-    """The name of each that is not 0, with the dict and the key that hold it."""
+    """Yields the name of each probability that is not 0, with the dict and the key that hold it."""
     for name, module in model.named_modules():
         is_dropout = "Dropout" in type(module).__name__
         for key, value in vars(module).items():
@@ -54,7 +54,7 @@ def _probabilities(model: nn.Module) -> Iterator[tuple[str, dict, str]]:
 
 
 def _reads_config(module: nn.Module) -> list[str]:
-    """Names of the probabilities, not 0, that a layer's forward reads off its config (Falcon's, Persimmon's)."""
+    """Names of the probabilities, not 0, that a layer's forward reads off its config, as Falcon's and Persimmon's do."""
     if isinstance(module, PreTrainedModel) or "config" not in vars(module):
         return []
     forward = inspect.unwrap(type(module).forward)
@@ -63,7 +63,7 @@ def _reads_config(module: nn.Module) -> list[str]:
 
 
 class ConfigWithoutDropout:
-    """A config as a layer sees it, in which every probability of dropout is 0; all else is read from and written to it."""
+    """The config that a layer sees: every probability of dropout is 0, all else is read from the real one and written to it."""
 
     def __init__(self, config):
         vars(self)["config"] = config

@@ -1,4 +1,4 @@
-"""What a policy's LM head says of hidden states, without logits of all tokens in memory at once."""
+"""Logits, and means over the next token, from hidden states of a policy, a chunk of states at a time."""
 
 import torch
 from peft import PeftModel
@@ -11,20 +11,20 @@ CHUNK_SIZE = 256
 
 
 def base_causal_lm(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
-    """The causal language model itself, out of its PEFT wrapper if it has one."""
+    """The language model, or the classifier on one, out of its PEFT wrapper if it has one."""
     return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
 def logits_of(model: PreTrainedModel, hidden_states: torch.Tensor) -> torch.Tensor:
     """
-    `(N, V)`, float32, of the trunk's last hidden states `(N, H)`.
+    Returns the logits `(N, V)`, float32, of the trunk's last hidden states `(N, H)`.
 
     The model's own forward makes them, with the trunk answered: families scale, cap and cut their logits under ever new
-    names. It is the class's forward, since one that was put on the instance (by TRL, by accelerate) stays bound to the
+    names. The forward is that of the class, since one that was put on the instance (by TRL, by accelerate) stays bound to the
     model it was put on when the model is copied.
     """
     trunk = getattr(model, "base_model", model)
-    if trunk is model:  # there is nothing to answer for: what has no trunk of its own has a plain head
+    if trunk is model:  # a model without a trunk of its own has a plain head
         return model.get_output_embeddings()(hidden_states).float()
     name = model.base_model_prefix
     model._modules[name] = AnsweredTrunk(trunk, hidden_states.unsqueeze(0))
@@ -36,7 +36,9 @@ def logits_of(model: PreTrainedModel, hidden_states: torch.Tensor) -> torch.Tens
 
 
 class AnsweredTrunk:
-    """Stands for a trunk that has run, and whose hooks have: its output is known, its attributes are the trunk's."""
+    """
+    Stands for a trunk that has run, as have its hooks: the output is known, and attributes are those of the trunk.
+    """
 
     def __init__(self, trunk: torch.nn.Module, hidden_states: torch.Tensor):
         self.trunk, self.hidden_states = trunk, hidden_states
@@ -51,7 +53,7 @@ class AnsweredTrunk:
 
 
 class TrunkOutput(tuple):
-    """A trunk's last hidden state, and None for what else outputs of trunks hold."""
+    """A trunk's last hidden state, and None for everything else that outputs of trunks hold."""
 
     def __new__(cls, hidden_states: torch.Tensor):
         return super().__new__(cls, (hidden_states,))
@@ -68,13 +70,13 @@ def mean_over_actions(
     model: PreTrainedModel, hidden_states: torch.Tensor, table: torch.Tensor, temperature: float | torch.Tensor = 1.0
 ) -> torch.Tensor:
     r"""
-    sum_a pi(a|s) table_a, some states at a time; the backward pass computes their logits again.
+    Computes sum_a pi(a|s) table_a, some states at a time; the backward pass computes their logits again.
 
     Args:
         model (`PreTrainedModel`): The policy.
-        hidden_states (`torch.Tensor` of shape `(N, H)`): Its trunk's, of the states s.
+        hidden_states (`torch.Tensor` of shape `(N, H)`): Those of its trunk in the states s.
         table (`torch.Tensor` of shape `(V, R)`): One row for each action.
-        temperature (`float`, *optional*, defaults to `1.0`): Of pi.
+        temperature (`float`, *optional*, defaults to `1.0`): The temperature of pi.
 
     Returns:
         `torch.Tensor` of shape `(N, R)`, float32.

@@ -1,19 +1,19 @@
-"""How a model's weights are quantized, if they are."""
+"""The quantization of a model's weights, as transformers and PEFT tell it."""
 
 from torch import nn
 
 
-# Flags by which PEFT tells how the base is quantized
+# Attributes by which PEFT tells the quantization of a base
 QUANTIZATION_FLAGS = ("is_loaded_in_4bit", "is_loaded_in_8bit")
 
 
 def is_quantized(model: nn.Module) -> bool:
-    """Whether the weights are in few bits, which neither train nor merge. Only transformers' models say that they are."""
+    """True if the weights are in few bits, which neither train nor merge. Other models than transformers' never say so."""
     return bool(getattr(model, "is_quantized", False))
 
 
 def quantization_of(model: nn.Module) -> str | None:
-    """How a model's weights, or those of its base, are quantized, in words."""
+    """Names the quantization of a model's weights, or of its base's; None if there is none."""
     quantization = getattr(model.config, "quantization_config", None)  # absent from other models
     if quantization is None:
         return None
@@ -25,7 +25,7 @@ def quantization_of(model: nn.Module) -> str | None:
 
 
 def copy_quantization_flags(source: nn.Module, target: nn.Module) -> None:
-    """Tell PEFT that the layers of `target`, which are those of `source`, are quantized, if they are."""
+    """Tells PEFT that the layers of `target`, which are those of `source`, are quantized, if they are."""
     for flag in QUANTIZATION_FLAGS:
         if getattr(source, flag, False):
             setattr(target, flag, True)

@@ -1,8 +1,8 @@
 """
 The reference of a policy that was given as a model and trains in full.
 
-TRL loads it from where the policy came from. What became of the policy in memory since then, a resized vocabulary or
-an earlier training, is not on disk; with it the reference is the policy as it was given, as it is with adapters.
+TRL loads the reference from where the policy came from. Changes of the policy in memory since then, a resized vocabulary
+or an earlier training, are not on disk; they are copied here, so that the reference is the policy as it was given.
 """
 
 from accelerate.utils import extract_model_from_parallel
@@ -18,7 +18,7 @@ def take_up_start(reference: nn.Module | None, policy, is_sharded: bool) -> None
 
     Args:
         reference (`torch.nn.Module`, *optional*): As the parent loaded it, wherever it was wrapped. None for none.
-        policy: As the user gave it: a name has no weights but those that were loaded, nor has a quantized model.
+        policy: As the user gave it. From a name, or for a quantized model, nothing is copied.
         is_sharded (`bool`): True where FSDP or DeepSpeed holds the reference, whose weights then stay as they are.
 
     Raises:

@@ -1,7 +1,7 @@
 r"""
 The text that a reward model reads of a prompt and its completion, as token ids: the same in training, judging,
-reinforcement learning and prefix rewards. How a model was trained is a note in its config (`reward_input`), or in
-`tie_parameters.json` of an adapter:
+reinforcement learning and prefix rewards. A note in the model's config (`reward_input`), or in `tie_parameters.json` of
+an adapter, says how it was trained:
 
     {"kind": "text", "ending": "<eos>", "special_tokens": ["<bos>"], "pad_token": "<pad>"}
 
@@ -15,7 +15,7 @@ A model without a note, or trained on token ids, is asked as TRL's `GRPOTrainer`
 tokens or an ending, and conversations by the chat template.
 
 A completion that was cut at the length limit is read like one that ended: rankings hold such completions too, and
-training ends them all alike. What being cut costs is for the trainer's `truncation` to say.
+training ends them all alike. The trainer's `truncation` says what being cut costs.
 """
 
 import json
@@ -36,13 +36,13 @@ KINDS = {"text": "plain texts", "chat": "conversations", "tokens": "token ids"}
 @dataclass(frozen=True)
 class RewardInput:
     """
-    A note of how a reward model was trained.
+    A note that says how a reward model was trained.
 
     Args:
         kind (`str`): `"text"`, `"chat"` or `"tokens"`.
         pad_token (`str`): The score is that of the last token which is not this one.
-        ending (`str`, *optional*, defaults to `""`): Put after each text that does not end so.
-        special_tokens (`list[str]`, *optional*): Of an empty text; none where texts are bare.
+        ending (`str`, *optional*, defaults to `""`): Put after each text that does not end with it.
+        special_tokens (`list[str]`, *optional*): The tokens of an empty text; none where texts are bare.
     """
 
     kind: str
@@ -61,7 +61,7 @@ def text_tokenizer(processing_class: PreTrainedTokenizerBase | ProcessorMixin) -
 
 
 def special_tokens_of(tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """What the tokenizer puts around a text."""
+    """The tokens that the tokenizer puts around a text."""
     ids, bare = (tokenizer("", add_special_tokens=adds)["input_ids"] for adds in (True, False))
     return [] if ids == bare else tokenizer.convert_ids_to_tokens(ids)
 
@@ -78,12 +78,12 @@ def reward_input_ids(
     prompt: str | list, completion: str | list, processing_class, how: RewardInput | None, **template_kwargs
 ) -> list[int]:
     """
-    Prompt and completion as a reward model reads them.
+    Tokenizes prompt and completion as a reward model reads them.
 
     Args:
         prompt, completion (`str` or `list`): Texts, or lists of messages.
         processing_class: The reward model's tokenizer, or a processor that has it.
-        how ([`RewardInput`], *optional*): How it was trained. By default as TRL's `GRPOTrainer` asks.
+        how ([`RewardInput`], *optional*): The note of its training. By default it is asked as TRL's `GRPOTrainer` does.
         template_kwargs: Given to the chat template.
     """
     if not isinstance(prompt, str):
@@ -96,7 +96,7 @@ def reward_input_ids(
 
 
 def template_kwargs_of(row: dict) -> dict:
-    """What a row of a dataset tells the chat template."""
+    """The arguments of the chat template in a row of a dataset."""
     tools = row.get("tools")
     return {"tools": json.loads(tools) if isinstance(tools, str) else tools, **(row.get("chat_template_kwargs") or {})}
 
@@ -105,16 +105,16 @@ def template_kwargs_of(row: dict) -> dict:
 
 
 def write_reward_input(config, how: RewardInput | dict | None) -> None:
-    """Say in a model's config how it was trained."""
+    """Writes into a model's config how it was trained."""
     setattr(config, REWARD_INPUT, asdict(how) if isinstance(how, RewardInput) else how)
 
 
 def read_reward_input(config) -> RewardInput | None:
     """
-    The note in a model's config; None where there is none.
+    Reads the note in a model's config; None where there is none.
 
     Raises:
-        ValueError: for what is no such note: people may write it, too.
+        ValueError: for a malformed note: people may write one, too.
     """
     note = getattr(config, REWARD_INPUT, None)  # absent from models trained elsewhere
     if note is None:
@@ -135,13 +135,13 @@ def read_reward_input(config) -> RewardInput | None:
 
 def check_reward_input(how: RewardInput | None, is_chat: bool, processing_class, name: str) -> None:
     """
-    Refuse to ask a reward model about what it was not trained on, and warn where nobody knows.
+    Refuses to ask a reward model about texts that it was not trained on, and warns where nobody knows.
 
     Args:
-        how ([`RewardInput`], *optional*): How it was trained.
-        is_chat (`bool`): Whether it shall score conversations, not texts.
+        how ([`RewardInput`], *optional*): The note of its training.
+        is_chat (`bool`): True if it shall score conversations, not texts.
         processing_class: Its tokenizer.
-        name (`str`): What messages call it.
+        name (`str`): Its name in messages.
 
     Raises:
         ValueError: for conversations if it was trained on texts or the other way round, and for a tokenizer that puts
@@ -170,7 +170,7 @@ def check_reward_input(how: RewardInput | None, is_chat: bool, processing_class,
 def warn_of_unknown_texts(how: RewardInput | None, tokenizer: PreTrainedTokenizerBase, name: str) -> None:
     note = RewardInput("text", tokenizer.pad_token, tokenizer.eos_token or "", special_tokens_of(tokenizer))
     if not note.ending and not note.special_tokens:
-        return  # it can be read in one way only
+        return  # the text can be read in one way only
     reason = "does not say how it was trained" if how is None else "was trained on token ids"
     logger.warning_once(
         f"The reward model {name} {reason}, and is asked about texts as TRL's GRPOTrainer does: without an "
