@@ -40,6 +40,8 @@ def shelf(tokenizer, tmp_path_factory):
         patch.setattr(datasets.config, "HF_DATASETS_CACHE", str(folder / "cache"))
         longer = {"max_position_embeddings": 640}  # as completions are of up to 512 tokens by default
         models = {path: build_policy(tokenizer, **longer) for path in POLICIES}
+        for model in models.values():  # half of the words end a completion, so that all are short
+            model.generation_config.eos_token_id = [tokenizer.eos_token_id, *range(5, 15)]
         models["trl-lib/Qwen2-0.5B-Reward"] = build_reward_model(tokenizer, **longer)
         for path, model in models.items():
             model.save_pretrained(path)
