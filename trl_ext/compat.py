@@ -39,10 +39,15 @@ of adapters: `add_adapter("ref", ...)` of the one called `default`, and `lm_head
 """
 
 import inspect
+import logging
 import warnings
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 
 from torch import nn
+from transformers import TrainerCallback
 from transformers.utils import is_bitsandbytes_available
+from trl import BEMACallback, SyncRefModelCallback
 from trl.data_utils import _tokenize as tokenize
 from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.utils import (
@@ -131,12 +136,15 @@ __all__ = [
     "is_async_callable",
     "keep_4bit_unpacked",
     "pad",
+    "parallel_walks_within",
     "paying_environments",
+    "requires_grad_kept",
     "stop_repacking",
     "strip_images_from_messages",
     "take_newer_names",
     "tokenize",
     "use_adapter",
+    "without_loading_warnings",
 ]
 
 
@@ -208,3 +216,64 @@ def keep_4bit_unpacked(model: nn.Module) -> None:
             "scales to bfloat16, so its weights are now up to 0.4% off. `import trl_ext` before you load the model, "
             "and they stay as they were."
         )
+
+
+# --- Swaps: state of TRL's that is another for a while ---
+
+# TRL's callbacks that walk the model's parameters in parallel with those of another, plain model, and when they do
+PARALLEL_WALKS = {BEMACallback: "on_train_begin", SyncRefModelCallback: "on_step_end"}
+
+
+@contextmanager
+def parallel_walks_within(
+    callbacks: list[TrainerCallback], context: Callable[[nn.Module], AbstractContextManager]
+) -> Iterator[None]:
+    """
+    Has the callbacks of `sync_ref_model` and of averaging, the trainer's own and a user's, walk the model's parameters
+    within `context(model)`, which leaves those that the reference and the average have.
+    """
+
+    def within(event: Callable) -> Callable:
+        def call(args, state, control, model=None, **kwargs):
+            with context(model):
+                return event(args, state, control, model=model, **kwargs)
+
+        return call
+
+    walking = [(c, event) for c in callbacks for kind, event in PARALLEL_WALKS.items() if isinstance(c, kind)]
+    for callback, event in walking:
+        setattr(callback, event, within(getattr(callback, event)))
+    try:
+        yield
+    finally:
+        for callback, event in walking:
+            delattr(callback, event)
+
+
+@contextmanager
+def without_loading_warnings(trl_class: type) -> Iterator[None]:
+    """Keeps TRL from saying that it ignores `model_init_kwargs`, which the model was loaded with."""
+
+    def is_other(record: logging.LogRecord) -> bool:
+        return "your model is already instantiated" not in record.getMessage()
+
+    logger = logging.getLogger(trl_class.__module__)
+    logger.addFilter(is_other)
+    try:
+        yield
+    finally:
+        logger.removeFilter(is_other)
+
+
+@contextmanager
+def requires_grad_kept(model: nn.Module) -> Iterator[None]:
+    """
+    Has the weights train afterwards that did before. PEFT's ways to add an adapter, and to switch to another and back,
+    leave all of the active one's to train, those that were frozen with them, or none.
+    """
+    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        yield
+    finally:
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)

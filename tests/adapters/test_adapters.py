@@ -49,7 +49,6 @@ from trl_ext import (
 )
 from trl_ext.adapters.merging import merged
 from trl_ext.adapters.reward_adapters import reward_model_of_its_own, reward_model_on_base
-from trl_ext.critic.files import save_critic
 from trl_ext.critic.start import shared_critic
 
 
@@ -484,7 +483,7 @@ def test_nothing_is_repacked_once_the_package_is_imported(processor_with_avx512b
 def test_a_critics_policy_is_not_repacked(processor_with_avx512bf16, repacked, policy_path, tmp_path):
     """Even if it was loaded before the package was imported."""
     policy = AutoModelForCausalLM.from_pretrained(policy_path, quantization_config=quantization_config("4bit")).eval()
-    save_critic(shared_critic(policy), str(tmp_path))
+    shared_critic(policy).save(tmp_path)
     values = token_values(policy, load_critic(policy, str(tmp_path)), IDS, torch.ones_like(IDS))
     assert torch.equal(values, torch.zeros(IDS.shape)) and not repacked
 

@@ -42,7 +42,6 @@ from trl.trainer.utils import use_adapter
 from trl_ext import A2CConfig, A2CTrainer, PPOConfig, PPOTrainer, RankingRewardConfig, RankingRewardTrainer
 from trl_ext.adapters.shared_base import frozen_base
 from trl_ext.critic.critic import Critic
-from trl_ext.critic.files import restore_critic, save_critic
 from trl_ext.critic.reading import token_values
 from trl_ext.critic.start import critic_as_adapter, load_critic
 from trl_ext.packing.layout import last_states
@@ -270,17 +269,17 @@ def test_a_critics_adapter_costs_its_own_weights_only(policy_path, prompts, tmp_
 
 def test_a_critics_adapter_is_restored_to_the_bit(tokenizer, tmp_path):
     policy, critic = policy_with_critic(tokenizer)
-    save_critic(critic, str(tmp_path))
+    critic.save(tmp_path)
     other = critic_as_adapter(policy)
-    restore_critic(other, str(tmp_path))
+    other.restore(tmp_path)
     mask = torch.ones_like(IDS)
     assert torch.equal(token_values(policy, other, IDS, mask), token_values(policy, critic, IDS, mask))
     larger = critic_as_adapter(get_peft_model(build_policy(tokenizer), lora(r=8)))
     with pytest.raises(ValueError, match="does not fit the critic's.*Use the same rank"):
-        restore_critic(larger, str(tmp_path))
-    save_critic(Critic(16, trunk=build_policy(tokenizer).model), str(tmp_path))  # of another kind, in the same folder
+        larger.restore(tmp_path)
+    Critic(16, trunk=build_policy(tokenizer).model).save(tmp_path)  # of another kind, in the same folder
     with pytest.raises(FileNotFoundError, match="critic of kind 'adapter'"):
-        restore_critic(other, str(tmp_path))
+        other.restore(tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -129,7 +129,7 @@ def test_no_cycles():
         ("critic.critic", "from ..hub.record import duration"),
         ("critic.critic", "import trl_ext.training.pushing"),
         ("critic.critic", "from trl_ext import PPOTrainer"),
-        ("hub.uploading", "from ..training.card import ModelCardMixin"),
+        ("hub.uploading", "from ..training.base import TrainerBase"),
         ("preference.reward", "from ..actor_critic.checks import check_rewards"),
         ("actor_critic.config", "from ..algorithms.ppo import PPOConfig"),
         ("algorithms.a2c", "from .ppo import PPOConfig"),

@@ -7,10 +7,11 @@ from peft import PeftModel
 from trl import GRPOConfig
 from trl.data_utils import is_conversational
 
+from ..critic.critic import Critic
 from ..critic.heads import ActionValueHead
 from ..hub.curves import Panel
 from ..hub.model_card import CardContent, shown
-from ..training.card import ModelCardMixin
+from .config import ActorCriticConfig
 
 
 TRAINING_ARGUMENTS = [
@@ -69,76 +70,71 @@ PANELS = [
 NUM_EXAMPLES, EXAMPLE_LENGTH = 3, 600  # completions, and characters of each
 
 
-class PolicyCardMixin(ModelCardMixin):
-    """The card says what the policy was trained to raise, how, and how its critic is used."""
+def policy_card(trainer) -> CardContent:
+    """Returns what a card says of the rewards that a policy was trained to raise, how, and how its critic is used."""
+    rewards = list(zip(trainer.reward_func_names, trainer.reward_weights.tolist(), strict=True))
+    names = {f"rewards/{name}/mean": name for name in trainer.reward_func_names}
+    results = {"reward": ("mean_reward", "mean reward")}
+    if len(names) > 1:
+        results |= {metric: ("mean_reward", f"mean reward of {name} alone") for metric, name in names.items()}
+    args, policy, critic = trainer.args, trainer._policy, trainer.critic
+    details = {
+        "method": trainer._method,
+        "is_chat": is_chat(trainer.train_dataset),
+        "rewards": [(name, f"{weight:g}") for name, weight in rewards if weight != 0],
+        "watched": [name for name, weight in rewards if weight == 0],
+        "critic": None if critic is None else args.critic,
+        "has_readable_values": critic is not None and has_readable_values(policy, critic),
+        "has_action_values": critic is not None and isinstance(critic.value_head, ActionValueHead),
+        "max_completion_length": trainer.max_completion_length,
+        "examples": examples(trainer._logs) if trainer.log_completions else [],  # the card may be public
+    }
+    return CardContent(
+        model=policy,
+        rows="prompts",
+        metrics=["reward", *names, *METRICS],
+        results=results,
+        panels=PANELS,
+        hyper_parameters=hyper_parameters(args, critic is not None),
+        papers=[trainer._paper],
+        details=details,
+    )
 
-    _template_file = "policy.md"
-    _pipeline_tag = "text-generation"
-    _method: str  # what the algorithm does, in a sentence or two
 
-    def _card_content(self):
-        rewards = list(zip(self.reward_func_names, self.reward_weights.tolist(), strict=True))
-        names = {f"rewards/{name}/mean": name for name in self.reward_func_names}
-        results = {"reward": ("mean_reward", "mean reward")}
-        if len(names) > 1:
-            results |= {metric: ("mean_reward", f"mean reward of {name} alone") for metric, name in names.items()}
-        details = {
-            "method": self._method,
-            "is_chat": is_chat(self.train_dataset),
-            "rewards": [(name, f"{weight:g}") for name, weight in rewards if weight != 0],
-            "watched": [name for name, weight in rewards if weight == 0],
-            "critic": None if self.critic is None else self.args.critic,
-            "has_readable_values": self.critic is not None and self._has_readable_values,
-            "has_action_values": self.critic is not None and isinstance(self.critic.value_head, ActionValueHead),
-            "max_completion_length": self.max_completion_length,
-            "examples": self._examples(),
-        }
-        return CardContent(
-            model=self._policy,
-            rows="prompts",
-            metrics=["reward", *names, *METRICS],
-            results=results,
-            panels=PANELS,
-            hyper_parameters=self._hyper_parameters(),
-            papers=[self._paper],
-            details=details,
-        )
+def has_readable_values(policy, critic: Critic) -> bool:
+    """True if [`token_values`] can read the critic: no trunk shows it the virtual tokens of a tuned prompt."""
+    is_prompt = isinstance(policy, PeftModel) and policy.active_peft_config.is_prompt_learning
+    return not (is_prompt and critic.reads_policy)
 
-    @property
-    def _has_readable_values(self) -> bool:
-        """Whether [`token_values`] can read the critic: no trunk shows it the virtual tokens of a tuned prompt."""
-        is_prompt = isinstance(self._policy, PeftModel) and self._policy.active_peft_config.is_prompt_learning
-        return not (is_prompt and self.critic.reads_policy)
 
-    def _hyper_parameters(self) -> dict[str, str]:
-        """What this package's configuration adds to TRL's, and the training arguments people ask for first."""
-        known = {*GRPOConfig.__dataclass_fields__, *WITHOUT_EFFECT}
-        added = ["num_generations", *(name for name in self.args.__dataclass_fields__ if name not in known)]
-        if self.critic is None:
-            added = [name for name in added if "critic" not in name and name not in ("vf_coef", "cliprange_value")]
-        return shown(self.args, [*TRAINING_ARGUMENTS, *added])
+def hyper_parameters(args: ActorCriticConfig, has_critic: bool) -> dict[str, str]:
+    """Returns those of this package that are not TRL's, and the training arguments people ask for first."""
+    known = {*GRPOConfig.__dataclass_fields__, *WITHOUT_EFFECT}
+    added = ["num_generations", *(name for name in args.__dataclass_fields__ if name not in known)]
+    if not has_critic:
+        added = [name for name in added if "critic" not in name and name not in ("vf_coef", "cliprange_value")]
+    return shown(args, [*TRAINING_ARGUMENTS, *added])
 
-    def _examples(self) -> list[str]:
-        """The last logged completions; none unless `log_completions` is on, as the card may be public."""
-        if not self.log_completions:
-            return []
-        rewards = {name: list(values) for name, values in self._logs["rewards"].items()}
-        logged = list(zip(self._logs["prompt"], self._logs["completion"], strict=True))
-        examples = []
-        for index in range(max(0, len(logged) - NUM_EXAMPLES), len(logged)):
-            prompt, completion = (fenced(shortened(as_text(part))) for part in logged[index])
-            scores = ", ".join(f"`{name}` {values[index]:.3g}" for name, values in rewards.items())
-            examples.append(f"Prompt:\n\n{prompt}\n\nCompletion, {scores}:\n\n{completion}")
-        return examples
+
+def examples(logs: dict) -> list[str]:
+    """Returns the last logged completions with their prompts and rewards."""
+    rewards = {name: list(values) for name, values in logs["rewards"].items()}
+    logged = list(zip(logs["prompt"], logs["completion"], strict=True))
+    found = []
+    for index in range(max(0, len(logged) - NUM_EXAMPLES), len(logged)):
+        prompt, completion = (fenced(shortened(as_text(part))) for part in logged[index])
+        earned = ", ".join(f"`{name}` {values[index]:.3g}" for name, values in rewards.items())
+        found.append(f"Prompt:\n\n{prompt}\n\nCompletion, {earned}:\n\n{completion}")
+    return found
 
 
 def is_chat(dataset) -> bool:
-    """Whether its prompts are conversations, as far as it can be known without drawing from a stream."""
+    """True if the dataset's prompts are conversations, as far as it can be known without drawing from a stream."""
     return isinstance(dataset, Dataset) and "prompt" in dataset.column_names and is_conversational(dataset[0])
 
 
 def as_text(text_or_messages: str | list[dict]) -> str:
-    """A conversation as a line for each message; of one with images, its texts."""
+    """Returns a conversation as a line for each message; of one with images, its texts."""
     if isinstance(text_or_messages, str):
         return text_or_messages
     return "\n".join(f"{message['role']}: {_text_of(message.get('content'))}" for message in text_or_messages)
@@ -151,11 +147,12 @@ def _text_of(content: str | list[dict] | None) -> str:
 
 
 def shortened(text: str) -> str:
+    """Returns the beginning of a long text."""
     return text if len(text) <= EXAMPLE_LENGTH else text[:EXAMPLE_LENGTH] + " ..."
 
 
 def fenced(text: str) -> str:
-    """As a block of its own in Markdown, whatever is in it."""
+    """Returns a text as a block of its own in Markdown, whatever is in the text."""
     longest = max((len(run) for run in re.findall("`+", text)), default=0)
     fence = "`" * max(3, longest + 1)
     return f"{fence}text\n{text}\n{fence}"

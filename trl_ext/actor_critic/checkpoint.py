@@ -1,17 +1,12 @@
-"""How [`ActorCriticTrainer`] saves and resumes: the critic, the KL controller, and an unfinished rollout."""
+"""How [`ActorCriticTrainer`] saves and resumes the KL controller and an unfinished rollout."""
 
 import math
 import os
-from contextlib import nullcontext
 from dataclasses import asdict
 
 import torch
 from accelerate.utils import send_to_device
 from transformers import TrainerCallback
-
-from ..critic.critic import CRITIC_NAME
-from ..critic.files import VALUE_HEAD_FILE, restore_critic, save_critic
-from ..models.companion import split_state_dict, walked_without_child, without_child
 
 
 KL_CONTROLLER_FILE = "kl_controller.pt"
@@ -42,54 +37,15 @@ class StartOfTraining(TrainerCallback):
 
 class CheckpointingMixin:
     """
-    Writes the critic beside the policy wherever the parent saves the policy, and reads it where it reads it. A
-    checkpoint also holds the KL controller and, when it falls between two updates on one rollout, that rollout, so
+    A checkpoint also holds the KL controller and, when it falls between two updates on one rollout, that rollout, so
     that a resumed run goes on exactly as if it had not stopped.
     """
 
     _train_sampler = None  # streams have none
-    _saved_with_model = (VALUE_HEAD_FILE, CRITIC_NAME)
 
     def _get_train_sampler(self, dataset=None):
         self._train_sampler = super()._get_train_sampler(dataset)
         return self._train_sampler
-
-    def train(self, *args, **kwargs):
-        if self.critic is None:
-            return super().train(*args, **kwargs)
-        with walked_without_child(self.callback_handler.callbacks, self.accelerator, CRITIC_NAME):
-            return super().train(*args, **kwargs)
-
-    def _without_critic(self):
-        """The plain policy within the context, for the parent to save or load."""
-        return nullcontext() if self.critic is None else without_child(self._policy, CRITIC_NAME)
-
-    def _save(self, output_dir=None, state_dict=None):
-        policy_state, critic_state = state_dict, None
-        if state_dict is not None:  # gathered by FSDP or DeepSpeed, policy and critic in one
-            policy_state, critic_state = split_state_dict(state_dict, CRITIC_NAME)
-        with self._without_critic():
-            super()._save(output_dir, policy_state)
-        if self.critic is not None and self.args.should_save:
-            save_critic(self.critic, output_dir or self.args.output_dir, critic_state)
-
-    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
-        if self.is_fsdp_enabled:  # one sharded state for policy and critic
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
-            return
-        with self._without_critic():
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
-        if self.critic is not None:
-            restore_critic(self.critic, resume_from_checkpoint)
-
-    def _load_best_model(self):
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-            super()._load_best_model()
-            return
-        with self._without_critic():
-            super()._load_best_model()
-        if self.critic is not None:
-            restore_critic(self.critic, self.state.best_model_checkpoint)
 
     @property
     def _rollout_layout(self) -> list[int]:

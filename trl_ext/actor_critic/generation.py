@@ -75,7 +75,7 @@ class PolicyGenerationMixin:
     def _generate(self, prompts):
         self._turn_totals = [[] for _ in prompts]
         # The generation engine is sent the policy's weights: those of the critic would be unknown to it
-        with self._without_critic(), self._merged_adapter():
+        with self._without_companion(), self._merged_adapter():
             outputs = super()._generate(prompts)
         _, completion_ids, tool_mask, completions, *_ = outputs
         self._ask_environments()

@@ -33,19 +33,17 @@ from .. import token_mdp
 from ..adapters.reward_adapters import RewardAdapterMixin, split_reward_adapters
 from ..adapters.reward_models import with_loaded_reward_models
 from ..compat import enable_checkpointing, get_config_model_id, paying_environments
-from ..critic.critic import CRITIC_NAME, Critic, attach_critic, detach_critic
-from ..critic.files import local_folder, read_value_head
+from ..critic.critic import Critic
+from ..critic.files import CRITIC_NAME, VALUE_HEAD_FILE, local_folder
 from ..critic.heads import ValueHead
 from ..critic.start import check_vocabulary, critic_as_adapter, critic_from_model, critic_from_policy, shared_critic
-from ..models.companion import give_learning_rate
 from ..models.dropout import active_dropout, stop_dropout
 from ..models.quantization import is_quantized
 from ..models.reference import take_up_start
 from ..token_mdp import KLController, value_loss
-from ..training.adapters import AdapterMixin
 from ..training.arguments import checked_args
-from ..training.pushing import PushMixin
-from .card import PolicyCardMixin
+from ..training.base import TrainerBase
+from .card import policy_card
 from .checkpoint import CheckpointingMixin, StartOfTraining
 from .checks import check_base_for_vllm, check_dataset_size, check_prefix_rewards, check_turn_rewards, checked_rollout
 from .compact_batches import CompactBatchesMixin
@@ -65,9 +63,7 @@ logger = get_logger(__name__)
 
 class ActorCriticTrainer(
     CheckpointingMixin,
-    PushMixin,
     ReportingMixin,
-    PolicyCardMixin,
     PolicyGenerationMixin,
     StoppingMixin,
     PassesMixin,
@@ -75,7 +71,7 @@ class ActorCriticTrainer(
     RecordingMixin,
     RewardsMixin,
     RewardAdapterMixin,
-    AdapterMixin,
+    TrainerBase,
     GRPOTrainer,
 ):
     """
@@ -114,6 +110,9 @@ class ActorCriticTrainer(
     _method = ""  # of `compute_advantages` nothing more is known
     config_class = ActorCriticConfig
     _task_type = "CAUSAL_LM"
+    _pipeline_tag = "text-generation"
+    _template_file = "policy.md"
+    _saved_beside_model = (VALUE_HEAD_FILE, CRITIC_NAME)
     # Until `__init__` has made or read them
     critic: Critic | None = None
     turn_rewards = False
@@ -173,7 +172,7 @@ class ActorCriticTrainer(
         self.kl_controller = KLController(args.kl_in_reward, args.kl_target, args.kl_horizon)
         self._policy = self.model  # before any distributed wrapper
         self._say_unused = Notices()
-        detach_critic(self._policy)  # an earlier trainer's
+        Critic.detach_from(self._policy)  # an earlier trainer's
         self._reward_adapters = reward_adapters  # paths by their index in `reward_funcs`
         for index, path in reward_adapters.items():
             self._load_reward_adapter(index, path)
@@ -186,7 +185,7 @@ class ActorCriticTrainer(
         self.critic = self._make_critic(critic_model)
         if self.critic is not None:
             self._set_head(self.critic)
-            attach_critic(self._policy, self.critic)
+            self.critic.attach_to(self._policy)
             if self.critic.trunk is not None and args.gradient_checkpointing:
                 # The parent asks only the policy itself, in which PEFT hides children of its wrapper
                 enable_checkpointing(self.critic.trunk, args)
@@ -230,7 +229,7 @@ class ActorCriticTrainer(
         if self.args.critic == "shared":
             critic = shared_critic(self._policy, detach=self.args.critic_detach)
             if path is not None:
-                read_value_head(critic, local_folder(path))
+                critic.take_up_head(local_folder(path))
             return critic
         if self.args.critic == "adapter":
             if self.is_fsdp_enabled or is_deepspeed_zero3_enabled():
@@ -291,12 +290,16 @@ class ActorCriticTrainer(
     def _in_critic_warmup(self) -> bool:
         return self.state.global_step < self.args.critic_warmup_steps
 
-    def create_optimizer(self, model=None):
-        is_ours = self.optimizer is None
-        optimizer = super().create_optimizer(model)
-        if is_ours and self.critic is not None:
-            give_learning_rate(optimizer, self.critic.own_parameters(), self.args.critic_learning_rate)
-        return optimizer
+    @property
+    def companion(self):
+        return self.critic
+
+    @property
+    def _companion_settings(self):
+        return {"lr": self.args.critic_learning_rate}
+
+    def _card_content(self):
+        return policy_card(self)
 
     # --- Rollout ---
 

@@ -1,6 +1,5 @@
 """Adapters that a trainer starts from: taken up from their folder, with a reference of their own, trained as given."""
 
-import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,7 +19,7 @@ from peft.utils import TrainableTokensWrapper
 from torch import nn
 from transformers import AutoModelForSequenceClassification, AutoProcessor
 
-from ..compat import create_model_from_path
+from ..compat import create_model_from_path, requires_grad_kept
 from .reward_adapters import fit_embeddings, head_names, tokenizer_of_adapter
 from .shared_base import base_of_adapter
 
@@ -91,36 +90,7 @@ def take_up_adapter(path: str, args, task_type: str, quantization_config=None) -
     return model, None
 
 
-@contextmanager
-def without_loading_warnings(trl_class: type) -> Iterator[None]:
-    """Within the context TRL does not say that it ignores `model_init_kwargs`, which the model was loaded with."""
-
-    def is_other(record: logging.LogRecord) -> bool:
-        return "your model is already instantiated" not in record.getMessage()
-
-    logger = logging.getLogger(trl_class.__module__)
-    logger.addFilter(is_other)
-    try:
-        yield
-    finally:
-        logger.removeFilter(is_other)
-
-
 # --- What trains ---
-
-
-@contextmanager
-def requires_grad_kept(model: nn.Module) -> Iterator[None]:
-    """
-    The weights that train are afterwards those that did before. PEFT's ways to add an adapter, and to switch to another
-    and back, leave all of the active one's to train, those that were frozen with them, or none.
-    """
-    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    try:
-        yield
-    finally:
-        for parameter, flag in flags:
-            parameter.requires_grad_(flag)
 
 
 def say_that_head_has_no_bias(model: nn.Module) -> None:

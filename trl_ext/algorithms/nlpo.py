@@ -120,7 +120,7 @@ class NLPOTrainer(PPOTrainer):
         self._num_rollouts = 0
         self._mask = None  # with all of the vocabulary, nothing is masked
         if self.args.top_p_mask < 1:
-            with self._without_critic():
+            with self._without_companion():
                 masking_policy = snapshot(self._policy, left_out=self._own_hooks)
             special_ids = torch.tensor(self._tokenizer.all_special_ids, dtype=torch.long)
             self._mask = Mask(
@@ -137,7 +137,7 @@ class NLPOTrainer(PPOTrainer):
     def _own_hooks(self) -> set[int]:
         """Ids of the handles of what the trainer itself hooked to the policy."""
         scoring_hooks = [hook for scoring in self._head_scoring for hook in scoring.hooks]
-        return {hook.id for hook in [*self.critic._hooks, *scoring_hooks]}
+        return {hook.id for hook in [*self.critic.hooks, *scoring_hooks]}
 
     @property
     def _reads_head(self) -> bool:
@@ -152,7 +152,7 @@ class NLPOTrainer(PPOTrainer):
     def _generate_and_score_completions(self, inputs):
         if self._mask is not None and self.model.training:
             if self._num_rollouts > 0 and self._num_rollouts % self.args.mask_update_steps == 0:
-                with self._without_critic():
+                with self._without_companion():
                     refresh(self._mask.model, trained_weights(self._policy))
             self._num_rollouts += 1
         return super()._generate_and_score_completions(inputs)
@@ -208,7 +208,7 @@ class NLPOTrainer(PPOTrainer):
     def _save_rng_state(self, output_dir):
         super()._save_rng_state(output_dir)
         if self._mask is not None and self.args.should_save:
-            with self._without_critic():
+            with self._without_companion():
                 weights = {name: self._mask.model.get_parameter(name) for name in trained_weights(self._policy)}
             state = {"num_rollouts": self._num_rollouts, "weights": weights}
             torch.save(state, os.path.join(output_dir, MASKING_POLICY_FILE))

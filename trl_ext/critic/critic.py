@@ -7,28 +7,38 @@ FSDP or DeepSpeed wrapper hold both. It runs inside the policy's forward, from t
 that forward's output: distributed wrappers see every parameter used, and a shared trunk is not run twice.
 """
 
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
-from transformers import PreTrainedModel
+from torch.utils.hooks import RemovableHandle
+from transformers import AutoModel, PreTrainedModel
 
 from ..compat import FusedCausalLMOutput
-from ..models.companion import keep_out_of_saves
+from ..models.companion import Companion, split_state_dict
 from ..models.lm_head import base_causal_lm
 from ..packing.layout import Layout, current, last_states
+from .files import (
+    ADAPTER_NAME,
+    CRITIC_NAME,
+    VALUE_HEAD_FILE,
+    embedding_shape,
+    load_adapter_weights,
+    load_value_head,
+    save_adapter,
+    save_value_head,
+)
 from .heads import ActionValueHead, Decisions, ValueHead
 
 
-CRITIC_NAME = "critic"  # attribute of the policy, prefix of the critic's parameters, and folder of a separate critic
-
-
-class Critic(nn.Module):
+class Critic(Companion):
     """
     Values of a sequence's prefixes, by a `value_head` that starts as a [`ValueHead`].
 
@@ -38,6 +48,8 @@ class Critic(nn.Module):
         detach (`bool`, *optional*, defaults to `False`): Keep the value gradients off a shared trunk.
     """
 
+    child_name = CRITIC_NAME
+
     def __init__(self, hidden_size: int, trunk: PreTrainedModel | PeftModel | None = None, detach: bool = False):
         super().__init__()
         self.trunk = trunk
@@ -46,13 +58,12 @@ class Critic(nn.Module):
         self._hidden_states: torch.Tensor | None = None
         self._recorded: list[torch.Tensor] | None = None
         self._num_states = 0
-        self._hooks = []
 
     def forward(
         self, policy: PreTrainedModel | PeftModel, hidden_states: torch.Tensor | None, layout: Layout
     ) -> torch.Tensor:
         """
-        Values of states, i.e. of the prefixes that they end.
+        Returns values of states, i.e. of the prefixes that they end.
 
         Args:
             policy (`PreTrainedModel` or `PeftModel`): The policy.
@@ -73,32 +84,23 @@ class Critic(nn.Module):
         return self.value_head(hidden_states, decisions)
 
     def trunk_states(self, layout: Layout) -> torch.Tensor:
-        """`(B, S, H)`: the states of the critic's own trunk."""
+        """Returns `(B, S, H)`, the states of the critic's own trunk."""
         return layout.states(self.trunk(**layout.inputs_of(self.trunk), use_cache=False).last_hidden_state)
 
     @property
     def reads_policy(self) -> bool:
-        """Whether it needs the hidden states of the policy's trunk."""
+        """True if the critic needs the hidden states of the policy's trunk."""
         return self.trunk is None or isinstance(self.value_head, ActionValueHead)
 
     @property
     def is_adapter(self) -> bool:
-        """Whether the trunk is an adapter on the policy's base."""
+        """True if the trunk is an adapter on the policy's base."""
         return isinstance(self.trunk, PeftModel)
-
-    def own_parameters(self) -> Iterator[nn.Parameter]:
-        """What trains with the critic only: all but a base that it shares."""
-        return (p for p in self.parameters() if p.requires_grad) if self.is_adapter else self.parameters()
-
-    def to_device(self, device: torch.device) -> "Critic":
-        """To the policy's device, where an adapter's base is already (and may be too quantized to be moved)."""
-        (self.value_head if self.is_adapter else self).to(device)
-        return self
 
     @contextmanager
     def recording(self, num_states: int) -> Iterator[list[torch.Tensor]]:
         """
-        Collect the values `(B, num_states, ...)` of every scoring forward of the policy within the context: of the last
+        Collects the values `(B, num_states, ...)` of every scoring forward of the policy within the context: of the last
         prefixes, where entry i from the end belongs to the sequence less its last i tokens.
         """
         self._recorded, self._num_states = [], num_states
@@ -106,6 +108,88 @@ class Critic(nn.Module):
             yield self._recorded
         finally:
             self._recorded = self._hidden_states = None
+
+    # --- Beside the policy ---
+
+    def own_parameters(self) -> Iterator[nn.Parameter]:
+        """Returns all parameters but those of a base that the critic shares."""
+        return (p for p in self.parameters() if p.requires_grad) if self.is_adapter else self.parameters()
+
+    def to_device(self, device: torch.device) -> "Critic":
+        # An adapter's base is there already, and may be too quantized to be moved
+        (self.value_head if self.is_adapter else self).to(device)
+        return self
+
+    def attach_to(self, model: PreTrainedModel | PeftModel) -> None:
+        """Makes this a child of `model` that sees its scoring forwards (those that return log-probabilities)."""
+        if isinstance(model, PeftModel) and CRITIC_NAME in model.peft_config:
+            raise ValueError(
+                f"An adapter is called {CRITIC_NAME!r}, which is the critic's name in the model. Rename it."
+            )
+        super().attach_to(model)
+
+    def hooks_on(self, model: PreTrainedModel | PeftModel) -> list[RemovableHandle]:
+        def keep_hidden_states(module, args, output):
+            if self._recorded is not None:
+                self._hidden_states = output.last_hidden_state
+
+        def add_values(module, args, kwargs, output):
+            if self._recorded is None:
+                return None
+            layout = current() or last_states(**trunk_inputs(kwargs), num_states=self._num_states)
+            values = self(module, self._hidden_states, layout)
+            self._recorded.append(values)
+            self._hidden_states = None
+            return ActorCriticOutput(**output, state_values=values)
+
+        hooks = [
+            base_causal_lm(model).base_model.register_forward_hook(keep_hidden_states),
+            model.register_forward_hook(add_values, with_kwargs=True),
+        ]
+        if self.is_adapter:  # which PEFT would take for weights of the policy's
+            hooks.append(model.register_state_dict_post_hook(leave_out_critic))
+        return hooks
+
+    def save(self, folder: str | Path, state_dict: dict[str, torch.Tensor] | None = None) -> None:
+        """Writes the critic beside the policy in `folder`, in the layout that [`files`] describes."""
+        state_dict = self.state_dict() if state_dict is None else state_dict
+        folder = Path(folder)
+        # An earlier run's critic of the other kind must not be taken for this one's
+        if self.trunk is None:
+            shutil.rmtree(folder / CRITIC_NAME, ignore_errors=True)
+        else:
+            (folder / VALUE_HEAD_FILE).unlink(missing_ok=True)
+            folder = folder / CRITIC_NAME
+            if folder.is_dir() and (folder / ADAPTER_NAME).is_dir() != self.is_adapter:
+                shutil.rmtree(folder)
+            if self.is_adapter:
+                save_adapter(self.trunk, folder / ADAPTER_NAME)
+            else:
+                self.trunk.save_pretrained(folder, state_dict=split_state_dict(state_dict, "trunk")[1])
+        save_value_head(split_state_dict(state_dict, "value_head")[1], folder)
+
+    def restore(self, folder: str | Path) -> None:
+        """Fills this critic from what one of its kind wrote to `folder`."""
+        if self.trunk is None:
+            load_value_head(self.value_head, folder)
+            return
+        folder = Path(folder) / CRITIC_NAME
+        if not folder.is_dir() or (folder / ADAPTER_NAME).is_dir() != self.is_adapter:
+            kind = "adapter" if self.is_adapter else "separate"
+            raise FileNotFoundError(f"No {CRITIC_NAME}/ folder of a critic of kind {kind!r} in {folder.parent}.")
+        if self.is_adapter:
+            load_adapter_weights(self.trunk, folder / ADAPTER_NAME)
+        else:
+            trunk = AutoModel.from_pretrained(folder, dtype=self.trunk.dtype)
+            self.trunk.load_state_dict(trunk.state_dict())
+        load_value_head(self.value_head, folder)
+
+    def take_up_head(self, folder: str | Path) -> None:
+        """Replaces the head by the one that is saved in `folder`, of either kind."""
+        shape = embedding_shape(folder)
+        if shape is not None:
+            self.value_head = ActionValueHead(self.value_head, *shape)
+        load_value_head(self.value_head, folder)
 
 
 @dataclass
@@ -119,57 +203,20 @@ class ActorCriticOutput(FusedCausalLMOutput):
 
 
 def trunk_inputs(kwargs: dict) -> dict:
-    """What another trunk takes of the arguments of a scoring forward."""
+    """Returns those arguments of a scoring forward that another trunk takes."""
     return {
         k: v for k, v in kwargs.items() if k not in ("labels", "shift_labels", "fused_lm_head", "output_router_logits")
     }
 
 
-def attach_critic(model: PreTrainedModel | PeftModel, critic: Critic) -> None:
-    """Make `critic` a child of `model` that sees its scoring forwards (those that return log-probabilities)."""
-
-    def keep_hidden_states(module, args, output):
-        if critic._recorded is not None:
-            critic._hidden_states = output.last_hidden_state
-
-    def add_values(module, args, kwargs, output):
-        if critic._recorded is None:
-            return None
-        layout = current() or last_states(**trunk_inputs(kwargs), num_states=critic._num_states)
-        values = critic(module, critic._hidden_states, layout)
-        critic._recorded.append(values)
-        critic._hidden_states = None
-        return ActorCriticOutput(**output, state_values=values)
-
-    if isinstance(model, PeftModel) and CRITIC_NAME in model.peft_config:
-        raise ValueError(f"An adapter is called {CRITIC_NAME!r}, which is the critic's name in the model. Rename it.")
-    critic.to_device(model.device)
-    model.add_module(CRITIC_NAME, critic)
-    critic._hooks = [
-        base_causal_lm(model).base_model.register_forward_hook(keep_hidden_states),
-        model.register_forward_hook(add_values, with_kwargs=True),
-    ]
-    if critic.is_adapter:  # which PEFT would take for weights of the policy's
-        critic._hooks.append(model.register_state_dict_post_hook(leave_out_critic))
-    keep_out_of_saves(model, CRITIC_NAME)
-
-
 def leave_out_critic(module: nn.Module, state_dict: dict, prefix: str, local_metadata: dict) -> None:
-    """A hook after `state_dict`."""
+    """Removes the critic's weights from a policy's `state_dict`; a hook after that."""
     for name in [name for name in state_dict if name.startswith(f"{prefix}{CRITIC_NAME}.")]:
         del state_dict[name]
 
 
-def detach_critic(model: PreTrainedModel | PeftModel) -> None:
-    """Undo [`attach_critic`], if it was ever done."""
-    critic = model._modules.pop(CRITIC_NAME, None)
-    if critic is not None:
-        for hook in critic._hooks:
-            hook.remove()
-
-
 def hidden_size_of(model: PreTrainedModel | PeftModel) -> int:
-    """Width of the last hidden state: what the LM head takes, which some models project down to."""
+    """Returns the width of the last hidden state: what the LM head takes, which some models project down to."""
     head = base_causal_lm(model).get_output_embeddings()
     if isinstance(head, AuxiliaryTrainingWrapper):  # of a head that is trained whole, or some of its tokens
         head = head.original_module

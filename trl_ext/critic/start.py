@@ -12,8 +12,8 @@ from transformers.modeling_layers import GenericForSequenceClassification
 from ..adapters.reward_adapters import reward_model_on_base
 from ..adapters.shared_base import adapter_like, frozen_base
 from ..compat import keep_4bit_unpacked
-from .critic import CRITIC_NAME, Critic, hidden_size_of
-from .files import ADAPTER_CONFIG, ADAPTER_FILES, ADAPTER_NAME, VALUE_HEAD_FILE, local_folder, read_value_head
+from .critic import Critic, hidden_size_of
+from .files import ADAPTER_CONFIG, ADAPTER_FILES, ADAPTER_NAME, CRITIC_NAME, VALUE_HEAD_FILE, local_folder
 
 
 def shared_critic(model: PreTrainedModel | PeftModel, detach: bool = False) -> Critic:
@@ -57,7 +57,7 @@ def read_adapter_critic(policy: PeftModel, base: PreTrainedModel, folder: Path, 
     """The critic whose adapter and head lie in `folder`, on the policy's base."""
     trunk = PeftModel.from_pretrained(base, folder / ADAPTER_NAME, is_trainable=is_trainable)
     critic = Critic(hidden_size_of(policy), trunk=trunk)
-    read_value_head(critic, folder)
+    critic.take_up_head(folder)
     return critic
 
 
@@ -143,7 +143,7 @@ def critic_from_model(
         with torch.no_grad():
             critic.value_head.weight.copy_(reward_weight * model.score.weight)
     elif isinstance(source, str) and (Path(source) / VALUE_HEAD_FILE).is_file():
-        read_value_head(critic, source)
+        critic.take_up_head(source)
     return critic
 
 
@@ -186,5 +186,5 @@ def load_critic(model: PreTrainedModel | PeftModel, path: str) -> Critic:
         critic = critic_from_model(str(folder), model.dtype)
     else:
         critic = shared_critic(model)
-        read_value_head(critic, folder)
+        critic.take_up_head(folder)
     return critic.to_device(model.device).eval()

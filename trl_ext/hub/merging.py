@@ -18,8 +18,8 @@ from transformers import (
 from ..adapters.merging import merge
 from ..adapters.reward_adapters import check_reward_adapter, fit_embeddings, head_names, tokenizer_of_adapter
 from ..adapters.shared_base import base_of_adapter, frozen_base
-from ..critic.critic import CRITIC_NAME, Critic
-from ..critic.files import ADAPTER_CONFIG, ADAPTER_NAME, VALUE_HEAD_FILE, read_value_head, save_critic
+from ..critic.critic import Critic
+from ..critic.files import ADAPTER_CONFIG, ADAPTER_NAME, CRITIC_NAME, VALUE_HEAD_FILE
 from ..models.reward_inputs import REWARD_INPUT, write_reward_input
 from ..models.tie_parameters import TIE_PARAMETERS_FILE, read_config, write_to_config
 
@@ -115,6 +115,6 @@ def merge_critic(folder: Path, base: PreTrainedModel | None, output: Path, dtype
         return {}
     trunk, loss = merge(PeftModel.from_pretrained(base, source / ADAPTER_NAME), dtype)
     critic = Critic(trunk.config.get_text_config().hidden_size, trunk=trunk)
-    read_value_head(critic, source)
-    save_critic(critic, output)
+    critic.take_up_head(source)
+    critic.save(output)
     return {"critic_precision_loss": loss}

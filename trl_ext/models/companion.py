@@ -1,27 +1,77 @@
 """
-What trains with a model without being of it: a critic, the tie parameters of a likelihood. Each is a child module, so
-that one optimizer, one gradient clipping and one distributed wrapper hold both, and is put aside where the model is
-saved, loaded or served, so that what is on disk stays the plain model.
+The protocol of what trains with a model without being of it: a critic, the tie parameters of a likelihood.
+
+Such a companion is a child module of the model, so that one optimizer, one gradient clipping and one distributed
+wrapper hold both. It is put aside where the model is saved, loaded or served, so that what is on disk stays the plain
+model. [`TrainerBase`] does that for every trainer.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
+from peft import PeftModel
 from torch import nn
-from transformers import TrainerCallback
-from trl import BEMACallback, SyncRefModelCallback
+from torch.utils.hooks import RemovableHandle
+from transformers import PreTrainedModel
+
+
+class Companion(nn.Module):
+    """A module that trains as a child of a model and is saved beside it. A subclass says how in the hooks below."""
+
+    child_name: str  # attribute of the model, prefix of the parameters
+    hooks: list[RemovableHandle] = []  # on the model
+
+    def attach_to(self, model: PreTrainedModel | PeftModel) -> None:
+        """Makes this a child of `model`, which runs it in its own forward."""
+        self.to_device(model.device)
+        model.add_module(self.child_name, self)
+        self.hooks = self.hooks_on(model)
+        keep_out_of_saves(model, self.child_name)
+
+    @classmethod
+    def detach_from(cls, model: PreTrainedModel | PeftModel) -> None:
+        """Undoes [`attach_to`], if it was ever done."""
+        child = model._modules.pop(cls.child_name, None)
+        for hook in () if child is None else child.hooks:
+            hook.remove()
+
+    def to_device(self, device: torch.device) -> "Companion":
+        """Moves what is not on the model's device already."""
+        return self.to(device)
+
+    def hooks_on(self, model: PreTrainedModel | PeftModel) -> list[RemovableHandle]:
+        """Registers the hooks through which the model runs this in its forward."""
+        raise NotImplementedError
+
+    def own_parameters(self) -> Iterable[nn.Parameter]:
+        """Returns what trains with this only, and with settings of its own in the optimizer."""
+        return self.parameters()
+
+    def save(self, folder: str | Path, state_dict: dict[str, torch.Tensor] | None = None) -> None:
+        """
+        Writes files beside the model's. There are none of a companion that the model's config tells all about.
+
+        Args:
+            folder (`str` or `Path`): The model's.
+            state_dict (`dict[str, torch.Tensor]`, *optional*): The gathered weights, where they are sharded.
+        """
+
+    def restore(self, folder: str | Path) -> None:
+        """Fills this with what was saved with the model in `folder`."""
+        raise NotImplementedError
 
 
 def keep_out_of_saves(model: nn.Module, name: str) -> None:
-    """For users who save the model themselves: leave the child `name` out of its `save_pretrained`."""
+    """Leaves the child `name` out of the `save_pretrained` of users who save the model themselves."""
     keys = {f"{name}.{key}" for key in model.get_submodule(name).state_dict()}
     model._keys_to_ignore_on_save = keys | set(model._keys_to_ignore_on_save or ())
 
 
 @contextmanager
 def without_child(model: nn.Module, name: str) -> Iterator[None]:
-    """Within the context `model` has no child of that name."""
+    """Takes the child of that name out of `model` within the context."""
     child = model._modules.pop(name)
     try:
         yield
@@ -32,47 +82,17 @@ def without_child(model: nn.Module, name: str) -> Iterator[None]:
 def split_state_dict(
     state_dict: dict[str, torch.Tensor], name: str
 ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-    """The model's own weights, and those of its child `name` under the child's own names."""
+    """Returns the model's own weights, and those of its child `name` under the child's own names."""
     prefix = f"{name}."
     own = {key: weight for key, weight in state_dict.items() if not key.startswith(prefix)}
-    return own, {key.removeprefix(prefix): state_dict[key] for key in state_dict.keys() - own.keys()}
+    return own, {key.removeprefix(prefix): weight for key, weight in state_dict.items() if key not in own}
 
 
-def give_learning_rate(
-    optimizer: torch.optim.Optimizer, parameters: Iterable[nn.Parameter], learning_rate: float, **settings
-) -> None:
-    """Move `parameters` into groups of the optimizer of their own, with this learning rate (and other settings)."""
+def give_settings(optimizer: torch.optim.Optimizer, parameters: Iterable[nn.Parameter], settings: dict) -> None:
+    """Moves `parameters` into groups of the optimizer of their own, with these settings, such as `lr`."""
     ids = {id(parameter) for parameter in parameters}
     for group in list(optimizer.param_groups):
         moved = [parameter for parameter in group["params"] if id(parameter) in ids]
         group["params"] = [parameter for parameter in group["params"] if id(parameter) not in ids]
         if moved:
-            optimizer.add_param_group({**group, "params": moved, "lr": learning_rate, **settings})
-
-
-# TRL's callbacks that walk the model's parameters in parallel with those of another, plain model, and when they do
-WALKING = {BEMACallback: "on_train_begin", SyncRefModelCallback: "on_step_end"}
-
-
-@contextmanager
-def walked_without_child(callbacks: list[TrainerCallback], accelerator, name: str) -> Iterator[None]:
-    """
-    Within the context the callbacks of `sync_ref_model` and of averaging, the trainer's own and a user's, find the
-    model without the child `name`: the reference and the average have none.
-    """
-
-    def without(event: Callable) -> Callable:
-        def call(args, state, control, model=None, **kwargs):
-            with without_child(accelerator.unwrap_model(model), name):
-                return event(args, state, control, model=model, **kwargs)
-
-        return call
-
-    walking = [(c, event) for c in callbacks for kind, event in WALKING.items() if isinstance(c, kind)]
-    for callback, event in walking:
-        setattr(callback, event, without(getattr(callback, event)))
-    try:
-        yield
-    finally:
-        for callback, event in walking:
-            delattr(callback, event)
+            optimizer.add_param_group({**group, "params": moved, **settings})

@@ -18,10 +18,11 @@ from huggingface_hub import snapshot_download
 from peft import PeftModel
 from torch import nn
 from torch.distributed.tensor import DTensor
+from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import ModelOutput
 
-from .companion import keep_out_of_saves
+from .companion import Companion
 from .quantization import quantization_of
 from .reward_inputs import REWARD_INPUT
 
@@ -32,14 +33,16 @@ TIE_PARAMETERS_FILE = "tie_parameters.json"
 MIN_LOG_THETA = 1e-3
 
 
-class TieParameters(nn.Module):
+class TieParameters(Companion):
     """
-    `log_tie` of [`~trl_ext.ranking.ranking_nll`] as something to learn.
+    The `log_tie` of [`~trl_ext.ranking.ranking_nll`], as a module to learn.
 
     Args:
         ranking_model (`str`): The likelihood.
         log_tie (`list[float]`): Where to start.
     """
+
+    child_name = TIE_PARAMETERS_NAME
 
     def __init__(self, ranking_model: str, log_tie: list[float]):
         super().__init__()
@@ -48,7 +51,7 @@ class TieParameters(nn.Module):
         self.set(log_tie)
 
     def forward(self) -> torch.Tensor:
-        """`(D-1,)` for Davidson-Luce, `(1,)` for pairwise models with ties."""
+        """Returns `(D-1,)` for Davidson-Luce, `(1,)` for pairwise models with ties."""
         if self.ranking_model == "rao_kupper":
             return nn.functional.softplus(self.raw.float()) + MIN_LOG_THETA
         # DDP takes a parameter that is itself an output for unused
@@ -56,6 +59,7 @@ class TieParameters(nn.Module):
 
     @torch.no_grad()
     def set(self, log_tie: list[float]) -> None:
+        """Makes [`forward`] return these values."""
         values = torch.tensor(log_tie, dtype=torch.float64, device=self.raw.device)
         if len(log_tie) != self.raw.numel() or not values.isfinite().all():
             raise ValueError(
@@ -68,50 +72,43 @@ class TieParameters(nn.Module):
 
     def tolist(self) -> list[float]:
         """
-        In double precision, so that [`set`] finds the very same parameters again. Where FSDP shards them, every
-        process has to ask.
+        Returns the values in double precision, so that [`set`] finds the very same parameters again. Where FSDP shards
+        them, every process has to call this.
         """
         raw = self.raw.detach()
         raw = (raw.full_tensor() if isinstance(raw, DTensor) else raw).double().cpu()
         return (nn.functional.softplus(raw) + MIN_LOG_THETA if self.ranking_model == "rao_kupper" else raw).tolist()
 
+    def hooks_on(self, model: PreTrainedModel | PeftModel) -> list[RemovableHandle]:
+        return [model.register_forward_hook(self.add_to_output)]
+
     def add_to_output(self, module, args, output):
-        """A forward hook of the model."""
+        """Adds the values to the model's output as `log_tie`; a forward hook."""
         # No tuple has room for it, and a model from which this was put aside shall look as if it were not there
         if not isinstance(output, ModelOutput) or TIE_PARAMETERS_NAME not in module._modules:
             return None
         return with_log_tie(type(output))(**output, log_tie=self())
 
+    def restore(self, folder: str | Path) -> None:
+        """Takes the values that the saved config has, or `tie_parameters.json` beside an adapter."""
+        self.set(read_config(str(folder))["log_tie"])
+
 
 @cache
 def with_log_tie(output_class: type[ModelOutput]) -> type[ModelOutput]:
-    """The class with one more field: DDP rebuilds a forward's output from its class's fields."""
+    """Returns the class with one more field: DDP rebuilds a forward's output from its class's fields."""
     fields = [("log_tie", torch.Tensor | None, None)]
     return make_dataclass(f"{output_class.__name__}WithTies", fields, bases=(output_class,))
 
 
-def attach_tie_parameters(model: PreTrainedModel | PeftModel, ties: TieParameters) -> None:
-    """Make `ties` a child of `model`, and its values part of the model's output, as `log_tie`."""
-    model.add_module(TIE_PARAMETERS_NAME, ties.to(model.device))
-    ties._hook = model.register_forward_hook(ties.add_to_output)
-    keep_out_of_saves(model, TIE_PARAMETERS_NAME)
-
-
-def detach_tie_parameters(model: PreTrainedModel | PeftModel) -> None:
-    """Undo [`attach_tie_parameters`], if it was ever done."""
-    ties = model._modules.pop(TIE_PARAMETERS_NAME, None)
-    if ties is not None:
-        ties._hook.remove()
-
-
 def write_to_config(model: PreTrainedModel | PeftModel, ranking_model: str, log_tie: list[float]) -> None:
-    """Say in the model's config what likelihood its scores are for."""
+    """Notes in the model's config what likelihood its scores are for."""
     model.config.ranking_model = ranking_model
     model.config.log_tie = log_tie
 
 
 def save_beside_adapter(model: PeftModel, directory: str) -> None:
-    """Write what a config would say of the adapter's scores, if there is anything."""
+    """Writes what a config would say of the adapter's scores, if there is anything."""
     config = model.config.to_dict()
     entries = {name: config[name] for name in ("ranking_model", "log_tie", REWARD_INPUT) if name in config}
     if entries:
@@ -120,7 +117,7 @@ def save_beside_adapter(model: PeftModel, directory: str) -> None:
 
 
 def read_config(path: str) -> dict:
-    """`tie_parameters.json` or else `config.json` of a folder or Hub repository."""
+    """Reads `tie_parameters.json`, or else `config.json`, of a folder or Hub repository."""
     folder = Path(path)
     if not folder.is_dir():
         folder = Path(snapshot_download(path, allow_patterns=[TIE_PARAMETERS_FILE, "config.json"]))
@@ -130,7 +127,7 @@ def read_config(path: str) -> dict:
 
 def tie_parameters(model_or_path: PreTrainedModel | PeftModel | str | Path) -> tuple[str, torch.Tensor | None]:
     """
-    The likelihood that a model was trained with, to follow the scores in [`predict_pair`]:
+    Returns the likelihood that a model was trained with, to follow the scores in [`predict_pair`]:
 
     ```python
     >>> win, tie, lose = predict_pair(score_i, score_j, *tie_parameters("my-reward-model"))

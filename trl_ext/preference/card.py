@@ -6,7 +6,6 @@ from ..hub.curves import Panel
 from ..hub.model_card import CardContent, shown
 from ..models.reward_inputs import RewardInput
 from ..ranking import predict_pair
-from ..training.card import ModelCardMixin
 from .config import RankingArguments
 
 
@@ -88,43 +87,45 @@ def reading(how: RewardInput | None) -> dict:
     }
 
 
-class RankingCardMixin(ModelCardMixin):
-    """The card says which rankings were learned from, how, and what the scores mean."""
+def ranking_card(trainer, parents_paper: dict | None) -> CardContent:
+    """Returns what a card says of the rankings or pairs that were learned from, how, and what the scores mean."""
+    args, on_rankings, ties = trainer.args, trainer._has_rankings, trainer._named_ties()
+    is_policy = trainer._pipeline_tag == "text-generation"
+    details = {
+        "on_rankings": on_rankings,
+        "likelihood": LIKELIHOODS[args.ranking_model] if on_rankings else "that of single pairs, as in TRL",
+        "explanation": EXPLANATION if on_rankings else None,
+        "is_chat": trainer._is_chat,
+        **reading(trainer.reward_input),
+        "max_length": args.max_length,
+        "learn_ties": args.learn_ties,
+        "tie_of_equals": f"{tie_of_equals(trainer._model):.1%}" if ties else None,
+        "ties": {name: f"{value:.4g}" for name, value in ties.items()},
+    }
+    return CardContent(
+        model=trainer._model,
+        rows="rankings" if on_rankings else "pairs",
+        metrics=METRICS,
+        results=RESULTS,
+        panels=PANELS,
+        hyper_parameters=shown(args, [*TRAINING_ARGUMENTS, *own_arguments(on_rankings, bool(ties), is_policy)]),
+        papers=[paper for paper in ([trainer._paper] if on_rankings else []) + [parents_paper] if paper],
+        details=details,
+    )
 
-    def _card_content(self):
-        on_rankings, parents_paper = self._has_rankings, super()._paper
-        details = {
-            "on_rankings": on_rankings,
-            "likelihood": LIKELIHOODS[self.args.ranking_model] if on_rankings else "that of single pairs, as in TRL",
-            "explanation": EXPLANATION if on_rankings else None,
-            "is_chat": self._is_chat,
-            **reading(self.reward_input),
-            "max_length": self.args.max_length,
-            "learn_ties": self.args.learn_ties,
-            "tie_of_equals": None if self.ties is None else f"{self._tie_of_equals():.1%}",
-            "ties": {} if self.ties is None else {name: f"{value:.4g}" for name, value in self._named_ties().items()},
-        }
-        return CardContent(
-            model=self._model,
-            rows="rankings" if on_rankings else "pairs",
-            metrics=METRICS,
-            results=RESULTS,
-            panels=PANELS,
-            hyper_parameters=shown(self.args, [*TRAINING_ARGUMENTS, *self._own_arguments(on_rankings)]),
-            papers=[paper for paper in ([self._paper] if on_rankings else []) + [parents_paper] if paper],
-            details=details,
-        )
 
-    def _tie_of_equals(self) -> float:
-        """How likely two completions with the same score tie, if nothing else is ranked with them."""
-        _, tie, _ = predict_pair(torch.zeros(()), torch.zeros(()), self.args.ranking_model, self._log_tie())
-        return tie.item()
+def tie_of_equals(model) -> float:
+    """Returns how likely two completions with the same log-worth tie, if nothing else is ranked with them."""
+    log_tie = torch.tensor(model.config.log_tie)
+    _, tie, _ = predict_pair(torch.zeros(()), torch.zeros(()), model.config.ranking_model, log_tie)
+    return tie.item()
 
-    def _own_arguments(self, on_rankings: bool) -> list[str]:
-        own = [name for name in RankingArguments.__dataclass_fields__ if name not in ("log_tie", "on_error")]
-        if self.ties is None:
-            own = [name for name in own if "tie" not in name]
-        is_policy = self._pipeline_tag == "text-generation"
-        if not on_rankings:
-            return ["beta", "loss_type"] if is_policy else ["center_rewards_coefficient"]
-        return own + (["beta"] if is_policy else ["center_rewards_coefficient"])
+
+def own_arguments(on_rankings: bool, has_ties: bool, is_policy: bool) -> list[str]:
+    """Returns the arguments that a card shows of those which TRL's trainers of other kinds have not."""
+    if not on_rankings:
+        return ["beta", "loss_type"] if is_policy else ["center_rewards_coefficient"]
+    names = [name for name in RankingArguments.__dataclass_fields__ if name not in ("log_tie", "on_error")]
+    return [name for name in names if has_ties or "tie" not in name] + [
+        "beta" if is_policy else "center_rewards_coefficient"
+    ]

@@ -8,20 +8,17 @@ from peft import PeftModel
 from trl import DPOConfig, DPOTrainer
 from trl.data_utils import get_dataset_column_names
 
-from ..adapters.start import REFERENCE, requires_grad_kept
-from ..compat import disable_gradient_checkpointing, use_adapter
+from ..adapters.start import REFERENCE
+from ..compat import disable_gradient_checkpointing, requires_grad_kept, use_adapter
 from ..data.rankings import is_ranking
 from ..models.dropout import stop_dropout
 from ..models.reference import take_up_start
 from ..ranking import judged_items
-from ..training.adapters import AdapterMixin
 from ..training.arguments import checked_args
 from ..training.head_scoring import COMPARED_TEXT, score_as_the_model_does
-from ..training.pushing import PushMixin
-from .card import RankingCardMixin
 from .config import RankingArguments
 from .preparation import tokenize_for_dpo
-from .trainer import RankingMixin
+from .trainer import RankingTrainer
 
 
 # Arguments that say something of a chosen and a rejected completion, with the only value that rankings go with
@@ -60,7 +57,7 @@ class RankingDPOConfig(RankingArguments, DPOConfig):
     )
 
 
-class RankingDPOTrainer(RankingMixin, PushMixin, RankingCardMixin, AdapterMixin, DPOTrainer):
+class RankingDPOTrainer(RankingTrainer, DPOTrainer):
     """
     [`~trl.DPOTrainer`] for rankings with ties. What changes with respect to the parent:
 

@@ -18,13 +18,10 @@ from ..models.dropout import stop_dropout
 from ..models.reward_inputs import input_in_training, write_reward_input
 from ..models.score_head import scores_of_all_tokens
 from ..ranking import judged_items
-from ..training.adapters import AdapterMixin
 from ..training.arguments import checked_args
-from ..training.pushing import PushMixin
-from .card import RankingCardMixin
 from .config import RankingArguments
 from .preparation import has_tied_pairs, tokenize_for_reward
-from .trainer import RankingMixin
+from .trainer import RankingTrainer
 
 
 logger = get_logger(__name__)
@@ -66,7 +63,7 @@ class RankingRewardConfig(RankingArguments, RewardConfig):
     )
 
 
-class RankingRewardTrainer(RankingMixin, PushMixin, RankingCardMixin, AdapterMixin, RewardTrainer):
+class RankingRewardTrainer(RankingTrainer, RewardTrainer):
     """
     [`~trl.RewardTrainer`] for rankings with ties. What changes with respect to the parent:
 

@@ -3,7 +3,6 @@
 from abc import abstractmethod
 from collections import defaultdict
 from collections.abc import Callable
-from contextlib import nullcontext
 
 import torch
 from accelerate.logging import get_logger
@@ -16,15 +15,10 @@ from trl.data_utils import get_dataset_column_names, is_conversational
 from ..adapters.reward_models import max_text_length
 from ..data.rankings import is_ranking
 from ..data.rows import first_row
-from ..models.companion import give_learning_rate, split_state_dict, walked_without_child, without_child
 from ..models.reward_inputs import RewardInput
 from ..models.tie_parameters import (
     TIE_PARAMETERS_FILE,
-    TIE_PARAMETERS_NAME,
     TieParameters,
-    attach_tie_parameters,
-    detach_tie_parameters,
-    read_config,
     save_beside_adapter,
     write_to_config,
 )
@@ -32,6 +26,8 @@ from ..packing.check import PrefixCheck
 from ..packing.layout import packed_inputs
 from ..ranking import MAX_ENUMERATED, PAIRWISE_MODELS, judged_items, judgements_nll, ranking_nll
 from ..ranking.metrics import baseline_nll, means_of_sums, ranking_sums
+from ..training.base import TrainerBase
+from .card import ranking_card
 from .collator import DataCollatorForRanking
 from .preparation import check_can_end, has_tied_pairs, prepare_ranking_dataset, ranks_of, starting_log_tie
 
@@ -49,7 +45,7 @@ class KeepConfig(TrainerCallback):
         self.trainer._write_ties_to_config()
 
 
-class RankingMixin:
+class RankingTrainer(TrainerBase):
     """
     Trains on rankings with ties beside what the parent trains on. Batches of pairs, without a `tie` column, go the
     parent's way untouched.
@@ -64,15 +60,14 @@ class RankingMixin:
     _tokenize_ranking: Callable[[dict, object], dict]  # a row and the tokenizer to these
     _max_tie_order = None  # of Davidson-Luce, once the data has been seen
     _has_rankings = None  # likewise
-    _saved_with_model = (TIE_PARAMETERS_FILE,)
+    _saved_beside_model = (TIE_PARAMETERS_FILE,)
+    ties: TieParameters | None = None
     _is_chat = False  # whether what it was trained on are conversations
     reward_input: RewardInput | None = None  # what a reward model reads, once the training data has been seen
 
     def _set_up_rankings(self, data_collator) -> None:
         """To be called when the parent's `__init__` has prepared model and data."""
-        self._model = self.model  # before any distributed wrapper
-        detach_tie_parameters(self._model)  # an earlier trainer's
-        self.ties = None
+        TieParameters.detach_from(self._model)  # an earlier trainer's
         self._prefix_check = PrefixCheck(self.args, self.accelerator, self._model)
         self._sums = {"train": defaultdict(list), "eval": defaultdict(list)}
         rankings = [dataset for dataset in self._datasets() if self._holds_rankings(dataset)]
@@ -106,7 +101,7 @@ class RankingMixin:
             self._max_tie_order = max_order  # of datasets that `evaluate` may be given
         if log_tie:
             self.ties = TieParameters(self.args.ranking_model, log_tie).requires_grad_(self.args.learn_ties)
-            attach_tie_parameters(self._model, self.ties)
+            self.ties.attach_to(self._model)
             self.callback_handler.callbacks.insert(0, KeepConfig(self))  # before those of users, which may save
             if self.optimizer is not None and self.args.learn_ties:
                 self._add_to_given_optimizer()
@@ -118,8 +113,7 @@ class RankingMixin:
                 "The learning rate scheduler in `optimizers` does not know the tie parameters. Pass "
                 "`optimizers=(optimizer, None)`, for a scheduler as the arguments say, or set `learn_ties=False`."
             )
-        group = {"params": [self.ties.raw], "lr": self.args.tie_learning_rate, "weight_decay": 0.0}
-        self.optimizer.add_param_group(group)
+        self.optimizer.add_param_group({"params": [self.ties.raw], **self._companion_settings})
 
     # --- Data ---
 
@@ -185,18 +179,13 @@ class RankingMixin:
 
     # --- Optimization ---
 
-    def train(self, *args, **kwargs):
-        if self.ties is None:
-            return super().train(*args, **kwargs)
-        with walked_without_child(self.callback_handler.callbacks, self.accelerator, TIE_PARAMETERS_NAME):
-            return super().train(*args, **kwargs)
+    @property
+    def companion(self):
+        return self.ties
 
-    def create_optimizer(self, model=None):
-        is_ours = self.optimizer is None
-        optimizer = super().create_optimizer(model)
-        if is_ours and self.ties is not None and self.args.learn_ties:
-            give_learning_rate(optimizer, [self.ties.raw], self.args.tie_learning_rate, weight_decay=0.0)
-        return optimizer
+    @property
+    def _companion_settings(self):
+        return {"lr": self.args.tie_learning_rate, "weight_decay": 0.0}
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         if "ranks" not in inputs:
@@ -318,6 +307,8 @@ class RankingMixin:
         return means
 
     def _named_ties(self) -> dict[str, float]:
+        if self.ties is None:
+            return {}
         values = self._log_tie().double().exp().tolist()  # in fp32 what 89 is the logarithm of is infinite
         if self.args.ranking_model == "davidson_luce":
             return {f"tie/delta_{n}": value for n, value in enumerate(values, start=2)}
@@ -333,9 +324,6 @@ class RankingMixin:
         """To be called in every process."""
         write_to_config(self._model, self.args.ranking_model, self.ties.tolist())
 
-    def _without_ties(self):
-        return nullcontext() if self.ties is None else without_child(self._model, TIE_PARAMETERS_NAME)
-
     def _save_checkpoint(self, model, trial):
         if self.ties is not None:  # for the card, which the parent writes first
             self._write_ties_to_config()
@@ -344,29 +332,9 @@ class RankingMixin:
     def _save(self, output_dir=None, state_dict=None):
         if self.ties is not None:
             self._write_ties_to_config()
-            if state_dict is not None:
-                state_dict, _ = split_state_dict(state_dict, TIE_PARAMETERS_NAME)
-        with self._without_ties():
-            super()._save(output_dir, state_dict)
+        super()._save(output_dir, state_dict)
         if isinstance(self._model, PeftModel) and self.args.should_save:
             save_beside_adapter(self._model, output_dir or self.args.output_dir)
 
-    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
-        if self.is_fsdp_enabled:  # one sharded state for all
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
-            return
-        with self._without_ties():
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
-        self._load_ties(resume_from_checkpoint)
-
-    def _load_best_model(self):
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-            super()._load_best_model()
-            return
-        with self._without_ties():
-            super()._load_best_model()
-        self._load_ties(self.state.best_model_checkpoint)
-
-    def _load_ties(self, checkpoint: str) -> None:
-        if self.ties is not None:
-            self.ties.set(read_config(checkpoint)["log_tie"])
+    def _card_content(self):
+        return ranking_card(self, super()._paper)

@@ -1,19 +1,18 @@
 """
-Adapters in a trainer: of the right task type, in full precision, on a base that stays as it is, and never without the
-head that goes with them.
+Adapters on their way into a trainer: of the right task type, in full precision, on a base that stays as it is, and never
+without the head that goes with them.
 """
 
 import copy
-import inspect
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 
-from accelerate.logging import get_logger
+import torch
 from peft import PeftConfig, PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils.constants import SEQ_CLS_HEAD_NAMES
 from torch import nn
 
-from ..adapters.heads import save_heads
 from ..adapters.new_layers import new_layers, save_whole, unquantized
 from ..adapters.precision import keep_trainables_in_fp32, trainable_weights
 from ..adapters.shared_base import MAIN, is_adapter
@@ -21,78 +20,46 @@ from ..adapters.start import (
     REFERENCE,
     adapter_kept,
     copy_to_reference,
-    requires_grad_kept,
     say_that_head_has_no_bias,
     take_up_adapter,
-    without_loading_warnings,
 )
-from ..compat import has_transformers_adapter, keep_4bit_unpacked, take_newer_names
-from ..critic.critic import CRITIC_NAME
+from ..compat import has_transformers_adapter, keep_4bit_unpacked, without_loading_warnings
+from ..critic.files import CRITIC_NAME
 from ..models.quantization import is_quantized
 from ..models.tie_parameters import TIE_PARAMETERS_NAME
 
 
-logger = get_logger(__name__)
-
-CHILDREN = {CRITIC_NAME, TIE_PARAMETERS_NAME}  # of a model, which are not of it
+COMPANIONS = {CRITIC_NAME, TIE_PARAMETERS_NAME}  # children of a model, which are not of it
 
 
-class AdapterMixin:
+@dataclass
+class Start:
     """
-    Comes right before the TRL trainer in a trainer's bases. What it changes for models with adapters:
+    A model on its way into a TRL trainer.
 
-    - the adapter's task type is that of the model, whatever the `peft_config` says, and it is saved with the revision
-      of its base, which whoever loads it needs;
-    - an adapter whose folder or Hub id is given as `model` is trained further, and its reference is a copy of its start
-      whatever it is called;
-    - what trains is what the user left to train, and there has to be something;
-    - under a base in 4 or 8 bits, what trains is kept in float32;
-    - of a base in 4 bits on CPU, weights are never repacked, which would make gradients wrong;
-    - the head of a classifier, and whatever else of it was drawn anew when it was loaded, is trained with the adapter,
-      and saved with it even if it is not trained.
+    Args:
+        model (`str`, `PreTrainedModel` or `PeftModel`): The model as TRL is given it.
+        is_new (`bool`): True if TRL makes an adapter on it, by a `peft_config`.
+        is_taken_up (`bool`): True if it was loaded here, from an adapter's folder.
+        new_layers (`list[str]`): Layers of a classifier that were drawn anew when it was loaded.
+        weights (`dict[str, torch.Tensor]`): Copies of those that train, before TRL casts them.
+        has_reference (`bool`): True if it comes with the adapter that is its reference.
     """
 
-    _task_type: str  # of PEFT
+    model: object
+    is_new: bool
+    is_taken_up: bool
+    new_layers: list[str]
+    weights: dict[str, torch.Tensor]
+    has_reference: bool
 
-    def __init__(self, model, *args, **kwargs):
-        trl_class = next(base for base in type(self).__mro__ if base.__module__.startswith("trl."))
+    @contextmanager
+    def into_trainer(self, trl_class: type, peft_config: PeftConfig | None) -> Iterator[None]:
+        """Keeps the adapter as it is while `trl_class` makes a trainer of the model, and explains PEFT's error."""
+        loading = without_loading_warnings(trl_class) if self.is_taken_up else nullcontext()
         try:
-            arguments = inspect.signature(trl_class.__init__).bind(self, model, *args, **kwargs)
-        except TypeError as error:
-            raise TypeError(f"{type(self).__name__}.__init__() {error}") from None
-        given = arguments.arguments
-        peft_config = given.get("peft_config")
-        check_one_adapter(model, peft_config)
-        loading = nullcontext()
-        if isinstance(model, str) and is_adapter(model):
-            taken_up = take_up_adapter(model, given["args"], self._task_type, given.get("quantization_config"))
-            model, processing_class = taken_up
-            given["model"], given["quantization_config"] = model, None
-            given["processing_class"] = given.get("processing_class") or processing_class
-            loading = without_loading_warnings(trl_class)
-        check_trainable(model, given.get("quantization_config"), peft_config)
-        check_savable(model)
-        check_head(model, self._task_type)
-        if isinstance(peft_config, PeftConfig):
-            own = given["peft_config"] = copy.deepcopy(peft_config)
-            if peft_config.task_type != self._task_type:
-                own.task_type = self._task_type_of(peft_config, given.get("train_dataset"))
-            own.revision = revision_of(model, given.get("args"), peft_config)
-        self._new_layers = []
-        if self._task_type == "SEQ_CLS" and (isinstance(peft_config, PeftConfig) or isinstance(model, PeftModel)):
-            init_kwargs = given["args"].model_init_kwargs or {}
-            self._new_layers = new_layers(model, init_kwargs)
-            check_not_quantized(model, self._new_layers)
-            if peft_config is not None and own.task_type == self._task_type:
-                save_whole(own, self._new_layers)
-            for holder in (given, init_kwargs):  # TRL takes it from either
-                if holder.get("quantization_config") is not None:
-                    holder["quantization_config"] = unquantized(holder["quantization_config"], self._new_layers)
-        before = trainable_weights(model)
-        has_reference = isinstance(model, PeftModel) and REFERENCE in model.peft_config
-        try:
-            with loading, adapter_kept(model):
-                super().__init__(*arguments.args[1:], **arguments.kwargs)
+            with loading, adapter_kept(self.model):
+                yield
         except RuntimeError as error:
             if "floating point" in str(error) and peft_config is not None and peft_config.modules_to_save:
                 raise ValueError(
@@ -101,40 +68,79 @@ class AdapterMixin:
                     "`llm_int8_skip_modules` of the `BitsAndBytesConfig`."
                 ) from error
             raise
-        take_newer_names(self.args)  # TRL sets them by the older ones, under ZeRO-3
-        say_that_head_has_no_bias(self.model)
-        if is_quantized(self.model):
-            check_biases(self.model)
-            keep_trainables_in_fp32(self.model, before, is_new=peft_config is not None)
-            keep_4bit_unpacked(self.model)
-        if isinstance(model, PeftModel) and REFERENCE in model.peft_config and not has_reference:
-            copy_to_reference(model)
 
-    def train(self, *args, **kwargs):
-        check_something_trains(self.model)
-        return super().train(*args, **kwargs)
+    def mend(self, model: nn.Module) -> None:
+        """Undoes what TRL has done to the adapter in `model`, which is the trainer's."""
+        say_that_head_has_no_bias(model)
+        if is_quantized(model):
+            check_biases(model)
+            keep_trainables_in_fp32(model, self.weights, is_new=self.is_new)
+            keep_4bit_unpacked(model)
+        if has_reference(self.model) and not self.has_reference:
+            copy_to_reference(self.model)
 
-    # In both the parent may switch to the reference's adapter and back
 
-    def _prepare_inputs(self, inputs):
-        with requires_grad_kept(self.accelerator.unwrap_model(self.model)):
-            return super()._prepare_inputs(inputs)
+def prepare_start(given: dict, task_type: str, task_type_of: Callable[[PeftConfig, object], str | None]) -> Start:
+    """
+    Checks the model that a trainer is given, and completes what goes with it.
 
-    def compute_loss(self, *args, **kwargs):
-        with requires_grad_kept(self.accelerator.unwrap_model(self.model)):
-            return super().compute_loss(*args, **kwargs)
+    Args:
+        given (`dict`): The arguments of TRL's `__init__`, changed in place.
+        task_type (`str`): The trainer's, of PEFT.
+        task_type_of (`Callable`): Returns the one of a new adapter, from its config and the training data.
+    """
+    check_one_adapter(given["model"], given.get("peft_config"))
+    is_taken_up = isinstance(given["model"], str) and is_adapter(given["model"])
+    if is_taken_up:
+        given["model"], processing_class = take_up_adapter(
+            given["model"], given["args"], task_type, given.get("quantization_config")
+        )
+        given["quantization_config"] = None
+        given["processing_class"] = given.get("processing_class") or processing_class
+    model, peft_config = given["model"], given.get("peft_config")
+    check_trainable(model, given.get("quantization_config"), peft_config)
+    check_savable(model)
+    check_head(model, task_type)
+    layers = []
+    if isinstance(peft_config, PeftConfig):
+        peft_config = given["peft_config"] = copy.deepcopy(peft_config)
+        revision = revision_of(model, given.get("args"), peft_config)
+        if peft_config.task_type != task_type:
+            peft_config.task_type = task_type_of(peft_config, given.get("train_dataset"))
+        peft_config.revision = revision
+    if task_type == "SEQ_CLS" and (isinstance(peft_config, PeftConfig) or isinstance(model, PeftModel)):
+        layers = prepare_new_layers(given, task_type)
+    return Start(
+        model=model,
+        is_new=peft_config is not None,
+        is_taken_up=is_taken_up,
+        new_layers=layers,
+        weights=trainable_weights(model),
+        has_reference=has_reference(model),
+    )
 
-    def _task_type_of(self, peft_config, train_dataset) -> str | None:
-        return self._task_type
 
-    def _save(self, output_dir=None, state_dict=None):
-        super()._save(output_dir, state_dict)
-        if self.args.should_save and isinstance(self.model, PeftModel):
-            save_heads(self.model, output_dir or self.args.output_dir, {*SEQ_CLS_HEAD_NAMES, *self._new_layers})
+def prepare_new_layers(given: dict, task_type: str) -> list[str]:
+    """Returns the layers of a classifier that are drawn anew, to be trained and saved whole and never quantized."""
+    init_kwargs = given["args"].model_init_kwargs or {}
+    layers = new_layers(given["model"], init_kwargs)
+    check_not_quantized(given["model"], layers)
+    peft_config = given.get("peft_config")
+    if peft_config is not None and peft_config.task_type == task_type:
+        save_whole(peft_config, layers)
+    for holder in (given, init_kwargs):  # TRL takes it from either
+        if holder.get("quantization_config") is not None:
+            holder["quantization_config"] = unquantized(holder["quantization_config"], layers)
+    return layers
+
+
+def has_reference(model) -> bool:
+    """True if one of the adapters in `model` is the reference that the KL is taken to."""
+    return isinstance(model, PeftModel) and REFERENCE in model.peft_config
 
 
 def revision_of(model, args, peft_config: PeftConfig) -> str | None:
-    """The base's, if that is not the main one. Of a model that was loaded before only `peft_config` can tell."""
+    """Returns the base's revision unless it is the main one. If the model is loaded, only `peft_config` can tell it."""
     given = peft_config.revision or MAIN
     init_kwargs = args.model_init_kwargs if isinstance(model, str) and args is not None else None
     loaded = (init_kwargs or {}).get("revision") or MAIN
@@ -148,7 +154,7 @@ def revision_of(model, args, peft_config: PeftConfig) -> str | None:
 
 
 def check_one_adapter(model, peft_config) -> None:
-    """Refuse a `peft_config` for what is an adapter already: its base alone, to which the new one belongs, has not learned."""
+    """Refuses a `peft_config` for an adapter: the base alone, to which the new one would belong, has not learned."""
     is_path = isinstance(model, str) and is_adapter(model)
     if peft_config is not None and (is_path or has_transformers_adapter(model)):
         raise ValueError(
@@ -160,7 +166,7 @@ def check_one_adapter(model, peft_config) -> None:
 
 
 def check_trainable(model, quantization_config, peft_config) -> None:
-    """Refuse quantized weights without an adapter: there would be nothing to train."""
+    """Refuses quantized weights without an adapter: there would be nothing to train."""
     if peft_config is not None or isinstance(model, PeftModel) or has_transformers_adapter(model):
         return
     if is_quantized(model) if isinstance(model, nn.Module) else quantization_config is not None:
@@ -171,8 +177,8 @@ def check_trainable(model, quantization_config, peft_config) -> None:
 
 
 def check_something_trains(model: nn.Module) -> None:
-    """Refuse a model of which nothing trains but what a trainer put into it, a critic or tie parameters."""
-    own = [(name, p) for name, p in model.named_parameters() if not {*name.split(".")} & CHILDREN]
+    """Refuses a model of which nothing trains but what a trainer put into it, a critic or tie parameters."""
+    own = [(name, p) for name, p in model.named_parameters() if not {*name.split(".")} & COMPANIONS]
     if not any(parameter.requires_grad for _, parameter in own):
         raise ValueError(
             f"None of the {len(own)} weights of `model` train (`requires_grad` is False for all), so it would stay as it "
@@ -183,7 +189,7 @@ def check_something_trains(model: nn.Module) -> None:
 
 
 def check_savable(model) -> None:
-    """Refuse what would train and then could not be saved: transformers 5.24 wants a PEFT for it that is not out yet."""
+    """Refuses what would train and then could not be saved: transformers 5.24 wants a PEFT for it that is not out yet."""
     if not has_transformers_adapter(model):
         return
     try:
@@ -196,7 +202,7 @@ def check_savable(model) -> None:
 
 
 def check_head(model, task_type: str) -> None:
-    """Refuse an adapter on a language model's head, as the parent does, but before that makes a reference of it."""
+    """Refuses an adapter on a language model's head, as the parent does, but before that makes a reference of it."""
     if task_type == "CAUSAL_LM" and isinstance(model, PeftModel):
         if isinstance(model.get_base_model().get_output_embeddings(), BaseTunerLayer):
             raise ValueError(
@@ -208,7 +214,7 @@ def check_head(model, task_type: str) -> None:
 
 
 def check_not_quantized(model, layers: list[str]) -> None:
-    """Refuse layers without loaded weights that bitsandbytes was to quantize: it has not, and they fail when they run."""
+    """Refuses layers without loaded weights that bitsandbytes was to quantize: it has not, and they fail when they run."""
     if not isinstance(model, nn.Module):
         return
     modules = dict((model.get_base_model() if isinstance(model, PeftModel) else model).named_modules())
@@ -222,16 +228,10 @@ def check_not_quantized(model, layers: list[str]) -> None:
 
 
 def check_biases(model: nn.Module) -> None:
-    """Refuse trained biases of quantized layers, which bitsandbytes casts to the precision that it computes in."""
+    """Refuses trained biases of quantized layers, which bitsandbytes casts to the precision that it computes in."""
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and name.endswith("base_layer.bias"):
             raise ValueError(
                 f"{name} is trained, but its layer is quantized, and bitsandbytes casts such biases to the dtype that "
                 "it computes in. Set `bias='none'` in the `LoraConfig`."
             )
-
-
-# --- Heads ---
-
-
-# --- Merging for a while ---

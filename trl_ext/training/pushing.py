@@ -1,20 +1,19 @@
 """
-Trainers on the Hub: a push that fails is tried again, loses nothing and stops no training; a checkpoint there is
-resumed from by its repository's name.
+Trainers on the Hub: a push that fails is tried again, loses nothing and stops no training; a training resumes from the
+last checkpoint of a repository by its name; tokens are kept out of `training_args.bin`, which is published.
 """
 
-import contextlib
 import os
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from accelerate.logging import get_logger
 from huggingface_hub import CommitInfo, HfApi, snapshot_download
 from huggingface_hub.errors import (
-    HFValidationError,
     OfflineModeIsEnabled,
     RepositoryNotFoundError,
     RevisionNotFoundError,
@@ -35,170 +34,152 @@ LAST_CHECKPOINT = "last-checkpoint"  # the parent's name for it with `hub_strate
 REPO_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
-class PushMixin:
+class Pusher:
     """
-    Comes before the TRL trainer in a trainer's bases. What it changes:
+    Sees the pushes of a trainer through. A push that fails is tried again, with growing pauses; one in the middle of
+    training that fails for good leaves a warning with the command that finishes it, and training goes on. The last one
+    raises [`~uploading.PublishError`], with that command, once all is on disk.
 
-    - a push that fails is tried again, with growing pauses; one in the middle of training that fails for good leaves a
-      warning with the command that finishes it, and training goes on;
-    - `push_to_hub()` that fails for good raises [`~uploading.PublishError`], with that command, once all is on disk;
-    - what should be private (`private`, `hub_private_repo`) is not pushed to a repository that is public, and nothing is
-      where secrets or judgements lie in `output_dir`, all of which the parent pushes;
-    - `train(resume_from_checkpoint="user/name")` resumes from the last checkpoint of a repository of the Hub;
-    - tokens are kept out of `training_args.bin`, which is published.
+    Args:
+        args (`TrainingArguments`): The trainer's.
     """
 
-    _saved_with_model: tuple[str, ...] = ()  # files and folders of a checkpoint that the parent does not know of
-    _uploads = None  # the thread in which pushes are seen through, once there are any
-    _push = None  # token, revision and `private` of the `push_to_hub` under way
-    _is_seen_private = False  # the repository, where it should be
+    def __init__(self, args: TrainingArguments):
+        self.args = args
+        self._asked: dict | None = None  # token, revision and `private` of the `push_to_hub` under way
+        self._is_seen_private = False  # the repository, where it should be
+        self._uploads: ThreadPoolExecutor | None = None  # the thread in which pushes are seen through
 
-    def init_hf_repo(self, token=None, private=None):
-        token = token or self.args.hub_token
-        private = self.args.hub_private_repo if private is None else private
-        repo_id = self.args.hub_model_id or Path(self.args.output_dir).absolute().name
-        try:
-            if self._push is None and self.is_world_process_zero():
-                refuse_to_publish(self.args.output_dir)
-            if private and self.is_world_process_zero():  # the parent asks for what `hub_private_repo` says
-                HfApi(token=token).create_repo(repo_id, private=True, exist_ok=True)
-                if self._push is None:  # otherwise this is for later, when all is on disk
-                    self._see_private(repo_id, token)
-            super().init_hf_repo(token)
-        except HFValidationError:  # a name that no repository can have
-            raise
-        except Exception as error:  # the client's own errors have no class in common
-            cause = cause_of(error, repo_id)
-            if is_lasting(error) and self.args.push_to_hub:  # in `__init__`: there is nothing to be lost yet
-                raise PublishError(
-                    f"{cause} Or set `push_to_hub=False`, and push when the training is over."
-                ) from error
-            logger.warning(f"{cause} {repo_id} will be created when something is pushed.")
-            # The parent's, of a repository that is there
-            self.hub_model_id = repo_id
-            self.push_in_progress = None
+    @property
+    def repo_id(self) -> str:
+        """Name of the repository as the arguments have it, which may lack its owner's."""
+        return self.args.hub_model_id or Path(self.args.output_dir).absolute().name
 
-    def push_to_hub(
-        self,
-        commit_message: str | None = "End of training",
-        blocking: bool = True,
-        token: str | None = None,
-        revision: str | None = None,
-        private: bool | None = None,
-        **kwargs,
-    ) -> CommitInfo | Future[CommitInfo] | None:
-        token = token or self.args.hub_token
+    @contextmanager
+    def asked(self, token: str | None, private: bool | None, revision: str | None) -> Iterator[dict]:
+        """Remembers what the user asks of `push_to_hub` within the context, completed by the arguments."""
         private = self.args.hub_private_repo if private is None else private
-        revision = revision or self.args.hub_revision
-        self._push = {"token": token, "private": private, "revision": revision}
+        self._asked = {
+            "token": token or self.args.hub_token,
+            "private": private,
+            "revision": revision or self.args.hub_revision,
+        }
         try:
-            if self.hub_model_id is None:  # the parent's own call knows of no `private` in older versions
-                self.init_hf_repo(token, private)
-            begun = super().push_to_hub(commit_message, False, token, revision, **kwargs)
+            yield self._asked
         finally:
-            self._push = None
-        if begun is None:  # not the process that pushes
-            return None
-        pushed = self._see_through(
-            upload,
-            begun,
-            self.args.output_dir,
-            private=private,
-            token=token,
-            ignore_patterns=IGNORED,
-            revision=revision,
-            commit_message=commit_message,
-        )
-        return pushed.result() if blocking else pushed
+            self._asked = None
 
-    def _finish_current_push(self):
-        super()._finish_current_push()
-        if self._push is not None:  # the parent's last step before it uploads
-            folder, repo_id = self.args.output_dir, self.hub_model_id
-            private, revision = self._push["private"], self._push["revision"]
-            rest = how_to_finish(folder, repo_id, "model", private, {"--exclude": IGNORED}, revision=revision)
-            persist(lambda _: self._check_push(**self._push), repo_id, rest)
+    # --- The repository ---
 
-    def _check_push(self, private: bool | None, token: str | None, **others) -> None:
-        """Raises ValueError if what is to be pushed, or where to, is more public than was meant."""
-        refuse_to_publish(self.args.output_dir)
-        if private:
-            self._see_private(self.hub_model_id, token)
+    def make_private_repo(self, token: str | None, private: bool | None) -> None:
+        """Makes the repository if it is to be private: the parent asks for what `hub_private_repo` says alone."""
+        if self._asked is None:
+            refuse_to_publish(self.args.output_dir)
+        if self.args.hub_private_repo if private is None else private:
+            HfApi(token=token).create_repo(self.repo_id, private=True, exist_ok=True)
+            if self._asked is None:  # otherwise this is for later, when all is on disk
+                self._see_private(self.repo_id, token)
+
+    def put_off(self, error: Exception) -> None:
+        """Warns that the repository is still to be made, or raises PublishError where that is no use."""
+        cause = cause_of(error, self.repo_id)
+        if is_lasting(error) and self.args.push_to_hub:  # in `__init__`: there is nothing to be lost yet
+            raise PublishError(f"{cause} Or set `push_to_hub=False`, and push when the training is over.") from error
+        logger.warning(f"{cause} {self.repo_id} will be created when something is pushed.")
+
+    def completed(self, repo_id: str | None) -> str | None:
+        """Returns the repository's name with its owner's, which is unknown if the Hub was down when training began."""
+        if repo_id is not None and "/" not in repo_id:
+            token = self.args.hub_token if self._asked is None else self._asked["token"]
+            with suppress(Exception):  # asked again for the next card
+                return f"{HfApi(token=token).whoami()['name']}/{repo_id}"
+        return repo_id
 
     def _see_private(self, repo_id: str, token: str | None) -> None:
-        """Raises ValueError if the repository is public, in the process that pushes."""
+        """Raises ValueError if the repository is public."""
         prepare_repo(HfApi(token=token), repo_id, "model", private=True)
         self._is_seen_private = True
 
-    def _complete_hub_model_id(self) -> None:
-        """Find out whose the repository is, if the Hub was down when training began."""
-        if self.hub_model_id is not None and "/" not in self.hub_model_id:
-            token = self.args.hub_token if self._push is None else self._push["token"]
-            with contextlib.suppress(Exception):  # asked again for the next card
-                self.hub_model_id = f"{HfApi(token=token).whoami()['name']}/{self.hub_model_id}"
+    # --- The last push ---
 
-    def _push_from_checkpoint(self, checkpoint_folder):
-        earlier = [] if self._last_push is None else list(self._last_push.jobs)
-        is_free = self.args.hub_always_push or self._last_push is None or self._last_push.is_done()
-        if is_free and self.args.hub_strategy != "end":
-            if self.hub_model_id is not None:
-                try:
-                    self._check_push(self.args.hub_private_repo and not self._is_seen_private, self.args.hub_token)
-                except Exception as error:  # the client's own errors have no class in common
-                    cause = cause_of(error, self.hub_model_id)
-                    logger.warning(f"Training goes on, but step {self.state.global_step} was not pushed. {cause}")
-                    return
-            self._copy_from_checkpoint(checkpoint_folder)
-        super()._push_from_checkpoint(checkpoint_folder)
-        jobs = [] if self._last_push is None else self._last_push.jobs
-        begun = [job for job in jobs if job not in earlier]
-        if not begun:  # not this process, not now, or not this strategy
+    def check_asked(self, repo_id: str | None) -> None:
+        """Raises ValueError if what is pushed, or where to, is more public than was meant. All is on disk by now."""
+        if self._asked is None:
             return
-        settings = {
-            "private": self.args.hub_private_repo,
-            "token": self.args.hub_token,
-            "revision": self.args.hub_revision,
-            "commit_message": f"Training in progress, step {self.state.global_step}",
-        }
-        name = LAST_CHECKPOINT if self.args.hub_strategy == "checkpoint" else Path(checkpoint_folder).name
-        sources = [  # the second only with the strategies that push whole checkpoints
-            (self.args.output_dir, {"ignore_patterns": IGNORED}),
-            (checkpoint_folder, {"path_in_repo": name}),
-        ]
-        for job, (folder, own) in zip(begun, sources, strict=False):
-            jobs[jobs.index(job)] = self._see_through(upload_or_warn, job, folder, **own, **settings)
+        token, private, revision = (self._asked[name] for name in ("token", "private", "revision"))
+        rest = how_to_finish(
+            self.args.output_dir, repo_id, "model", private, {"--exclude": IGNORED}, revision=revision
+        )
+        persist(lambda _: self._check(repo_id, private, token), repo_id, rest)
 
-    @property
-    def _last_push(self):
-        """The parent's `PushInProgress`; None before the first, and in processes that do not push."""
-        return None if self.hub_model_id is None else self.push_in_progress
+    def _check(self, repo_id: str, private: bool | None, token: str | None) -> None:
+        refuse_to_publish(self.args.output_dir)
+        if private:
+            self._see_private(repo_id, token)
 
-    def _copy_from_checkpoint(self, checkpoint_folder: str) -> None:
-        """The parent copies a fixed list of files to `output_dir`, which is what it pushes."""
-        for name in self._saved_with_model if self.hub_model_id is not None else ():
-            source, target = Path(checkpoint_folder) / name, Path(self.args.output_dir) / name
+    def see_through(self, begun: Future, repo_id: str, commit_message: str, asked: dict) -> Future[CommitInfo]:
+        """Returns the push that has begun, tried again if it fails."""
+        return self._submit(
+            upload,
+            begun,
+            repo_id,
+            self.args.output_dir,
+            ignore_patterns=IGNORED,
+            commit_message=commit_message,
+            **asked,
+        )
+
+    def _submit(self, how: Callable, begun: Future, repo_id: str, folder: str, **settings) -> Future:
+        if self._uploads is None:
+            self._uploads = ThreadPoolExecutor(max_workers=1, thread_name_prefix="push")
+        return self._uploads.submit(how, folder, repo_id, "model", begun=begun, **settings)
+
+    # --- Pushes in the middle of training ---
+
+    def may_push(self, repo_id: str, step: int) -> bool:
+        """Warns, and returns False, if what is to be pushed, or where to, is more public than was meant."""
+        try:
+            self._check(repo_id, self.args.hub_private_repo and not self._is_seen_private, self.args.hub_token)
+        except Exception as error:  # the client's own errors have no class in common
+            logger.warning(f"Training goes on, but step {step} was not pushed. {cause_of(error, repo_id)}")
+            return False
+        return True
+
+    def is_free(self, last_push) -> bool:
+        """
+        True if the parent pushes a checkpoint now.
+
+        Args:
+            last_push (`PushInProgress`, *optional*): The parent's; None before the first.
+        """
+        is_free = self.args.hub_always_push or last_push is None or last_push.is_done()
+        return is_free and self.args.hub_strategy != "end"
+
+    def copy_beside_model(self, names: Iterable[str], checkpoint: str) -> None:
+        """Copies files and folders of a checkpoint to `output_dir`: of what the parent pushes, it copies a fixed list."""
+        for name in names:
+            source, target = Path(checkpoint) / name, Path(self.args.output_dir) / name
             if source.is_dir():
                 shutil.copytree(source, target, dirs_exist_ok=True)
             elif source.is_file():
                 shutil.copy(source, target)
 
-    def _see_through(self, how: Callable, begun: Future, folder: str, **settings) -> Future:
-        """A push that has begun, tried again if it fails."""
-        if self._uploads is None:
-            self._uploads = ThreadPoolExecutor(max_workers=1, thread_name_prefix="push")
-        return self._uploads.submit(how, folder, self.hub_model_id, "model", begun=begun, **settings)
-
-    def train(self, resume_from_checkpoint=None, *args, **kwargs):
-        is_path = isinstance(resume_from_checkpoint, str | os.PathLike)
-        if is_path and not os.path.isdir(resume_from_checkpoint) and REPO_ID.fullmatch(str(resume_from_checkpoint)):
-            resume_from_checkpoint = checkpoint_from_hub(
-                str(resume_from_checkpoint), self.args.hub_token, self.args.hub_revision
-            )
-        return super().train(resume_from_checkpoint, *args, **kwargs)
-
-    def _save(self, output_dir=None, state_dict=None):
-        hide_tokens(self.args)
-        super()._save(output_dir, state_dict)
+    def see_checkpoint_through(self, jobs: list[Future], earlier: list[Future], repo_id, checkpoint: str, step: int):
+        """Has the `jobs` that are not among `earlier` ones tried again if they fail, in their place."""
+        settings = {
+            "private": self.args.hub_private_repo,
+            "token": self.args.hub_token,
+            "revision": self.args.hub_revision,
+            "commit_message": f"Training in progress, step {step}",
+        }
+        name = LAST_CHECKPOINT if self.args.hub_strategy == "checkpoint" else Path(checkpoint).name
+        sources = [  # the second only with the strategies that push whole checkpoints
+            (self.args.output_dir, {"ignore_patterns": IGNORED}),
+            (checkpoint, {"path_in_repo": name}),
+        ]
+        begun = [job for job in jobs if job not in earlier]  # none if not in this process, now, or with this strategy
+        for job, (folder, own) in zip(begun, sources, strict=False):
+            jobs[jobs.index(job)] = self._submit(upload_or_warn, job, repo_id, folder, **own, **settings)
 
 
 def refuse_to_publish(folder: str | Path) -> None:
@@ -209,19 +190,27 @@ def refuse_to_publish(folder: str | Path) -> None:
 
 
 def upload_or_warn(*args, **kwargs) -> CommitInfo | None:
-    """[`~uploading.upload`] in the middle of training, which goes on whatever happens to it."""
+    """Uploads as [`~uploading.upload`] in the middle of training, which goes on whatever happens to it."""
     try:
         return upload(*args, **kwargs)
     except Exception as error:
         logger.warning(f"Training goes on, but a push failed. {error}")
 
 
+def local_checkpoint(resume_from_checkpoint, args: TrainingArguments):
+    """Returns `resume_from_checkpoint`, or the downloaded folder if that is the name of a repository of the Hub."""
+    is_path = isinstance(resume_from_checkpoint, str | os.PathLike)
+    if not is_path or os.path.isdir(resume_from_checkpoint) or not REPO_ID.fullmatch(str(resume_from_checkpoint)):
+        return resume_from_checkpoint
+    return checkpoint_from_hub(str(resume_from_checkpoint), args.hub_token, args.hub_revision)
+
+
 def checkpoint_from_hub(repo_id: str, token: str | None = None, revision: str | None = None) -> str:
     """
-    Download the last checkpoint of a repository.
+    Downloads the last checkpoint of a repository.
 
     Args:
-        repo_id (`str`): To which a trainer pushed with `hub_strategy="checkpoint"` or `"all_checkpoints"`.
+        repo_id (`str`): The repository, to which a trainer pushed with `hub_strategy="checkpoint"` or `"all_checkpoints"`.
         token (`str`, *optional*): By default the one that `hf auth login` stored.
         revision (`str`, *optional*): Branch that it pushed to; by default `main`.
 
@@ -267,7 +256,7 @@ class HiddenToken(str):
 
 
 def hide_tokens(args: TrainingArguments) -> None:
-    """Keep the tokens in the arguments usable, but out of what is saved of them."""
+    """Keeps the tokens in the arguments usable, but out of what is saved of them."""
     if args.hub_token is not None:
         args.hub_token = HiddenToken(args.hub_token)
     init_kwargs = getattr(args, "model_init_kwargs", None)  # a plain TrainingArguments has none
