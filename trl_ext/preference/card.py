@@ -7,6 +7,7 @@ from ..hub.model_card import CardContent, shown
 from ..models.reward_inputs import RewardInput
 from ..ranking import predict_pair
 from .config import RankingArguments
+from .metrics import named_ties
 
 
 TRAINING_ARGUMENTS = [
@@ -73,7 +74,7 @@ LIKELIHOODS = {
 
 
 def reading(how: RewardInput | None) -> dict:
-    """What a card says of how a reward model reads texts; nothing of other models."""
+    """Returns what a card says of how a reward model reads texts; nothing of other models."""
     if how is None:
         return {}
     left_out = [f"the special tokens {', '.join(f'`{token}`' for token in how.special_tokens)}"] * bool(
@@ -89,7 +90,9 @@ def reading(how: RewardInput | None) -> dict:
 
 def ranking_card(trainer, parents_paper: dict | None) -> CardContent:
     """Returns what a card says of the rankings or pairs that were learned from, how, and what the scores mean."""
-    args, on_rankings, ties = trainer.args, trainer._has_rankings, trainer._named_ties()
+    args, on_rankings = trainer.args, trainer._has_rankings
+    # As last written to the config: one process writes the card, and cannot gather what is sharded
+    ties = {} if trainer.ties is None else named_ties(args.ranking_model, trainer._model.config.log_tie)
     is_policy = trainer._pipeline_tag == "text-generation"
     details = {
         "on_rankings": on_rankings,

@@ -94,6 +94,7 @@ class RankingDPOTrainer(RankingTrainer, DPOTrainer):
     _template_file = "dpo.md"
     _tokenized_columns = ["prompt_ids", "completion_ids"]
     _tokenize_ranking = staticmethod(tokenize_for_dpo)
+    _metric_names = {"accuracy": "rewards/accuracies", "margin": "rewards/margins"}
 
     def __init__(
         self, model, ref_model=None, args: RankingDPOConfig | None = None, data_collator=None, *other_args, **kwargs
@@ -136,7 +137,7 @@ class RankingDPOTrainer(RankingTrainer, DPOTrainer):
             is_sharded=self.is_fsdp_enabled or self.is_deepspeed_enabled,
         )
 
-    def _scores(self, model, inputs):
+    def _log_worths(self, model, inputs):
         if not self._heads_compared:
             self._compare_heads(model, inputs["input_ids"][0][inputs["attention_mask"][0].bool()].tolist())
         packed = self._use_shared_prefix(model, inputs)
@@ -157,7 +158,7 @@ class RankingDPOTrainer(RankingTrainer, DPOTrainer):
             return super().compute_ref_log_probs(model, inputs)
 
     def _values(self, model, inputs, packed):
-        """`(B, K)` log pi(y_i | x)."""
+        """Returns log pi(y_i | x), `(B, K)`."""
         prefix = "packed_" if packed else ""
         input_ids, mask = inputs[f"{prefix}input_ids"], inputs[f"{prefix}completion_mask"]
         if packed:
@@ -185,12 +186,13 @@ class RankingDPOTrainer(RankingTrainer, DPOTrainer):
             loss, outputs = self.compute_loss(model, inputs, return_outputs=True)
         return loss.detach(), (outputs.logits, outputs.ranks), ()
 
-    def _further_loss(self, scores, outputs, inputs):
+    def _further_loss(self, log_worths, outputs, inputs):
+        loss = super()._further_loss(log_worths, outputs, inputs)
         if not self.aux_loss_enabled:
-            return 0.0
+            return loss
         mode = "train" if self.model.training else "eval"
         self._metrics[mode]["aux_loss"].append(self.accelerator.gather_for_metrics(outputs.aux_loss).mean().item())
-        return self.router_aux_loss_coef * outputs.aux_loss
+        return loss + self.router_aux_loss_coef * outputs.aux_loss
 
     def _log_policy(self, logps, outputs, inputs, packed: bool) -> None:
         mode = "train" if self.model.training else "eval"
@@ -203,10 +205,5 @@ class RankingDPOTrainer(RankingTrainer, DPOTrainer):
         self._metrics[mode]["mean_token_accuracy"].append(is_top1 / max(tokens, 1))
         self._metrics[mode]["logps/mean"].append(logps / max(completions, 1))
 
-    def _log_scores(self, scores, mode):
-        self._metrics[mode]["rewards/mean"].append(scores.mean().item())
-
-    def _means(self, sums):
-        """The parent's names for what it logs as well."""
-        names = {"accuracy": "rewards/accuracies", "margin": "rewards/margins"}
-        return {names.get(name, name): value for name, value in super()._means(sums).items()}
+    def _log_worth_metrics(self, log_worths):
+        return {"rewards/mean": log_worths.mean()}

@@ -6,6 +6,7 @@ from accelerate.logging import get_logger
 from datasets import Dataset, IterableDataset
 from trl.data_utils import extract_prompt, get_dataset_column_names, is_conversational
 
+from ..adapters.reward_models import max_text_length
 from ..compat import global_then_local_main_first, tokenize
 from ..data.rankings import prepare_rankings
 from ..data.rows import first_row, plain, report_dropped
@@ -206,6 +207,37 @@ def report_lengths(dataset: Dataset, args: RankingArguments, dataset_name: str) 
             "completions are the same token by token"
             + (", some perhaps since they were truncated" if args.overlong == "truncate" else "")
             + ". A model gives them the same score, whatever their ranks."
+        )
+
+
+def check_positions(dataset: Dataset | IterableDataset, model, max_length: int | None, columns: list[str]) -> None:
+    """
+    Refuses texts beyond the positions that a model has learned, where they can be counted; warns of streams.
+
+    Args:
+        dataset (`Dataset` or `IterableDataset`): A prepared dataset.
+        model (`PreTrainedModel` or `PeftModel`): The model that reads it.
+        max_length (`int`, *optional*): The longest text that was let through.
+        columns (`list[str]`): Columns with tokens, the last with those of completions.
+    """
+    positions = max_text_length(model)
+    if positions is None:
+        return
+    if not isinstance(dataset, Dataset):
+        if max_length is None or max_length > positions:
+            logger.warning(
+                f"The model has learned {positions} positions, and `max_length` is {max_length}: a longer text of this "
+                f"stream would end the training with an IndexError. Set `max_length={positions}`, which `overlong` is "
+                "about."
+            )
+        return
+    *before, last = (dataset[column] for column in columns)
+    lengths = [sum(map(len, prompt)) + max(map(len, ids)) for *prompt, ids in zip(*before, last, strict=True)]
+    num_longer = sum(length > positions for length in lengths)
+    if num_longer:
+        raise ValueError(
+            f"{num_longer} of {len(lengths)} rankings have texts beyond the {positions} positions that the model has "
+            f"learned, of up to {max(lengths)} tokens. Set `max_length={positions}`, which `overlong` is about."
         )
 
 

@@ -127,7 +127,7 @@ class RankingRewardTrainer(RankingTrainer, RewardTrainer):
         return super()._prepare_dataset(dataset, processing_class, args, dataset_name)
 
     def _kind_of(self, dataset: Dataset | IterableDataset) -> str:
-        """`kind` of [`RewardInput`]."""
+        """Returns the `kind` of [`RewardInput`] that training on a dataset makes."""
         columns = set(get_dataset_column_names(dataset))
         are_ids_of_rankings = set(self._tokenized_columns) <= columns and not self._are_plain_pairs(columns)
         if are_ids_of_rankings or IDS_OF_PAIRS <= columns or LEGACY_IDS_OF_PAIRS <= columns:
@@ -136,7 +136,7 @@ class RankingRewardTrainer(RankingTrainer, RewardTrainer):
 
     @staticmethod
     def _are_plain_pairs(columns) -> bool:
-        """Whether the parent reads them."""
+        """True if the parent reads a dataset with these columns."""
         return "chosen" in columns and not has_tied_pairs(columns) and not is_ranking(columns)
 
     @property
@@ -152,10 +152,11 @@ class RankingRewardTrainer(RankingTrainer, RewardTrainer):
         is_of_pairs = "chosen" in columns and not has_tied_pairs(columns)
         return None if peft_config.task_type is None and is_of_pairs else self._task_type
 
-    def _scores(self, model, inputs):
+    def _log_worths(self, model, inputs):
         return self._values(model, inputs, packed=self._use_shared_prefix(model, inputs))
 
     def _values(self, model, inputs, packed):
+        """Returns scores `(B, K)`."""
         if packed:
             with scores_of_all_tokens(self._model):
                 outputs = model(**self._packed_kwargs(model, inputs))
@@ -163,17 +164,14 @@ class RankingRewardTrainer(RankingTrainer, RewardTrainer):
         outputs = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False)
         return outputs.logits.squeeze(-1)[inputs["rows"]].float(), outputs
 
-    def _further_loss(self, scores, outputs, inputs):
-        coefficient = self.args.center_rewards_coefficient
-        if coefficient is None:
-            return 0.0
+    def _further_loss(self, log_worths, outputs, inputs):
+        loss = super()._further_loss(log_worths, outputs, inputs)
+        if self.args.center_rewards_coefficient is None:
+            return loss
         # The parent's (r_chosen + r_rejected)^2, which is (2 mean)^2, for any number of completions
         present = judged_items(inputs["wins"], inputs["ties"])
-        means = torch.where(present, scores, 0).sum(dim=1) / present.sum(dim=1)
-        return coefficient * (2 * means).square().mean()
+        means = torch.where(present, log_worths, 0).sum(dim=1) / present.sum(dim=1)
+        return loss + self.args.center_rewards_coefficient * (2 * means).square().mean()
 
-    def _log_scores(self, scores, mode):
-        metrics = self._metrics[mode]
-        metrics["min_reward"].append(scores.min().item())
-        metrics["mean_reward"].append(scores.mean().item())
-        metrics["max_reward"].append(scores.max().item())
+    def _log_worth_metrics(self, log_worths):
+        return {"min_reward": log_worths.min(), "mean_reward": log_worths.mean(), "max_reward": log_worths.max()}
