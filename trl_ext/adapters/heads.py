@@ -1,4 +1,4 @@
-"""The head of a classifier, which goes with its adapter and never without it."""
+"""The head of a classifier, saved with its adapter even where PEFT would leave it out."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -17,7 +17,7 @@ ADAPTER_WEIGHTS = "adapter_model.safetensors"
 
 def save_heads(model: PeftModel, directory: str, names: Iterable[str] = SEQ_CLS_HEAD_NAMES) -> None:
     """
-    Add the head of a classifier, and other layers of these `names`, to saved adapters that do not hold them, under the
+    Adds the head of a classifier, and other layers of these `names`, to saved adapters that do not hold them, under the
     names that PEFT reads them back by.
 
     A reward adapter without its head has random rewards: transformers draws a new head whenever the base is loaded.
@@ -38,8 +38,8 @@ def save_heads(model: PeftModel, directory: str, names: Iterable[str] = SEQ_CLS_
 @torch.no_grad()
 def weights_of_head(head: nn.Module) -> dict[str, torch.Tensor]:
     """
-    Of layers that an adapter is on, the two apart, for `PeftModel`, and their sum, for PEFT's classes of classifiers,
-    which put another head in its place.
+    Returns the weights of a head; where an adapter is on it, those of the head alone, which `PeftModel` reads, and with
+    the adapter merged, which PEFT's classes of classifiers read.
     """
     if not isinstance(head, BaseTunerLayer):
         weights = {key: weight for key, weight in head.state_dict().items() if "." not in key}

@@ -1,4 +1,4 @@
-"""Merging an adapter into the weights of its base: for a while, bit for bit to be undone, and for good."""
+"""An adapter merged into the weights of its base: for a while, after which the base is the same to the bit, or for good."""
 
 from collections import Counter
 from collections.abc import Iterator
@@ -19,8 +19,8 @@ logger = get_logger(__name__)
 
 def can_merge(model: PeftModel) -> bool:
     """
-    Whether merging makes the model that is trained: not where an adapted weight is also another module's (embeddings
-    tied to the head), nor with kinds of adapters that cannot be merged, as trying shows.
+    Tells if the merged model is the one that is trained: not where an adapted weight is also another module's
+    (embeddings tied to the head), nor with kinds of adapters that cannot be merged, as trying shows.
     """
     if shared_adapted_weights(model):
         return False
@@ -43,13 +43,13 @@ def shared_adapted_weights(model: PeftModel) -> set[int]:
 @contextmanager
 def merged(model: PeftModel, backup: dict[str, torch.Tensor]) -> Iterator[None]:
     """
-    Within the context the adapter is merged into its base, so that a forward runs no adapter; afterwards the base is
-    bit for bit what it was (subtracting what was added would leave rounding errors).
+    Merges the adapter into its base within the context, so that a forward runs no adapter; afterwards the base is the
+    same to the bit (subtracting what was added would leave rounding errors).
 
     Args:
-        model (`PeftModel`): On a base that is not quantized.
-        backup (`dict[str, torch.Tensor]`): Empty at first; filled with the base's weights, on CPU, and to be passed
-            again the next time: a frozen base need be copied once.
+        model (`PeftModel`): The model, on a base that is not quantized.
+        backup (`dict[str, torch.Tensor]`): An empty dict at first, which is filled with the base's weights, on CPU. It
+            is to be passed again the next time: a frozen base need be copied once.
     """
     if is_quantized(model):
         raise ValueError("A quantized base cannot hold what an adapter adds to it.")
@@ -79,7 +79,12 @@ ROUNDING = 1e-6
 
 @torch.no_grad()
 def merge(model: PeftModel, dtype: torch.dtype) -> tuple[torch.nn.Module, float]:
-    """The base of `model`, in float32, with the adapter in its weights, of `dtype`; and the `precision_loss`."""
+    """
+    Merges an adapter for good into its base, which is in float32.
+
+    Returns:
+        `tuple`: The merged model in `dtype`, and the `precision_loss`: how much of the adapter's change that rounds away.
+    """
     tied_configs = part_shared_weights(model)
     layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
     lost = changed = 0.0
@@ -99,8 +104,8 @@ def merge(model: PeftModel, dtype: torch.dtype) -> tuple[torch.nn.Module, float]
 
 def part_shared_weights(model: PeftModel) -> list[PreTrainedConfig]:
     """
-    Give modules that share a weight which an adapter is on (embeddings tied to the head) a copy each: what one layer's
-    adapter adds is not for the others, and each of several adapters would add to the same weight.
+    Gives modules that share a weight which an adapter is on (embeddings tied to the head) a copy each: a layer's adapter
+    adds to that layer alone, and several adapters would all add to the same weight.
 
     Returns:
         `list[PreTrainedConfig]`: The configs that call weights tied.
@@ -120,9 +125,9 @@ def part_shared_weights(model: PeftModel) -> list[PreTrainedConfig]:
 
 def tie_equal_weights(model: PreTrainedModel) -> bool:
     """
-    Tie again what the merge left equal, but for rounding, among the weights that `model` tied. If some differ, each gets
-    a weight of its own: its config can call all of them tied or none, and one that the config calls untied and another
-    module holds too would be left out of what is saved, and drawn at random when that is loaded.
+    Ties again the weights that `model` tied and the merge left equal, but for rounding. If some differ, each gets a
+    weight of its own: the config can call all of them tied or none, and a weight that the config calls untied and
+    another module holds too would be left out of the saved files, and drawn at random when they are loaded.
 
     Returns:
         `bool`: True if all are tied.

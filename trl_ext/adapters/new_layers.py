@@ -14,22 +14,22 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.utils import logging
 
 from ..compat import get_config_model_id
+from ..models.lm_head import base_causal_lm
 
 
 logger = get_logger(__name__)
 
-# What says where weights are, among `model_init_kwargs`
+# Those of `model_init_kwargs` that say where weights are
 WHERE = ("revision", "trust_remote_code", "subfolder", "variant", "token", "cache_dir", "use_safetensors")
 
 
 def new_layers(model: str | PreTrainedModel | PeftModel, model_init_kwargs: dict) -> list[str]:
     """
-    The layers of a sequence classifier that transformers reports as newly initialised: a head, and with some encoders a
-    pooler or a dense layer before it. No weights are read for it.
+    Lists the layers of a sequence classifier that transformers reports as newly initialised: a head, and with some
+    encoders a pooler or a dense layer before it. No weights are read.
 
     Args:
-        model: Folder or Hub id of what a classifier with one label is loaded from; or such a classifier, of which it is
-            asked where it came from.
+        model: Folder or Hub id of a classifier with one label; or such a classifier, whose config names its origin.
         model_init_kwargs (`dict`): Those of the trainer.
 
     Returns:
@@ -48,7 +48,7 @@ def new_layers(model: str | PreTrainedModel | PeftModel, model_init_kwargs: dict
         source, auto_class = model, AutoModelForSequenceClassification
         kwargs = {"num_labels": 1} | {name: model_init_kwargs[name] for name in WHERE if name in model_init_kwargs}
     else:
-        base = model.get_base_model() if isinstance(model, PeftModel) else model
+        base = base_causal_lm(model)
         source, auto_class = get_config_model_id(base.config), type(base)
         config = copy.deepcopy(base.config)
         config.__dict__.pop("quantization_config", None)
@@ -70,9 +70,9 @@ def largest_modules(model: nn.Module, weights: set[str]) -> list[str]:
     """Paths of the modules whose parameters are all among `weights`, without those inside them; `weights` may name more."""
     found = []
     for path, module in model.named_modules():
-        own = {f"{path}.{name}" for name, _ in module.named_parameters()}
+        held = {f"{path}.{name}" for name, _ in module.named_parameters()}
         is_inside = path.startswith(tuple(f"{other}." for other in found))
-        if path and own and not is_inside and own <= weights:
+        if path and held and not is_inside and held <= weights:
             found.append(path)
     rest = {name.rpartition(".")[0] for name in weights if not name.startswith(tuple(f"{path}." for path in found))}
     return found + sorted(rest - {""})
@@ -80,7 +80,7 @@ def largest_modules(model: nn.Module, weights: set[str]) -> list[str]:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Without the report and the progress bar of a load that is none."""
+    """Hides the report and the progress bar of a load that is none."""
     verbosity, shows_progress = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
@@ -93,7 +93,7 @@ def quiet() -> Iterator[None]:
 
 
 def save_whole(peft_config: PeftConfig, layers: list[str]) -> None:
-    """Have an adapter train and save `layers` whole, as PEFT does by itself with heads of the usual names."""
+    """Has an adapter train and save `layers` whole, as PEFT does by itself with heads of the usual names."""
     if hasattr(peft_config, "modules_to_save"):  # learned prompts have none
         given = list(peft_config.modules_to_save or [])
         new = [path for path in layers if path not in SEQ_CLS_HEAD_NAMES and path not in given]
@@ -104,7 +104,7 @@ def unquantized(quantization_config, layers: list[str]):
     """A copy of a `BitsAndBytesConfig` that leaves `layers`, which are to be trained, in full precision."""
     if not layers or not hasattr(quantization_config, "llm_int8_skip_modules"):
         return quantization_config
-    own = copy.deepcopy(quantization_config)
-    given = own.llm_int8_skip_modules or []
-    own.llm_int8_skip_modules = [*given, *(path for path in layers if path not in given)]
-    return own
+    copied = copy.deepcopy(quantization_config)
+    given = copied.llm_int8_skip_modules or []
+    copied.llm_int8_skip_modules = [*given, *(path for path in layers if path not in given)]
+    return copied

@@ -1,5 +1,5 @@
 """
-What trains stays in float32.
+The precision of weights that train, which is float32.
 
 Under a quantized base TRL casts adapters and heads to bfloat16, which has 8 bits of mantissa: an update smaller than
 1/512 of a weight is rounded away, so with AdamW at a learning rate of 1e-6 nearly none of them moves. Here they stay in
@@ -18,7 +18,7 @@ from ..models.quantization import is_quantized
 
 
 def trainable_weights(model) -> dict[str, torch.Tensor]:
-    """Copies of what trains in a `PeftModel` on a quantized base, or could with its adapters; nothing of other models."""
+    """Copies the weights of a `PeftModel` on a quantized base that train, or could with its adapters; none of other models."""
     if not (isinstance(model, PeftModel) and is_quantized(model)):
         return {}
     adapters = [f".{name}." for name in model.peft_config]
@@ -31,13 +31,13 @@ def trainable_weights(model) -> dict[str, torch.Tensor]:
 
 def keep_trainables_in_fp32(model: nn.Module, before: dict[str, torch.Tensor], is_new: bool) -> None:
     """
-    Undo TRL's cast of what trains to bfloat16, in place.
+    Undoes TRL's cast to bfloat16 of the weights that train, in place.
 
     Args:
-        model: Of a trainer whose `__init__` has returned.
+        model: The model of a trainer whose `__init__` has returned.
         before (`dict[str, torch.Tensor]`): [`trainable_weights`] of the model it was given.
-        is_new (`bool`): Whether the trainer made the adapter. Its random start is then kept as it was rounded, and what
-            it trains whole (`modules_to_save`) is taken from the original.
+        is_new (`bool`): True if the trainer made the adapter. Its random start is then kept as it was rounded, and
+            layers that it trains whole (`modules_to_save`) are taken from the original.
     """
     for name, parameter in model.named_parameters():
         if parameter.requires_grad or name in before:
@@ -52,7 +52,7 @@ def keep_trainables_in_fp32(model: nn.Module, before: dict[str, torch.Tensor], i
 
 @contextmanager
 def trainables_kept(model: nn.Module) -> Iterator[None]:
-    """What trains is afterwards what it was, though the model was cast to another precision meanwhile."""
+    """Restores the weights that train after the context, in which the model is cast to another precision."""
     kept = [(parameter, parameter.data) for parameter in model.parameters() if parameter.requires_grad]
     try:
         yield
@@ -62,7 +62,7 @@ def trainables_kept(model: nn.Module) -> Iterator[None]:
 
 
 def cast_input(module: nn.Module, args: tuple) -> tuple:
-    """A forward pre-hook: hidden states of a half-precision base meet a head in float32, where nothing is autocast."""
+    """A forward pre-hook that casts hidden states of a half-precision base for a head in float32, if nothing is autocast."""
     x = args[0]
     if x.is_floating_point() and not torch.is_autocast_enabled(x.device.type):
         return (x.to(next(module.parameters()).dtype), *args[1:])

@@ -1,4 +1,4 @@
-"""Reward models that are adapters: found among `reward_funcs`, and put on the policy's base where it is theirs too."""
+"""Reward models that are adapters: found among `reward_funcs`, and put on the policy's base if they were trained on it."""
 
 import copy
 from collections.abc import Collection
@@ -26,8 +26,8 @@ logger = get_logger(__name__)
 
 def split_reward_adapters(reward_funcs) -> tuple[list, dict[int, str]]:
     """
-    TRL's `reward_funcs` as a list with a stand-in for each adapter given by path or Hub id, and these by their index:
-    whether they share the policy's base can be known only when that is loaded.
+    Splits TRL's `reward_funcs` into a list with a stand-in for each adapter given by path or Hub id, and the adapters by
+    their index: if they share the policy's base can be known only when that is loaded.
     """
     reward_funcs = [] if reward_funcs is None else reward_funcs
     reward_funcs = list(reward_funcs) if isinstance(reward_funcs, list) else [reward_funcs]
@@ -77,12 +77,12 @@ class RewardAdapterMixin:
 
 
 UNKNOWN = object()
-# Starts of LoRA that take something off the base, which is then nobody else's
+# Starts of LoRA that change the base, which no other model can then share
 CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 def warn_of_other_quantization(policy: PeftModel, path: str) -> None:
-    """Tell if the policy's base is in other bits than the reward adapter was trained on, as far as that was saved."""
+    """Warns if the policy's base is in other bits than the reward adapter was trained on, as far as that was saved."""
     trained_on, here = read_config(path).get("base_quantization", UNKNOWN), quantization_of(policy)
     if trained_on is not UNKNOWN and trained_on != here:
         logger.warning(
@@ -93,7 +93,7 @@ def warn_of_other_quantization(policy: PeftModel, path: str) -> None:
 
 
 def head_names(path: str) -> list[str]:
-    """The heads of a classifier (`score`, `classifier`) that the adapter in a folder or Hub repository holds whole."""
+    """Lists the heads of a classifier (`score`, `classifier`) that an adapter in a folder or Hub repository holds whole."""
     weights = load_peft_weights(path, device="cpu")
     return [
         head for head in SEQ_CLS_HEAD_NAMES if any(f".{head}." in name and "lora_" not in name for name in weights)
@@ -102,7 +102,7 @@ def head_names(path: str) -> list[str]:
 
 def check_reward_adapter(path: str, missing_weights: Collection[str]) -> None:
     """
-    Refuse an adapter without what its rewards come from.
+    Refuses an adapter without the layers that its rewards come from.
 
     Args:
         path (`str`): Folder or Hub id of the adapter.
@@ -124,9 +124,9 @@ def check_reward_adapter(path: str, missing_weights: Collection[str]) -> None:
 
 def reward_model_on_base(policy: PeftModel, path: str) -> PeftModel | None:
     """
-    The reward adapter at `path`, with its score head, on the base that `policy` holds already.
+    Loads the reward adapter at `path`, with its score head, on the base that `policy` holds already.
 
-    Bases are told by their names and revisions: of weights that were changed in memory, nothing is known.
+    Bases are told apart by their names and revisions: of weights that were changed in memory, nothing is known.
 
     Args:
         policy (`PeftModel`): A language model with an adapter of its own.
@@ -168,7 +168,7 @@ def reward_model_on_base(policy: PeftModel, path: str) -> PeftModel | None:
 
 
 def reward_model_of_its_own(path: str, **model_init_kwargs) -> PeftModel:
-    """The reward adapter at `path`, with its head, on a base of its own."""
+    """Loads the reward adapter at `path`, with its head, on a base of its own."""
     name, revision = base_of_adapter(path)
     model_init_kwargs |= {"num_labels": 1, "revision": revision}
     if model_init_kwargs.get("quantization_config") is not None:
@@ -185,8 +185,8 @@ def reward_model_of_its_own(path: str, **model_init_kwargs) -> PeftModel:
 
 def load_adapter(model: PreTrainedModel, path: str) -> PeftModel:
     """
-    `PeftModel.from_pretrained`, for inference, with the head in the precision it was trained in, and the note of how in
-    its config; an error says what to do about an adapter that does not fit.
+    Puts an adapter on its base for inference, with the head in the precision that it was trained in, and the note of its
+    training in the config. The error for an adapter that does not fit says what to do.
     """
     for name in SEQ_CLS_HEAD_NAMES:
         if name in model._modules:
@@ -206,8 +206,8 @@ def load_adapter(model: PreTrainedModel, path: str) -> PeftModel:
 
 def saved_embeddings(model: PreTrainedModel, path: str) -> torch.Tensor | None:
     """
-    The input embeddings that the adapter at `path` brings along for its base, as PEFT saves them where they were resized
-    or an adapter is on them; `(V, H)`.
+    Reads the input embeddings `(V, H)` that the adapter at `path` brings along for its base, as PEFT saves them if they
+    were resized or an adapter is on them.
     """
     embeddings = model.get_input_embeddings()
     name = next(name for name, module in model.named_modules() if module is embeddings)
@@ -218,8 +218,8 @@ def saved_embeddings(model: PreTrainedModel, path: str) -> torch.Tensor | None:
 
 def fit_embeddings(model: PreTrainedModel, path: str, trust_remote_code: bool = False) -> None:
     """
-    Resize a base's embeddings, in place, to those that the adapter at `path` was trained with: as many as it brings
-    along, or else as its tokenizer needs, where that has more tokens than the base's own. (Some bases have tokens beyond
+    Resizes a base's embeddings, in place, to those that the adapter at `path` was trained with: as many as it brings
+    along, or else as its tokenizer needs, if that has more tokens than the base's own. (Some bases have tokens beyond
     their embeddings, such as Gemma 3 1B one for images; a row for it would be drawn at random, and sampled.)
     """
     saved, num_tokens = saved_embeddings(model, path), model.get_input_embeddings().weight.size(0)
@@ -232,7 +232,7 @@ def fit_embeddings(model: PreTrainedModel, path: str, trust_remote_code: bool = 
             num_of_base = len(
                 AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
             )
-        except (OSError, ValueError):  # it has none
+        except (OSError, ValueError):  # the base has no tokenizer
             num_of_base = 0
         needed = num_own if num_own > num_of_base else num_tokens
     if needed != num_tokens:
@@ -240,7 +240,7 @@ def fit_embeddings(model: PreTrainedModel, path: str, trust_remote_code: bool = 
 
 
 def tokenizer_of_adapter(path: str, trust_remote_code: bool = False):
-    """The tokenizer saved with an adapter, or else that of its base."""
+    """Loads the tokenizer saved with an adapter, or else that of its base."""
     has_own = (Path(path) / "tokenizer_config.json").is_file() or not Path(path).is_dir()
     name, revision = (path, None) if has_own else base_of_adapter(path)
     return AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)

@@ -1,4 +1,4 @@
-"""Reward models by path or as objects, loaded, checked and made ready to score in one way for trainers and recipes."""
+"""Reward models by path or as objects: loaded, checked, and asked for scores in one way by trainers and recipes."""
 
 import inspect
 import sys
@@ -26,7 +26,7 @@ from .shared_base import is_adapter
 
 logger = get_logger(__name__)
 
-# What transformers calls the table of a model that has learned its positions
+# Transformers' names for the table of a model that has learned its positions
 POSITION_TABLES = ("wpe", "position_embeddings", "embed_positions", "positions_embed")
 
 
@@ -34,13 +34,13 @@ def load_reward_model(
     path: str, processing_class=None, trust_remote_code: bool = False, **model_init_kwargs
 ) -> tuple[PreTrainedModel, object]:
     """
-    Load a reward model, whole or an adapter on a base of its own, with its tokenizer.
+    Loads a reward model, whole or an adapter on a base of its own, with its tokenizer.
 
     Args:
         path (`str`): Folder or Hub id.
         processing_class (*optional*): Its tokenizer; by default the one that was saved with it.
-        trust_remote_code (`bool`, *optional*, defaults to `False`): Whether code in its repository may be run.
-        model_init_kwargs: Of `from_pretrained`.
+        trust_remote_code (`bool`, *optional*, defaults to `False`): Allow code of its repository to run.
+        model_init_kwargs: Passed to `from_pretrained`.
 
     Returns:
         `tuple`: The model, in eval mode, and its tokenizer.
@@ -66,13 +66,13 @@ def load_reward_model(
 
 def with_loaded_reward_models(reward_funcs: list, args, other_args: tuple, kwargs: dict) -> tuple[list, tuple, dict]:
     """
-    The arguments of a `GRPOTrainer` with models in place of paths in `reward_funcs`, and with their tokenizers, loaded
-    by the arguments that TRL loads them by.
+    Replaces paths in `reward_funcs`, among the arguments of a `GRPOTrainer`, by models with their tokenizers, loaded by
+    the arguments that TRL loads them by.
 
     Args:
         reward_funcs (`list`): TRL's.
         args (`GRPOConfig`): TRL's.
-        other_args (`tuple`), kwargs (`dict`): What is passed on after `args`, by position and by name.
+        other_args (`tuple`), kwargs (`dict`): The arguments after `args`, by position and by name.
 
     Returns:
         `tuple[list, tuple, dict]`: `reward_funcs`, `other_args` and `kwargs`.
@@ -98,7 +98,7 @@ def with_loaded_reward_models(reward_funcs: list, args, other_args: tuple, kwarg
 
 
 def check_loaded(model: PreTrainedModel, report: dict, path: str) -> None:
-    """Refuse weights that `from_pretrained` has drawn at random."""
+    """Refuses weights that `from_pretrained` has drawn at random."""
     mismatched = {name: (tuple(saved), tuple(needed)) for name, saved, needed in report["mismatched_keys"]}
     for name, (saved, needed) in mismatched.items():
         if saved[1:] == needed[1:]:
@@ -117,19 +117,19 @@ def check_loaded(model: PreTrainedModel, report: dict, path: str) -> None:
 
 def make_ready(model: nn.Module, processing_class, name: str) -> RewardInput | None:
     """
-    Make a model score the last token that is no padding, without dropout.
+    Makes a model score the last token that is no padding, without dropout.
 
     Args:
         model (`nn.Module`): A sequence classification model.
         processing_class: Its tokenizer, which is given a padding token if it has none: the end-of-sequence token, as
             TRL does, or that of the model's config.
-        name (`str`): What messages call the model.
+        name (`str`): The name of the model in messages.
 
     Returns:
-        [`RewardInput`], *optional*: How it was trained.
+        [`RewardInput`], *optional*: The note of its training.
 
     Raises:
-        ValueError: if it has several labels, or there is nothing to pad with.
+        ValueError: for a model with several labels, or if there is no token to pad with.
     """
     if model.config.num_labels != 1:
         raise ValueError(
@@ -162,7 +162,7 @@ def make_ready(model: nn.Module, processing_class, name: str) -> RewardInput | N
 
 
 def max_text_length(model: nn.Module) -> int | None:
-    """How many tokens a model has learned positions for; None where it computes them."""
+    """The number of positions that a model has learned; None if it computes them."""
     for name, module in model.named_modules():
         if isinstance(module, nn.Embedding) and name.rpartition(".")[2] in POSITION_TABLES:
             # Some begin a few rows later: at `offset`, or after that of padding
@@ -173,12 +173,12 @@ def max_text_length(model: nn.Module) -> int | None:
 
 class RewardModel:
     """
-    A reward model with all that is needed to ask it.
+    A reward model with its tokenizer, ready to score texts.
 
     Args:
         model (`nn.Module`): A sequence classification model with one label, without distributed wrappers.
         processing_class: Its tokenizer.
-        name (`str`): What messages call it.
+        name (`str`): Its name in messages.
     """
 
     def __init__(self, model: nn.Module, processing_class, name: str):
@@ -188,12 +188,12 @@ class RewardModel:
         self.max_length = max_text_length(model)
 
     def check(self, is_chat: bool) -> None:
-        """Refuse to be asked about what the model was not trained on, see [`check_reward_input`]."""
+        """Refuses texts, or conversations, if the model was not trained on such; see [`check_reward_input`]."""
         check_reward_input(self.how, is_chat, self.processing_class, self.name)
 
     def check_lengths(self, prompts: list, max_completion_length: int) -> None:
         """
-        Refuse prompts after which a completion may run beyond the positions that the model has learned.
+        Refuses prompts after which a completion may run beyond the positions that the model has learned.
 
         Every token holds at least one byte, so only prompts with more bytes than there are tokens left are tokenized.
         """
@@ -217,15 +217,15 @@ class RewardModel:
 
     def input_ids(self, prompt: str | list, completion: str | list, row: dict | None = None, **template_kwargs):
         """
-        [`reward_input_ids`] for this model. What a dataset's `row` tells the chat template is heard if the model was
-        trained to.
+        Returns [`reward_input_ids`] for this model. Arguments of the chat template in a dataset's `row` count if the
+        model's note says that it was trained on conversations.
         """
         if row is not None and self.how is not None and self.how.kind == "chat":
             template_kwargs |= template_kwargs_of(row)
         return reward_input_ids(prompt, completion, self.processing_class, self.how, **template_kwargs)
 
     def fits(self, ids: list[int]) -> bool:
-        """Whether the model has a position for each token; warns where it has not, or was not made for so many."""
+        """True if the model has a position for each token. Warns if it has not, or was not made for so many."""
         made_for = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)  # absent from others
         if self.max_length is not None and len(ids) > self.max_length:
             logger.warning_once(
@@ -243,11 +243,11 @@ class RewardModel:
     @torch.inference_mode()
     def score(self, ids: list[list[int]], forward: Callable | None = None) -> list[float | None]:
         """
-        The scores of texts; None of those that do not fit.
+        Scores texts, and gives None for those that do not fit.
 
         Args:
-            ids (`list[list[int]]`): From `input_ids`.
-            forward (`Callable`, *optional*): What to run in place of the model itself.
+            ids (`list[list[int]]`): Texts from `input_ids`.
+            forward (`Callable`, *optional*): Run in place of the model itself.
         """
         fit = [self.fits(row) for row in ids]
         rows = [row[: self.max_length] for row in ids]  # all are run: sharded models need equally many in each process
@@ -262,7 +262,7 @@ class RewardModel:
 
 
 def num_bytes(prompt: str | list) -> int:
-    """At most as many tokens as this are in a prompt; more than any model has positions if that is unknown."""
+    """The largest number of tokens that a prompt can have; more than any model has positions if that is unknown."""
     if isinstance(prompt, str):
         return len(prompt.encode())
     contents = [message.get("content") for message in prompt]

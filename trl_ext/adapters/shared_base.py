@@ -28,9 +28,9 @@ MAIN = "main"  # the revision of a model where none is named
 
 def frozen_base(model: PeftModel) -> PreTrainedModel:
     """
-    The trunk of `model` (without its head) as it was before any adapter, in a module tree of its own.
+    Returns the trunk of `model` (without its head) as it was before any adapter, in a module tree of its own.
 
-    Every parameter and buffer is that of `model`: what moves or changes there does so here.
+    Every parameter and buffer is that of `model`, and moves or changes with it.
 
     Raises:
         ValueError: if some of these weights are trained with `model`'s adapter, which makes them nobody else's.
@@ -60,10 +60,10 @@ def frozen_base(model: PeftModel) -> PreTrainedModel:
 
 def adapter_like(source: PeftModel, base: PreTrainedModel) -> PeftModel:
     """
-    A new adapter on `base`, of the kind, size, scaling and layers that the active one of `source` has in its trunk.
+    Makes a new adapter on `base`, of the kind, size, scaling and layers that the active one of `source` has in its trunk.
 
     Args:
-        source (`PeftModel`): Whatever its head.
+        source (`PeftModel`): A model with any head.
         base (`PreTrainedModel`): Such a trunk without adapters, from [`frozen_base`].
     """
     name = source.active_adapter
@@ -77,8 +77,8 @@ def adapter_like(source: PeftModel, base: PreTrainedModel) -> PeftModel:
         and not isinstance(module, ParamWrapper)  # found by `target_parameters`
         and not path.startswith(tuple(within))
     }
-    # By their names: what chose the layers of `source` may speak of its whole model. What is saved whole is its own,
-    # and special starts, some of which change the base, have been made
+    # Layers go by their names, as the config of `source` may choose them by its whole model. Modules that are saved whole
+    # belong to `source`, and special starts, some of which change the base, have been made
     new = {"target_modules": list(layers), "modules_to_save": None, "task_type": None, "init_lora_weights": True}
     new["ensure_weight_tying"] = False  # to a head, which a trunk has not
     new |= dict.fromkeys(["layers_to_transform", "layers_pattern", "exclude_modules", "trainable_token_indices"])
@@ -94,12 +94,12 @@ def adapter_like(source: PeftModel, base: PreTrainedModel) -> PeftModel:
 
 
 def is_adapter(path: str) -> bool:
-    """Whether a folder or Hub repository holds an adapter."""
+    """True if a folder or Hub repository holds an adapter."""
     return find_adapter_config_file(path) is not None
 
 
 def base_of_adapter(path: str) -> tuple[str, str]:
-    """The base model that the adapter in a folder or Hub repository was trained on, and its revision."""
+    """Names the base model that the adapter in a folder or Hub repository was trained on, and its revision."""
     config = PeftConfig.from_pretrained(path)
     if not config.base_model_name_or_path:
         raise ValueError(
@@ -110,7 +110,7 @@ def base_of_adapter(path: str) -> tuple[str, str]:
 
 
 def is_same_model(name: str | None, other: str | None) -> bool:
-    """Whether two names (folders or Hub ids) are of the same model."""
+    """True if two names (folders or Hub ids) are of the same model."""
     if not name or not other:
         return False
     return name == other or (Path(name).is_dir() and Path(other).is_dir() and Path(name).samefile(other))

@@ -1,4 +1,4 @@
-"""Adapters that a trainer starts from: taken up from their folder, with a reference of their own, trained as given."""
+"""Adapters that a trainer starts from: loaded from a folder to be trained on, with a copy of them as the reference."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,7 +17,7 @@ from peft import (
 )
 from peft.utils import TrainableTokensWrapper
 from torch import nn
-from transformers import AutoModelForSequenceClassification, AutoProcessor
+from transformers import AutoModelForSequenceClassification, AutoProcessor, PreTrainedModel
 
 from ..compat import create_model_from_path, requires_grad_kept
 from .reward_adapters import fit_embeddings, head_names, tokenizer_of_adapter
@@ -33,13 +33,13 @@ PROCESSOR_FILE = "processor_config.json"
 
 def take_up_adapter(path: str, args, task_type: str, quantization_config=None) -> tuple[PeftModel, object | None]:
     """
-    Load an adapter on its base, to be trained further, as TRL loads a model.
+    Loads an adapter on its base, to be trained further, as TRL loads a model.
 
     Args:
         path (`str`): Folder or Hub id of the adapter.
-        args: Of the trainer; `model_init_kwargs` are of the base, but for a `revision`, which is the adapter's.
-        task_type (`str`): Of the trainer. A reward model takes up a language model's adapter, and has a new head.
-        quantization_config (`BitsAndBytesConfig`, *optional*): Of the base.
+        args: The trainer's; `model_init_kwargs` are of the base, but for a `revision`, which is the adapter's.
+        task_type (`str`): The trainer's. A reward model takes up a language model's adapter, and has a new head.
+        quantization_config (`BitsAndBytesConfig`, *optional*): The base is quantized so.
 
     Returns:
         `tuple[PeftModel, object | None]`: The model, and the tokenizer or processor beside the adapter, if there is one.
@@ -48,8 +48,7 @@ def take_up_adapter(path: str, args, task_type: str, quantization_config=None) -
         ValueError: for a learned prompt, which PEFT does not train further, and for a reward model's adapter where a
             language model is trained.
     """
-    base_kwargs = dict(args.model_init_kwargs or {})
-    revision = base_kwargs.pop("revision", None)
+    revision = (args.model_init_kwargs or {}).get("revision")
     folder = path if Path(path).is_dir() else snapshot_download(path, revision=revision)
     config = PeftConfig.from_pretrained(folder)
     if config.is_prompt_learning:
@@ -63,19 +62,7 @@ def take_up_adapter(path: str, args, task_type: str, quantization_config=None) -
             f"`model` {path} is the adapter of a reward model, and a language model is to be trained. Pass one of a "
             "language model, or the base with a `peft_config`."
         )
-    name, base_revision = base_of_adapter(folder)
-    base_kwargs |= {"revision": base_revision}
-    base_kwargs.setdefault("trust_remote_code", args.trust_remote_code)
-    if quantization_config is not None:
-        base_kwargs["quantization_config"] = quantization_config
-    if args.distributed_state.distributed_type in ["MULTI_GPU", "DEEPSPEED"]:
-        base_kwargs["device_map"] = None
-    architecture = None
-    if task_type == "SEQ_CLS":
-        architecture, base_kwargs["num_labels"] = AutoModelForSequenceClassification, 1
-    set_seed(args.seed)  # of a new head
-    base = create_model_from_path(name, architecture, **base_kwargs)
-    fit_embeddings(base, folder, args.trust_remote_code)
+    base = load_base(folder, args, task_type, quantization_config)
     if task_type == "SEQ_CLS" and not is_of_rewards:
         config.task_type, config.inference_mode = task_type, False
         model = get_peft_model(base, config)
@@ -85,9 +72,25 @@ def take_up_adapter(path: str, args, task_type: str, quantization_config=None) -
         model = PeftModel.from_pretrained(base, folder, is_trainable=True)
     if (Path(folder) / PROCESSOR_FILE).is_file() and task_type != "SEQ_CLS":
         return model, AutoProcessor.from_pretrained(folder, trust_remote_code=args.trust_remote_code)
-    if (Path(folder) / "tokenizer_config.json").is_file():
-        return model, tokenizer_of_adapter(folder, args.trust_remote_code)
-    return model, None
+    has_tokenizer = (Path(folder) / "tokenizer_config.json").is_file()
+    return model, tokenizer_of_adapter(folder, args.trust_remote_code) if has_tokenizer else None
+
+
+def load_base(folder: str, args, task_type: str, quantization_config) -> PreTrainedModel:
+    """Loads the base of the adapter in a folder, with the arguments of [`take_up_adapter`]."""
+    name, revision = base_of_adapter(folder)
+    kwargs = {"trust_remote_code": args.trust_remote_code} | (args.model_init_kwargs or {}) | {"revision": revision}
+    if quantization_config is not None:
+        kwargs["quantization_config"] = quantization_config
+    if args.distributed_state.distributed_type in ["MULTI_GPU", "DEEPSPEED"]:
+        kwargs["device_map"] = None
+    architecture = None
+    if task_type == "SEQ_CLS":
+        architecture, kwargs["num_labels"] = AutoModelForSequenceClassification, 1
+    set_seed(args.seed)  # of a new head
+    base = create_model_from_path(name, architecture, **kwargs)
+    fit_embeddings(base, folder, args.trust_remote_code)
+    return base
 
 
 # --- What trains ---
@@ -95,8 +98,8 @@ def take_up_adapter(path: str, args, task_type: str, quantization_config=None) -
 
 def say_that_head_has_no_bias(model: nn.Module) -> None:
     """
-    Where single tokens of a head are trained (`trainable_token_indices`, with tied embeddings), TRL asks PEFT's wrapper
-    around it for a bias, and the wrapper, which knows of weights alone, has no answer.
+    Gives a head of which single tokens are trained (`trainable_token_indices`, with tied embeddings) an empty bias: TRL
+    asks PEFT's wrapper around the head for one, and the wrapper, which knows of weights alone, has no answer.
     """
     head = model.get_output_embeddings()
     if not isinstance(head, TrainableTokensWrapper):
@@ -115,8 +118,9 @@ def say_that_head_has_no_bias(model: nn.Module) -> None:
 @contextmanager
 def adapter_kept(model) -> Iterator[None]:
     """
-    While TRL makes a trainer of a `PeftModel`: what trains is as it was given, and the reference, if TRL adds one, is of
-    the active adapter's kind, where TRL takes the one that is called `default`. Nothing happens to other models.
+    Keeps the adapters of a `PeftModel` as they were given while TRL makes a trainer of it: the same weights train, and
+    the reference, if TRL adds one, is of the active adapter's kind, where TRL takes that of the one called `default`.
+    Nothing happens to other models.
     """
     if not isinstance(model, PeftModel):
         yield
@@ -138,8 +142,8 @@ def adapter_kept(model) -> Iterator[None]:
 @torch.no_grad()
 def copy_to_reference(model: PeftModel) -> None:
     """
-    Make the adapter [`REFERENCE`] a frozen copy of the active one. TRL copies what is called `default`, and of that
-    only modules: the tokens of `trainable_token_indices`, LoRA on embeddings and IA3 are parameters without one.
+    Makes the adapter [`REFERENCE`] a frozen copy of the active one. TRL copies the one called `default`, and of it only
+    modules: the tokens of `trainable_token_indices`, LoRA on embeddings and IA3 are parameters without one.
     """
     name = model.active_adapter
     weights = dict(model.named_parameters(remove_duplicate=False))
