@@ -14,13 +14,10 @@ QUESTION = re.compile(r"(What|Whatever|Whether|Where|Which|Who|Whom|Whose|How|Wh
 PENDING = {
     "recipes",
     "trl_ext/actor_critic",
-    "trl_ext/adapters",
     "trl_ext/algorithms",
     "trl_ext/critic",
     "trl_ext/data",
     "trl_ext/hub",
-    "trl_ext/models",
-    "trl_ext/packing",
     "trl_ext/preference",
     "trl_ext/training",
 }

@@ -29,7 +29,7 @@ class PrefixCheck:
     Args:
         args (`TrainingArguments`): With `shared_prefix`: `"auto"`, `"always"` (an error where a model cannot) or
             `"never"`.
-        accelerator (`Accelerator`): Of the processes, which must all take the same way.
+        accelerator (`Accelerator`): Knows the processes, which must all take the same way.
         model (`PreTrainedModel` or `PeftModel`): The model, whose dtype says how exact it is.
         name (`str`, *optional*): Its name in messages; by default that of its class.
     """
