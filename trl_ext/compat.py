@@ -44,6 +44,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 
+from peft import PeftModel
 from torch import nn
 from transformers import TrainerCallback
 from transformers.utils import is_bitsandbytes_available
@@ -121,6 +122,8 @@ __all__ = [
     "MULTIMODAL_KEYS",
     "FusedCausalLMOutput",
     "OneGeneration",
+    "REFERENCE",
+    "adapter_kept",
     "attention_of",
     "create_model_from_path",
     "cache_argument",
@@ -218,6 +221,9 @@ def keep_4bit_unpacked(model: nn.Module) -> None:
         )
 
 
+REFERENCE = "ref"  # TRL's name for the copy of an adapter that the KL is taken to
+
+
 # --- Swaps: state of TRL's that is another for a while ---
 
 # TRL's callbacks that walk the model's parameters in parallel with those of another, plain model, and when they do
@@ -248,6 +254,30 @@ def parallel_walks_within(
     finally:
         for callback, event in walking:
             delattr(callback, event)
+
+
+@contextmanager
+def adapter_kept(model) -> Iterator[None]:
+    """
+    Keeps the adapters of a `PeftModel` as they were given while TRL makes a trainer of it: the same weights train, and
+    the reference, if TRL adds one, is of the active adapter's kind, where TRL takes that of the one called `default`.
+    Nothing happens to other models.
+    """
+    if not isinstance(model, PeftModel):
+        yield
+        return
+    configs, name = model.peft_config, model.active_adapter
+    had_default, had_reference = "default" in configs, REFERENCE in configs
+    with requires_grad_kept(model):
+        try:
+            configs.setdefault("default", configs[name])
+            yield
+        finally:
+            if not had_default:
+                del configs["default"]
+        if name != "default" and had_default and REFERENCE in configs and not had_reference:
+            model.delete_adapter(REFERENCE)
+            model.add_adapter(REFERENCE, configs[name])
 
 
 @contextmanager

@@ -1,7 +1,5 @@
 """Adapters that a trainer starts from: loaded from a folder to be trained on, with a copy of them as the reference."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -19,12 +17,11 @@ from peft.utils import TrainableTokensWrapper
 from torch import nn
 from transformers import AutoModelForSequenceClassification, AutoProcessor, PreTrainedModel
 
-from ..compat import create_model_from_path, requires_grad_kept
+from ..compat import REFERENCE, create_model_from_path
 from .reward_adapters import fit_embeddings, head_names, tokenizer_of_adapter
 from .shared_base import base_of_adapter
 
 
-REFERENCE = "ref"  # TRL's name for the copy of an adapter that the KL is taken to
 PROCESSOR_FILE = "processor_config.json"
 
 
@@ -113,30 +110,6 @@ def say_that_head_has_no_bias(model: nn.Module) -> None:
 
 
 # --- The reference ---
-
-
-@contextmanager
-def adapter_kept(model) -> Iterator[None]:
-    """
-    Keeps the adapters of a `PeftModel` as they were given while TRL makes a trainer of it: the same weights train, and
-    the reference, if TRL adds one, is of the active adapter's kind, where TRL takes that of the one called `default`.
-    Nothing happens to other models.
-    """
-    if not isinstance(model, PeftModel):
-        yield
-        return
-    configs, name = model.peft_config, model.active_adapter
-    had_default, had_reference = "default" in configs, REFERENCE in configs
-    with requires_grad_kept(model):
-        try:
-            configs.setdefault("default", configs[name])
-            yield
-        finally:
-            if not had_default:
-                del configs["default"]
-        if name != "default" and had_default and REFERENCE in configs and not had_reference:
-            model.delete_adapter(REFERENCE)
-            model.add_adapter(REFERENCE, configs[name])
 
 
 @torch.no_grad()

@@ -2,7 +2,7 @@
 The rows that a batch of sequences is run in, and where in them each state lies.
 
 [`pack_groups`] is the packer of the package: sequences of a group lie in one row, after a single copy of what they
-share (see [`~packing.prefix`]).
+share (see [`~trl_ext.packing.prefix`]).
 
 TRL runs a row for each completion: its prompt, padded on the left, then the completion, padded on the right. The
 [`Layout`] of such a batch may also be packed: completions of one prompt lie in one row, after a single copy of all but
@@ -37,7 +37,7 @@ class Packed:
     Sequences in rows: those of a group after one copy of what they share, padded on the right.
 
     Args:
-        input_ids, positions, segments (`torch.Tensor` of shape `(R, L)`): The rows, see [`~packing.prefix`].
+        input_ids, positions, segments (`torch.Tensor` of shape `(R, L)`): The rows, see [`~trl_ext.packing.prefix`].
         origins (`torch.Tensor` of shape `(N,)`): Token t of sequence n, unless shared, is number `origins[n] + t` of
             the R L tokens.
     """

@@ -56,7 +56,7 @@ class DataCollatorForRanking(DataCollatorMixin):
     - `input_ids`, `attention_mask`, `completion_mask` `(N, L)`: prompt and completion of each, and `rows` `(B, K)`,
       which of them is which (0 for padding);
     - `packed_input_ids`, `packed_positions`, `packed_segments`, `packed_completion_mask` `(B, L')`: all completions of
-      a prompt in one row, see [`~packing.prefix`]; `ends` `(B, K)`, where the token lies that scores each.
+      a prompt in one row, see [`~trl_ext.packing.prefix`]; `ends` `(B, K)`, where the token lies that scores each.
 
     Args:
         pad_token_id (`int`): Fills rows up.

@@ -43,7 +43,7 @@ class RankingArguments:
         > Speed
 
         shared_prefix (`str`, *optional*, defaults to `"auto"`):
-            Run the prompt once for all of its completions, see [`shared_prefix`]. `"auto"`: where the model gives the
+            Run the prompt once for all of its completions, see [`~trl_ext.packing`]. `"auto"`: where the model gives the
             same scores so, which is checked on the first batch. `"always"`: an error where it does not. `"never"`.
     """
 

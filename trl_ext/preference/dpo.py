@@ -8,8 +8,7 @@ from peft import PeftModel
 from trl import DPOConfig, DPOTrainer
 from trl.data_utils import get_dataset_column_names
 
-from ..adapters.start import REFERENCE
-from ..compat import disable_gradient_checkpointing, requires_grad_kept, use_adapter
+from ..compat import REFERENCE, disable_gradient_checkpointing, requires_grad_kept, use_adapter
 from ..data.rankings import is_ranking
 from ..models.dropout import stop_dropout
 from ..models.reference import take_up_start

@@ -72,7 +72,8 @@ class RankingRewardTrainer(RankingTrainer, RewardTrainer):
     - the loss is the negative log-likelihood of the ranking under `args.ranking_model`, with learned tie parameters;
     - the prompt is run once for all of its completions, where the model allows (`args.shared_prefix`);
     - of pairs (`chosen`, `rejected`) a boolean column `tie` may say that neither was better;
-    - the saved config says what was read (`reward_input`), for those who ask the model, see [`reward_inputs`].
+    - the saved config says what was read (`reward_input`), for those who ask the model, see
+      [`~trl_ext.models.reward_inputs`].
 
     Args:
         All are [`~trl.RewardTrainer`]'s; `args` is a [`RankingRewardConfig`].

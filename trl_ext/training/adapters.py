@@ -16,14 +16,14 @@ from torch import nn
 from ..adapters.new_layers import new_layers, save_whole, unquantized
 from ..adapters.precision import keep_trainables_in_fp32, trainable_weights
 from ..adapters.shared_base import MAIN, is_adapter
-from ..adapters.start import (
+from ..adapters.start import copy_to_reference, say_that_head_has_no_bias, take_up_adapter
+from ..compat import (
     REFERENCE,
     adapter_kept,
-    copy_to_reference,
-    say_that_head_has_no_bias,
-    take_up_adapter,
+    has_transformers_adapter,
+    keep_4bit_unpacked,
+    without_loading_warnings,
 )
-from ..compat import has_transformers_adapter, keep_4bit_unpacked, without_loading_warnings
 from ..critic.files import CRITIC_NAME
 from ..models.quantization import is_quantized
 from ..models.tie_parameters import TIE_PARAMETERS_NAME
