@@ -4,62 +4,35 @@ from dataclasses import dataclass, field
 
 from ..compat import take_newer_names
 from ..ranking import LISTWISE_MODELS, RANKING_MODELS
+from ..training.arguments import document_fields
 
 
 # Beyond it nothing but ties is likely, or none at all, and exp of it leaves what fp32 can hold
 MAX_LOG_TIE = 80
 
 
+@document_fields
 @dataclass
 class RankingArguments:
-    r"""
-    Arguments of trainers on rankings, beside the TRL config they are mixed with.
-
-    Parameters:
-        > The likelihood
-
-        ranking_model (`str`, *optional*, defaults to `"davidson_luce"`):
-            Likelihood of a ranking with ties, see [`ranking`]. Pairwise: `"bradley_terry"` (ties left out),
-            `"soft_bradley_terry"`, `"rao_kupper"`, `"davidson"`. Listwise: `"plackett_luce"` (no ties),
-            `"plackett_luce_marginal"`, `"plackett_luce_efron"`, `"plackett_luce_breslow"`, `"davidson_luce"`.
-        log_tie (`list[float]`, *optional*):
-            Where the tie parameters start. By default where they fit the training data's tie rates best, with a prior
-            where these say nothing (see [`~ranking.initial_log_tie`]). `"davidson"` takes the logarithm of nu = P(tie)
-            / sqrt(P(win) P(lose)), which is twice the nu_D of Chen et al. 2024
-            (https://huggingface.co/papers/2409.17431).
-        learn_ties (`bool`, *optional*, defaults to `True`): Learn the tie parameters with the model.
-        tie_learning_rate (`float`, *optional*, defaults to `1e-2`): Their learning rate.
-        max_tie_order (`int`, *optional*):
-            D of `"davidson_luce"`: the largest group that can tie. By default the largest in the data.
-
-        > The data
-
-        on_error (`str`, *optional*, defaults to `"raise"`):
-            What a malformed row does: `"raise"` an error that names it, or `"drop"` it, and count those dropped.
-        overlong (`str`, *optional*):
-            What happens to completions that exceed `max_length` with their prompt: `"prune"` them from the ranking,
-            `"drop"` the row, or (DPO only) `"truncate"` them.
-
-        > Speed
-
-        shared_prefix (`str`, *optional*, defaults to `"auto"`):
-            Run the prompt once for all of its completions, see [`~trl_ext.packing`]. `"auto"`: where the model gives the
-            same scores so, which is checked on the first batch. `"always"`: an error where it does not. `"never"`.
-    """
+    """Arguments of trainers on rankings, beside the TRL config they are mixed with."""
 
     ranking_model: str = field(
         default="davidson_luce",
         metadata={
-            "help": "Likelihood of a ranking with ties.",
+            "help": "Likelihood of a ranking with ties, see `trl_ext.ranking`. Pairwise: 'bradley_terry' (ties left out), "
+            "'soft_bradley_terry', 'rao_kupper', 'davidson'. Listwise: 'plackett_luce' (no ties), "
+            "'plackett_luce_marginal', 'plackett_luce_efron', 'plackett_luce_breslow', 'davidson_luce'.",
             "choices": list(RANKING_MODELS),
         },
     )
     log_tie: list[float] | None = field(
         default=None,
         metadata={
-            "help": "Where the tie parameters start: log theta of 'rao_kupper' (above 0), log nu of 'davidson' (nu is "
-            "twice the nu_D of Chen et al. 2024), or log delta_2 to log delta_D of 'davidson_luce'. By default where they "
-            "fit the training data's tie rates best, with a prior where these say nothing."
+            "help": "Where the tie parameters start: log theta of 'rao_kupper' (above 0), log nu of 'davidson' (nu = "
+            "P(tie) / sqrt(P(win) P(lose)), which is twice the nu_D of Chen et al. 2024, "
+            "https://huggingface.co/papers/2409.17431), or log delta_2 to log delta_D of 'davidson_luce'. By default "
+            "where they fit the training data's tie rates best, with a prior where these say nothing, see "
+            "`trl_ext.ranking.initial_log_tie`."
         },
     )
     learn_ties: bool = field(default=True, metadata={"help": "Learn the tie parameters with the model."})
@@ -92,7 +65,7 @@ class RankingArguments:
     shared_prefix: str = field(
         default="auto",
         metadata={
-            "help": "Run the prompt once for all of its completions. 'auto': where the model gives the same scores so, "
+            "help": "Run the prompt once for all of its completions, see `trl_ext.packing`. 'auto': where the model gives the same scores so, "
             "which is checked on the first batch; 'always': an error where it does not; 'never'.",
             "choices": ["auto", "always", "never"],
         },
@@ -127,11 +100,12 @@ class RankingArguments:
 
     @property
     def _num_tie_parameters(self) -> int | None:
-        """`None` where the data will tell."""
+        """The number of tie parameters; None where the data will tell."""
         if self.ranking_model == "davidson_luce":
             return None if self.max_tie_order is None else self.max_tie_order - 1
         return int(self.ranking_model in ("rao_kupper", "davidson"))
 
     @property
     def is_listwise(self) -> bool:
+        """True if the likelihood is of whole rankings, not of pairs."""
         return self.ranking_model in LISTWISE_MODELS

@@ -13,7 +13,7 @@ from ..data.rankings import is_ranking
 from ..models.dropout import stop_dropout
 from ..models.reference import take_up_start
 from ..ranking import judged_items
-from ..training.arguments import checked_args
+from ..training.arguments import checked_args, document_fields
 from ..training.head_scoring import COMPARED_TEXT, score_as_the_model_does
 from .config import RankingArguments
 from .preparation import tokenize_for_dpo
@@ -34,16 +34,14 @@ PAIR_ARGUMENTS = {
 }
 
 
+@document_fields
 @dataclass
 class RankingDPOConfig(RankingArguments, DPOConfig):
     __doc__ = f"""
-    Configuration of [`RankingDPOTrainer`]: [`~trl.DPOConfig`] and
-    {RankingArguments.__doc__.partition("beside the TRL config they are mixed with.")[2].rstrip()}
+    Configuration of [`RankingDPOTrainer`]: what it adds to [`~trl.DPOConfig`].
 
-        > Of [`~trl.DPOConfig`], for pairs only
-
-        {", ".join(f"`{name}`" for name in PAIR_ARGUMENTS)}:
-            They are about a chosen and a rejected completion. With rankings anything but the default is an error.
+    Of that, {", ".join(f"`{name}`" for name in PAIR_ARGUMENTS)} are about a chosen and a rejected
+    completion: with rankings anything but the default is an error.
     """
 
     overlong: str = field(

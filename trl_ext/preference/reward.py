@@ -18,7 +18,7 @@ from ..models.dropout import stop_dropout
 from ..models.reward_inputs import input_in_training, write_reward_input
 from ..models.score_head import scores_of_all_tokens
 from ..ranking import judged_items
-from ..training.arguments import checked_args
+from ..training.arguments import checked_args, document_fields
 from .config import RankingArguments
 from .preparation import has_tied_pairs, tokenize_for_reward
 from .trainer import RankingTrainer
@@ -31,26 +31,17 @@ IDS_OF_PAIRS = {"chosen_ids", "rejected_ids"}
 LEGACY_IDS_OF_PAIRS = {"chosen_input_ids", "rejected_input_ids"}
 
 
+@document_fields
 @dataclass
 class RankingRewardConfig(RankingArguments, RewardConfig):
-    __doc__ = f"""
-    Configuration of [`RankingRewardTrainer`]: [`~trl.RewardConfig`] and
-    {RankingArguments.__doc__.partition("beside the TRL config they are mixed with.")[2].rstrip()}
-
-        > What it reads
-
-        bare_texts (`bool`, *optional*, defaults to `False`):
-            Read plain texts without special tokens and without an end-of-sequence token, as TRL's `GRPOTrainer` asks
-            a reward model about them. By default they have both, as in TRL's `RewardTrainer`. The saved config says
-            which, and everything in this package asks so. Conversations are read by the chat template either way.
-    """
+    """Configuration of [`RankingRewardTrainer`]: what it adds to [`~trl.RewardConfig`]."""
 
     bare_texts: bool = field(
         default=False,
         metadata={
             "help": "Read plain texts without special tokens and without an end-of-sequence token, as TRL's GRPOTrainer "
-            "asks a reward model about them. By default they have both, as in TRL's RewardTrainer; trl_ext asks as "
-            "trained."
+            "asks a reward model about them. By default they have both, as in TRL's RewardTrainer. The saved config says "
+            "which, and everything in trl_ext asks so. Conversations are read by the chat template either way."
         },
     )
     overlong: str = field(
