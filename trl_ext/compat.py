@@ -39,15 +39,15 @@ of adapters: `add_adapter("ref", ...)` of the one called `default`, and `lm_head
 """
 
 import inspect
-import logging
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from logging import LogRecord, getLogger
 
 from peft import PeftModel
 from torch import nn
 from transformers import TrainerCallback
-from transformers.utils import is_bitsandbytes_available
+from transformers.utils import is_bitsandbytes_available, logging
 from trl import BEMACallback, SyncRefModelCallback
 from trl.data_utils import _tokenize as tokenize
 from trl.models.utils import disable_gradient_checkpointing
@@ -147,6 +147,7 @@ __all__ = [
     "take_newer_names",
     "tokenize",
     "use_adapter",
+    "without_loading_report",
     "without_loading_warnings",
 ]
 
@@ -284,10 +285,10 @@ def adapter_kept(model) -> Iterator[None]:
 def without_loading_warnings(trl_class: type) -> Iterator[None]:
     """Keeps TRL from saying that it ignores `model_init_kwargs`, which the model was loaded with."""
 
-    def is_other(record: logging.LogRecord) -> bool:
+    def is_other(record: LogRecord) -> bool:
         return "your model is already instantiated" not in record.getMessage()
 
-    logger = logging.getLogger(trl_class.__module__)
+    logger = getLogger(trl_class.__module__)
     logger.addFilter(is_other)
     try:
         yield
@@ -307,3 +308,17 @@ def requires_grad_kept(model: nn.Module) -> Iterator[None]:
     finally:
         for parameter, flag in flags:
             parameter.requires_grad_(flag)
+
+
+@contextmanager
+def without_loading_report() -> Iterator[None]:
+    """Keeps transformers from reporting, and showing the progress of, a load that is none."""
+    verbosity, shows_progress = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if shows_progress:
+            logging.enable_progress_bar()

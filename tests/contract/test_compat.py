@@ -1,13 +1,17 @@
 """Contract with TRL and transformers: each test names the seam that has moved when it fails."""
 
 import inspect
+import logging
 import re
 import warnings
+from contextlib import contextmanager
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM, MambaModel, RecurrentGemmaModel, Trainer
-from trl import DPOTrainer, GRPOConfig, GRPOTrainer, RewardTrainer
+from transformers.utils import logging as transformers_logging
+from trl import BEMACallback, DPOTrainer, GRPOConfig, GRPOTrainer, RewardTrainer, SyncRefModelCallback
 from trl.trainer import grpo_trainer, utils
 
 from trl_ext import compat
@@ -312,3 +316,65 @@ def test_a_config_says_which_attention_a_model_runs():
     assert compat.attention_of(model.config) == "eager"
     model.set_attn_implementation("sdpa")
     assert compat.attention_of(model.config) == "sdpa"
+
+
+# --- Swaps ---
+
+
+def test_callbacks_walk_the_parameters_of_two_models_when_we_think_they_do():
+    for callback, event in compat.PARALLEL_WALKS.items():
+        assert "model" in inspect.getsource(getattr(callback, event)), f"{callback.__name__}.{event}"
+    assert "target_model.parameters(), model.parameters(), strict=True" in inspect.getsource(SyncRefModelCallback)
+    assert "load_state_dict(model.state_dict())" in inspect.getsource(BEMACallback.on_train_begin)
+
+
+def test_callbacks_walk_within_a_context_for_a_while():
+    steps = []
+
+    @contextmanager
+    def context(model):
+        steps.append("in")
+        yield
+        steps.append("out")
+
+    class Callback(SyncRefModelCallback):
+        def on_step_end(self, args, state, control, model=None, **kwargs):
+            steps.append(model)
+
+    callback = Callback(None, None)
+    with compat.parallel_walks_within([callback], context):
+        callback.on_step_end(None, None, None, model="model")
+    callback.on_step_end(None, None, None, model="model")
+    assert steps == ["in", "model", "out", "model"]
+
+
+def test_trl_warns_by_the_logger_of_its_module():
+    for trainer in (GRPOTrainer, DPOTrainer):
+        assert "logger.warning(" in inspect.getsource(trainer.__init__)
+        logger = logging.getLogger(trainer.__module__)
+        with compat.without_loading_warnings(trainer):
+            assert not logger.filter(
+                logger.makeRecord("", 30, "", 0, "as your model is already instantiated.", (), None)
+            )
+            assert logger.filter(logger.makeRecord("", 30, "", 0, "another", (), None))
+        assert not logger.filters
+
+
+def test_transformers_is_quiet_for_a_while():
+    before = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    with compat.without_loading_report():
+        assert transformers_logging.get_verbosity() == logging.ERROR
+        assert not transformers_logging.is_progress_bar_enabled()
+    assert (transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()) == before
+
+
+def test_an_adapters_name_and_what_trains_outlast_a_trainer(policy):
+    """PEFT's ways to switch leave other weights to train than before; TRL looks for the adapter called `default`."""
+    model = get_peft_model(policy, LoraConfig(target_modules=["q_proj"]), adapter_name="mine")
+    weight = next(weight for weight in model.parameters() if weight.requires_grad)
+    weight.requires_grad_(False)
+    with compat.adapter_kept(model):
+        assert model.peft_config["default"] is model.peft_config["mine"]
+        model.set_adapter("mine")
+        assert weight.requires_grad
+    assert not weight.requires_grad and set(model.peft_config) == {"mine"}

@@ -1,8 +1,6 @@
 """Layers of a classifier that its checkpoint does not hold, and transformers draws anew at each load."""
 
 import copy
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 from accelerate.logging import get_logger
 from accelerate.utils import patch_environment
@@ -11,9 +9,8 @@ from peft.utils.constants import SEQ_CLS_HEAD_NAMES
 from torch import nn
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 from transformers.integrations import is_deepspeed_zero3_enabled
-from transformers.utils import logging
 
-from ..compat import get_config_model_id
+from ..compat import get_config_model_id, without_loading_report
 from ..models.lm_head import base_causal_lm
 
 
@@ -56,7 +53,7 @@ def new_layers(model: str | PreTrainedModel | PeftModel, model_init_kwargs: dict
     if not source:
         return []
     # Not by the first process alone, which would know more than the others
-    with quiet(), patch_environment(FSDP_CPU_RAM_EFFICIENT_LOADING="false"):
+    with without_loading_report(), patch_environment(FSDP_CPU_RAM_EFFICIENT_LOADING="false"):
         try:
             loaded, info = auto_class.from_pretrained(source, device_map="meta", output_loading_info=True, **kwargs)
         except OSError:
@@ -76,20 +73,6 @@ def largest_modules(model: nn.Module, weights: set[str]) -> list[str]:
             found.append(path)
     rest = {name.rpartition(".")[0] for name in weights if not name.startswith(tuple(f"{path}." for path in found))}
     return found + sorted(rest - {""})
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Hides the report and the progress bar of a load that is none."""
-    verbosity, shows_progress = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if shows_progress:
-            logging.enable_progress_bar()
 
 
 def save_whole(peft_config: PeftConfig, layers: list[str]) -> None:
