@@ -33,7 +33,9 @@ from tqdm import tqdm
 from transformers import set_seed
 
 from trl_ext.adapters.reward_models import RewardModel, load_reward_model
-from trl_ext.data.collection import Item, Judgements, agreement, read_items
+from trl_ext.data.collection import agreement
+from trl_ext.data.items import Item, read_items
+from trl_ext.data.judgements import Judgements
 from trl_ext.data.rows import located, ranks_of_scores
 
 

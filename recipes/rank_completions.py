@@ -24,7 +24,9 @@ from pathlib import Path
 from typing import Any
 
 from trl_ext import format_ranking, parse_ranking
-from trl_ext.data.collection import COMPLETIONS_FILE, Item, Judgements, agreement, collected_rankings, read_items
+from trl_ext.data.collection import agreement, collected_rankings
+from trl_ext.data.items import COMPLETIONS_FILE, Item, read_items
+from trl_ext.data.judgements import Judgements
 
 
 SHORTCUTS = """

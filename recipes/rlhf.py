@@ -356,7 +356,8 @@ def choose_launcher(args: argparse.Namespace) -> list[str]:
 
 def wait_for_people(folder: Path, enough: float) -> None:
     """Ends the program, with the command that opens the page, unless they have judged enough."""
-    from trl_ext.data.collection import all_judgements, read_items
+    from trl_ext.data.collection import all_judgements
+    from trl_ext.data.items import read_items
 
     items, everybody = read_items(folder), all_judgements(folder)
     done = sum(any(item in theirs for theirs in everybody) for item in items)

@@ -31,7 +31,9 @@ from matplotlib.figure import Figure
 from rank_completions import as_text
 from transformers import AutoTokenizer
 
-from trl_ext.data.collection import Item, all_judgements, read_items, read_lines
+from trl_ext.data.collection import all_judgements
+from trl_ext.data.items import Item, read_items
+from trl_ext.data.records import read_lines
 
 
 RESAMPLES = 10_000

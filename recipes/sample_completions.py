@@ -26,7 +26,8 @@ from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, set_seed
 
 from trl_ext.adapters.shared_base import base_of_adapter, is_adapter
-from trl_ext.data.collection import COMPLETIONS_FILE, append_line, item_id, read_lines
+from trl_ext.data.items import COMPLETIONS_FILE, item_id
+from trl_ext.data.records import append_line, read_lines
 from trl_ext.data.rows import kind_of, located
 
 

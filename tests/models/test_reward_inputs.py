@@ -35,7 +35,7 @@ from trl import GRPOConfig, GRPOTrainer
 
 from trl_ext import PPOConfig, PPOTrainer, RankingRewardConfig, RankingRewardTrainer, merge_adapter
 from trl_ext.adapters.reward_models import RewardModel, load_reward_model, max_text_length
-from trl_ext.data.collection import Item
+from trl_ext.data.items import Item
 from trl_ext.models.reward_inputs import read_reward_input
 
 

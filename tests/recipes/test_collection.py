@@ -27,7 +27,9 @@ from transformers import (
 )
 
 from trl_ext import RankingRewardConfig, RankingRewardTrainer
-from trl_ext.data.collection import Judgements, agreement, all_judgements, collected_rankings, read_items
+from trl_ext.data.collection import agreement, all_judgements, collected_rankings
+from trl_ext.data.items import read_items
+from trl_ext.data.judgements import Judgements
 from trl_ext.data.rankings import prepare_rankings
 from trl_ext.data.records import append_line, read_lines
 
@@ -87,7 +89,8 @@ def test_a_line_cut_by_a_loss_of_power_is_asked_again(folder):
 
 KILLED = """
 import sys
-from trl_ext.data.collection import Judgements, read_items
+from trl_ext.data.items import read_items
+from trl_ext.data.judgements import Judgements
 ann = Judgements(sys.argv[1], "ann")
 for item in read_items(sys.argv[1]):
     if item not in ann:

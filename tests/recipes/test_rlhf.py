@@ -29,7 +29,8 @@ from hub_server import (
 from huggingface_hub import DatasetCard, HfApi, ModelCard
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-from trl_ext.data.collection import Judgements, read_items
+from trl_ext.data.items import read_items
+from trl_ext.data.judgements import Judgements
 
 
 sys.path.insert(0, str(RECIPES))
