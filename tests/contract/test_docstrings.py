@@ -15,11 +15,8 @@ PENDING = {
     "recipes",
     "trl_ext/actor_critic",
     "trl_ext/algorithms",
-    "trl_ext/critic",
     "trl_ext/data",
     "trl_ext/hub",
-    "trl_ext/preference",
-    "trl_ext/training",
 }
 
 

@@ -40,7 +40,7 @@ from .heads import ActionValueHead, Decisions, ValueHead
 
 class Critic(Companion):
     """
-    Values of a sequence's prefixes, by a `value_head` that starts as a [`ValueHead`].
+    A critic that values a sequence's prefixes, by a `value_head` that starts as a [`ValueHead`].
 
     Args:
         hidden_size (`int`): Width of the trunk's last hidden state.
@@ -67,7 +67,7 @@ class Critic(Companion):
 
         Args:
             policy (`PreTrainedModel` or `PeftModel`): The policy.
-            hidden_states (`torch.Tensor` of shape `(R, L, H)`): Its trunk's; may be `None` if not `reads_policy`.
+            hidden_states (`torch.Tensor` of shape `(R, L, H)`): Those of its trunk; may be `None` if not `reads_policy`.
             layout ([`~layouts.Layout`]): What the policy's forward was given, and where in it the states lie.
 
         Returns:
@@ -195,7 +195,7 @@ class Critic(Companion):
 @dataclass
 class ActorCriticOutput(FusedCausalLMOutput):
     """
-    Output of a policy's scoring forward with the critic's `state_values` `(B, num_states, ...)`. (Not `values`: outputs are
+    The output of a policy's scoring forward with the critic's `state_values` `(B, num_states, ...)`. (Not `values`: outputs are
     dictionaries, and DDP walks theirs by `values()`.)
     """
 

@@ -20,13 +20,13 @@ from ..models.lm_head import mean_over_actions
 @dataclass
 class Decisions:
     """
-    What the policy does in some states.
+    The policy's choice in some states.
 
     Args:
-        policy (`PreTrainedModel`): It.
-        hidden_states (`torch.Tensor` of shape `(B, S, H)`): Its trunk's.
+        policy (`PreTrainedModel`): The policy.
+        hidden_states (`torch.Tensor` of shape `(B, S, H)`): Hidden states of its trunk.
         actions (`torch.Tensor` of shape `(B, S)`): The token that followed each; any id where none did.
-        mask (`torch.Tensor` of shape `(B, S)`, bool): Which of the states are real.
+        mask (`torch.Tensor` of shape `(B, S)`, bool): True at states that are real.
     """
 
     policy: PreTrainedModel
@@ -35,7 +35,7 @@ class Decisions:
     mask: torch.Tensor
 
     def mean(self, table: torch.Tensor, temperature: torch.Tensor) -> torch.Tensor:
-        """sum_a pi(a|s) table_a, `(V, R)` -> `(B, S, R)`; 0 where there is no state."""
+        """Returns sum_a pi(a|s) table_a, `(B, S, R)`, of a table `(V, R)`; 0 where there is no state."""
         means = mean_over_actions(self.policy, self.hidden_states[self.mask], table, temperature)
         return means.new_zeros(*self.mask.shape, table.size(1)).masked_scatter(self.mask.unsqueeze(-1), means)
 
@@ -54,12 +54,12 @@ class ValueHead(nn.Module):
         self.bias = nn.Parameter(torch.zeros(1))
 
     def forward(self, hidden_states: torch.Tensor, decisions: Decisions | None = None) -> torch.Tensor:
-        """`(B, S, H)` -> `(B, S)`. The value of a state does not depend on what is done in it."""
+        """Returns `(B, S)` of states `(B, S, H)`, whose value does not depend on what is done in them."""
         return state_value(hidden_states, self.weight, self.bias)
 
 
 def state_value(hidden_states: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
-    """w . h(s) + b, `(B, S, H)` -> `(B, S)`, float32."""
+    """Returns w . h(s) + b, `(B, S)`, float32, of hidden states `(B, S, H)`."""
     with torch.autocast(hidden_states.device.type, enabled=False):
         return nn.functional.linear(hidden_states.float(), weight.float(), bias.float()).squeeze(-1)
 
@@ -82,10 +82,10 @@ class ActionValueHead(nn.Module):
     Starts at Q = V of `value_head` (E = 0). The target head is a moving average of this one, and is saved with it.
 
     Args:
-        value_head ([`ValueHead`]): Where w and b start.
+        value_head ([`ValueHead`]): The start of w and b.
         vocab_size (`int`): V, the number of actions.
         rank (`int`): R.
-        temperature (`float`, *optional*, defaults to `1.0`): Of the policy.
+        temperature (`float`, *optional*, defaults to `1.0`): Temperature of the policy.
 
     Reference: the split into a state's value and what the action adds, Wang et al. 2016,
     https://huggingface.co/papers/1511.06581; the moving target, Lillicrap et al. 2016,
@@ -105,10 +105,10 @@ class ActionValueHead(nn.Module):
         for name, parameter in list(self.named_parameters()):
             self.register_buffer(f"target_{name}", parameter.detach().clone())
         self.register_buffer("temperature", torch.tensor(float(temperature), device=self.weight.device))
-        self.all_actions = False  # whether gradients of pi flow through V
+        self.all_actions = False  # True to let gradients of pi flow through V
 
     def forward(self, hidden_states: torch.Tensor, decisions: Decisions) -> torch.Tensor:
-        """`(B, S, H)` -> `(B, S, 4)`, float32: the [`Estimate`]s."""
+        """Returns the [`Estimate`]s `(B, S, 4)`, float32, of states `(B, S, H)`."""
         rank = self.embedding.size(1)
         tables = torch.cat([self.embedding, self.target_embedding], dim=1).detach()
         with torch.set_grad_enabled(self.all_actions and torch.is_grad_enabled()):
@@ -119,7 +119,7 @@ class ActionValueHead(nn.Module):
         return torch.stack([q, v, target_q, target_v], dim=-1)
 
     def _values(self, hidden_states, decisions, mean_embedding, prefix):
-        """Q of the actions and V, `(B, S)` each, by the weights of that prefix."""
+        """Returns Q of the actions and V, `(B, S)` each, by the weights whose names begin with `prefix`."""
         weight, bias, projection, embedding = (
             getattr(self, prefix + name) for name in ("weight", "bias", "projection", "embedding")
         )
@@ -133,6 +133,6 @@ class ActionValueHead(nn.Module):
 
     @torch.no_grad()
     def update_target(self, rate: float) -> None:
-        """target <- target + rate (head - target)."""
+        """Moves the target: target <- target + rate (head - target)."""
         for name, parameter in self.named_parameters():
             getattr(self, f"target_{name}").lerp_(parameter, rate)

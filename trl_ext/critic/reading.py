@@ -15,11 +15,11 @@ def token_values(
     model: PreTrainedModel | PeftModel, critic: Critic, input_ids: torch.Tensor, attention_mask: torch.Tensor
 ) -> torch.Tensor:
     """
-    V of every prefix: entry t is the value of the state in which tokens 0..t have been seen.
+    Returns V of every prefix: entry t is the value of the state in which tokens 0..t have been seen.
 
     Args:
         model (`PreTrainedModel` or `PeftModel`): The policy; run only if the critic needs it.
-        critic ([`Critic`]): From [`load_critic`], or a trainer's `critic`. One of Q gives sum_a pi(a|s) Q(s, a).
+        critic ([`Critic`]): A critic from [`load_critic`], or a trainer's. One of Q gives sum_a pi(a|s) Q(s, a).
         input_ids (`torch.Tensor` of shape `(B, L)`): Prompts and completions.
         attention_mask (`torch.Tensor` of shape `(B, L)`): 1 at real tokens.
 
@@ -34,12 +34,12 @@ def token_action_values(
     model: PreTrainedModel | PeftModel, critic: Critic, input_ids: torch.Tensor, attention_mask: torch.Tensor
 ) -> torch.Tensor:
     """
-    Q of every token: entry t is the value of token t after tokens 0..t-1. Less [`token_values`] at t-1 it is the
-    token's advantage.
+    Returns Q of every token: entry t is the value of token t after tokens 0..t-1. Less [`token_values`] at t-1 that is
+    the token's advantage.
 
     Args:
         model, input_ids, attention_mask: As [`token_values`] takes them.
-        critic ([`Critic`]): Of Q: from [`load_critic`] for a policy of [`QActorCriticTrainer`], or its `critic`.
+        critic ([`Critic`]): A critic of Q, from [`load_critic`] for a policy of [`QActorCriticTrainer`], or that trainer's.
 
     Returns:
         `torch.Tensor` of shape `(B, L)`, float32; nan at the first token, which has no state before it.
@@ -57,7 +57,7 @@ def token_action_values(
 
 @torch.no_grad()
 def all_estimates(model, critic, input_ids, attention_mask) -> torch.Tensor:
-    """What the critic says of every prefix, `(B, L)` or `(B, L, 4)`."""
+    """Returns the critic's estimates of every prefix, `(B, L)` or `(B, L, 4)`."""
     layout = last_states(input_ids, attention_mask, num_states=input_ids.size(1))
     hidden_states = None
     if critic.reads_policy:

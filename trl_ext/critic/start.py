@@ -1,4 +1,4 @@
-"""What a critic starts from: the policy, its base, a reward model, or a critic that was saved."""
+"""The starts of a critic: the policy, its base, a reward model, or a critic that was saved."""
 
 import copy
 from pathlib import Path
@@ -17,7 +17,7 @@ from .files import ADAPTER_CONFIG, ADAPTER_FILES, ADAPTER_NAME, CRITIC_NAME, VAL
 
 
 def shared_critic(model: PreTrainedModel | PeftModel, detach: bool = False) -> Critic:
-    """A critic on the trunk of `model`, starting at V = 0."""
+    """Makes a critic on the trunk of `model` that starts at V = 0."""
     return Critic(hidden_size_of(model), detach=detach)
 
 
@@ -25,7 +25,7 @@ def critic_as_adapter(
     model: PreTrainedModel | PeftModel, path: str | None = None, reward_weight: float = 1.0
 ) -> Critic:
     """
-    A critic with an adapter of its own on the frozen base of `model`, of the policy adapter's kind and size.
+    Makes a critic with an adapter of its own on the frozen base of `model`, of the policy adapter's kind and size.
 
     Args:
         model (`PeftModel`): The policy.
@@ -54,7 +54,7 @@ def critic_as_adapter(
 
 
 def read_adapter_critic(policy: PeftModel, base: PreTrainedModel, folder: Path, is_trainable: bool = False) -> Critic:
-    """The critic whose adapter and head lie in `folder`, on the policy's base."""
+    """Loads the critic whose adapter and head lie in `folder` onto the policy's base."""
     trunk = PeftModel.from_pretrained(base, folder / ADAPTER_NAME, is_trainable=is_trainable)
     critic = Critic(hidden_size_of(policy), trunk=trunk)
     critic.take_up_head(folder)
@@ -65,7 +65,7 @@ def read_adapter_critic(policy: PeftModel, base: PreTrainedModel, folder: Path, 
 def critic_from_reward_adapter(
     policy: PeftModel, base: PreTrainedModel, path: str, reward_weight: float = 1.0
 ) -> Critic:
-    """A critic on the policy's base that starts as the reward adapter at `path`: V of a whole text is its reward."""
+    """Makes a critic on the policy's base of the reward adapter at `path`: V of a whole text is its reward."""
     reward_model = reward_model_on_base(policy, path)
     if reward_model is None:
         raise ValueError(
@@ -83,7 +83,7 @@ def critic_from_reward_adapter(
 
 
 def critic_from_policy(model: PreTrainedModel | PeftModel) -> Critic:
-    """A separate critic whose trunk starts as a copy of the policy's (adapters merged), at V = 0."""
+    """Makes a separate critic whose trunk is a copy of the policy's (adapters merged), at V = 0."""
     if isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning:
         raise ValueError(
             f"A separate critic cannot be copied from a policy under {model.active_peft_config.peft_type.value}, "
@@ -99,7 +99,7 @@ def critic_from_model(
     source: str | PreTrainedModel, dtype: torch.dtype, trust_remote_code: bool = False, reward_weight: float = 1.0
 ) -> Critic:
     """
-    A separate critic of `dtype` from a model or its path or Hub id: a folder with a separate critic (trunk and head
+    Makes a separate critic of `dtype` from a model or its path or Hub id: a folder with a separate critic (trunk and head
     are taken up), a reward model (its score head becomes the value head, Ouyang et al. 2022), or any causal model
     (V starts at 0).
 
@@ -148,7 +148,7 @@ def critic_from_model(
 
 
 def check_vocabulary(critic: Critic, policy: PreTrainedModel | PeftModel) -> None:
-    """Refuse a separate critic that cannot read the policy's tokens."""
+    """Refuses a separate critic that cannot read the policy's tokens."""
     known, needed = (m.config.get_text_config().vocab_size for m in (critic.trunk, policy))
     if known < needed:
         raise ValueError(
@@ -159,7 +159,7 @@ def check_vocabulary(critic: Critic, policy: PreTrainedModel | PeftModel) -> Non
 
 def load_critic(model: PreTrainedModel | PeftModel, path: str) -> Critic:
     """
-    Load the critic that lies beside a trained policy.
+    Loads the critic that lies beside a trained policy.
 
     Args:
         model (`PreTrainedModel` or `PeftModel`): The policy, loaded from the same `path` the usual way.

@@ -1,4 +1,4 @@
-"""The model cards of what was trained on rankings, or on pairs: reward models, and policies by DPO."""
+"""The model cards of reward models, and of policies by DPO, from rankings or pairs."""
 
 import torch
 
@@ -125,7 +125,7 @@ def tie_of_equals(model) -> float:
 
 
 def own_arguments(on_rankings: bool, has_ties: bool, is_policy: bool) -> list[str]:
-    """Returns the arguments that a card shows of those which TRL's trainers of other kinds have not."""
+    """Returns the names of arguments that are shown beside those of any training."""
     if not on_rankings:
         return ["beta", "loss_type"] if is_policy else ["center_rewards_coefficient"]
     names = [name for name in RankingArguments.__dataclass_fields__ if name not in ("log_tie", "on_error")]

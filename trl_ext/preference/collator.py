@@ -14,7 +14,7 @@ from ..ranking import wins_and_ties
 
 
 def judged_indices(ranks: list[int] | None, pairs: list[list[int]] | None) -> list[int]:
-    """Indices of the completions that somebody judged."""
+    """Returns the indices of the completions that somebody judged."""
     if pairs is not None:  # an order that they imply may hold more than was judged
         return sorted({item for i, j, _ in pairs for item in (i, j)})
     return [i for i, rank in enumerate(ranks) if rank is not None and rank >= 0]
@@ -22,8 +22,8 @@ def judged_indices(ranks: list[int] | None, pairs: list[list[int]] | None) -> li
 
 def judgement_tensors(examples: list[dict[str, Any]], items: list[list[int]]) -> dict[str, torch.Tensor]:
     """
-    `ranks` `(B, K)` and `wins`, `ties` `(B, K, K)` over the judged items of each example. `ranks` are -1 where an
-    example has only `pairs`.
+    Returns `ranks` `(B, K)` and `wins`, `ties` `(B, K, K)` over the judged items of each example. `ranks` are -1 where
+    an example has only `pairs`.
     """
     num_items = max(map(len, items))
     ranks = torch.full((len(examples), num_items), -1)
@@ -78,7 +78,7 @@ class DataCollatorForRanking(DataCollatorMixin):
 
     @staticmethod
     def _sequence(example: dict[str, Any], i: int) -> tuple[list[int], int | None]:
-        """The i-th completion after its prompt, and where it starts, which a reward model need not know."""
+        """Returns the i-th completion after its prompt, and its start, which a reward model need not know."""
         if "group_ids" in example:
             return example["group_ids"][i], None
         return example["prompt_ids"] + example["completion_ids"][i], len(example["prompt_ids"])
@@ -125,11 +125,11 @@ class DataCollatorForRanking(DataCollatorMixin):
 
     @staticmethod
     def _mask(ids: list[int], start: int | None) -> list[int]:
-        """1 at the completion's tokens."""
+        """Returns 1 at the completion's tokens."""
         start = first_counted(start)
         return [0] * start + [1] * (len(ids) - start)
 
 
 def first_counted(start: int | None) -> int:
-    """The first token of a completion that counts: nothing predicts one that no prompt comes before."""
+    """Returns the first token of a completion that counts: nothing predicts one that no prompt comes before."""
     return 0 if start is None else max(start, 1)

@@ -1,4 +1,4 @@
-"""What the configurations of the ranking trainers add to TRL's."""
+"""The fields that the configurations of the ranking trainers add to TRL's."""
 
 from dataclasses import dataclass, field
 

@@ -20,11 +20,11 @@ from ..ranking import judged_items
 from ..training.base import TrainerBase
 from .card import ranking_card
 from .collator import DataCollatorForRanking
+from .lengths import check_positions
 from .loss import ranking_loss
 from .metrics import batch_sums, gathered, metrics_of, named_ties
 from .preparation import (
     check_can_end,
-    check_positions,
     has_tied_pairs,
     prepare_ranking_dataset,
     ranks_of,

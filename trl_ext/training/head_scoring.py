@@ -82,16 +82,16 @@ class HeadScoring:
         return type(output)(**{**output, **replaced})
 
     def _further_columns(self, kwargs: dict, scored_states) -> list[torch.Tensor]:
-        """What `_score` takes between hidden states and tokens, a row for each token."""
+        """Returns the columns that `_score` takes between hidden states and tokens, a row for each token."""
         return []
 
     def _score(self, hidden_states: torch.Tensor, tokens: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Log-probabilities, entropies, and what `_keep_further` takes, a row for each token."""
+        """Returns log-probabilities, entropies, and the columns that `_keep_further` takes, a row for each token."""
         logits = logits_of(self.model, hidden_states) / self.temperature
         return masked_log_probs(logits, torch.ones_like(logits, dtype=torch.bool), tokens)
 
     def _keep_further(self, *further: torch.Tensor) -> None:
-        pass
+        """Takes the columns that [`_score`] returns beside log-probabilities and entropies."""
 
 
 @torch.no_grad()
@@ -105,7 +105,7 @@ def score_as_the_model_does(
     reads_head: bool = False,
 ) -> list[HeadScoring]:
     """
-    Compare log-probabilities by TRL's fused LM head, and by ours, with those of the model's own logits; [`HeadScoring`]
+    Compares log-probabilities by TRL's fused LM head, and by ours, with those of the model's own logits; [`HeadScoring`]
     where the fused one is wrong.
 
     Args:
@@ -173,7 +173,7 @@ def score_as_the_model_does(
 
 
 def remove_head_scoring(model: PreTrainedModel | PeftModel) -> None:
-    """Undo every [`HeadScoring`] of a model, NLPO's among them."""
+    """Undoes every [`HeadScoring`] of a model, NLPO's among them."""
     for module in (model, base_causal_lm(model).base_model):
         for key, hook in list(module._forward_hooks.items()):
             if isinstance(getattr(hook, "__self__", None), HeadScoring):
