@@ -1,10 +1,8 @@
 """The recipes as their user runs them: started as programs, in a folder of their own, on tiny models and local data."""
 
 import copy
-import importlib
 import json
 import re
-import runpy
 import shlex
 import sys
 from pathlib import Path
@@ -38,13 +36,6 @@ def folder(tmp_path):
     return tmp_path
 
 
-@pytest.fixture
-def recipe(monkeypatch):
-    """Imports a recipe by name."""
-    monkeypatch.syspath_prepend(RECIPES)
-    return importlib.import_module
-
-
 def changed(model, start):
     """Whether any weight of `model` is other than in `start`."""
     return any(not torch.equal(a, b) for a, b in zip(model.parameters(), start.parameters(), strict=True))
@@ -75,11 +66,9 @@ def changed(model, start):
         ("ranking_dpo.py", [], ["--config", "--ranking_model", "--beta", "--shared_prefix", "--use_peft"]),
     ],
 )
-def test_help_explains(monkeypatch, capsys, script, args, options):
-    monkeypatch.syspath_prepend(RECIPES)
-    monkeypatch.setattr(sys, "argv", [script, *args, "--help"])
+def test_help_explains(run_recipe, capsys, tmp_path, script, args, options):
     with pytest.raises(SystemExit) as ended:
-        runpy.run_path(str(RECIPES / script), run_name="__main__")
+        run_recipe(script, *args, "--help", cwd=tmp_path)
     printed = capsys.readouterr().out
     assert ended.value.code == 0 and "accelerate launch" in printed
     assert [option for option in options if option not in printed] == []
@@ -106,9 +95,9 @@ def test_reinforce_with_a_python_reward(folder, policy_path):
     assert not (folder / "out" / "value_head.safetensors").exists()  # a mean return is the baseline
 
 
-def test_a2c_of_an_adapter_with_a_reward_model(folder, policy_path, reward_model_path):
-    run_program(
-        *(RECIPES / "actor_critic.py", "--algorithm", "a2c", *FAST),
+def test_a2c_of_an_adapter_with_a_reward_model(folder, policy_path, reward_model_path, run_recipe):
+    run_recipe(
+        *("actor_critic.py", "--algorithm", "a2c", *FAST),
         *("--model_name_or_path", policy_path, "--dataset_name", "questions.jsonl", "--prompt_column", "question"),
         *("--reward_model", reward_model_path, "--max_completion_length", 4, "--output_dir", "out"),
         *("--use_peft", "--lora_r", 2, "--lora_target_modules", "q_proj", "v_proj"),
@@ -120,7 +109,7 @@ def test_a2c_of_an_adapter_with_a_reward_model(folder, policy_path, reward_model
     assert (folder / "out" / "value_head.safetensors").is_file()
 
 
-def test_ppo_from_a_file(folder, policy_path, reward_model_path):
+def test_ppo_from_a_file(folder, policy_path, reward_model_path, run_recipe):
     config = {
         "algorithm": "ppo",
         "model_name_or_path": policy_path,
@@ -135,7 +124,7 @@ def test_ppo_from_a_file(folder, policy_path, reward_model_path):
     }
     (folder / "run.yaml").write_text(yaml.safe_dump(config))
     command_line = [*FAST, "--output_dir", "out", "--save_strategy", "steps", "--save_steps", 1]
-    run_program(RECIPES / "actor_critic.py", "--config", "run.yaml", *command_line, cwd=folder)
+    run_recipe("actor_critic.py", "--config", "run.yaml", *command_line, cwd=folder)
     assert changed(
         AutoModelForCausalLM.from_pretrained(folder / "out"), AutoModelForCausalLM.from_pretrained(policy_path)
     )
@@ -175,9 +164,9 @@ def test_two_processes(folder, policy_path, algorithm, flags):
     assert (folder / "out" / "value_head.safetensors").is_file()
 
 
-def test_sft(folder, policy_path):
-    run_program(
-        *(RECIPES / "sft.py", *FAST, "--model_name_or_path", policy_path),
+def test_sft(folder, policy_path, run_recipe):
+    run_recipe(
+        *("sft.py", *FAST, "--model_name_or_path", policy_path),
         *("--dataset_name", "texts.jsonl", "--output_dir", "out"),
         cwd=folder,
     )
@@ -189,10 +178,10 @@ def test_sft(folder, policy_path):
 RANKING = {"completions": [" good", " bad", " sad", " warm and bright"], "ranking": "D > A > B = C"}
 
 
-def test_reward_model_from_rankings(folder, policy_path):
+def test_reward_model_from_rankings(folder, policy_path, run_recipe):
     write_rows(folder / "rankings.jsonl", [{"prompt": prompt, **RANKING} for prompt in PROMPTS])
-    run_program(
-        *(RECIPES / "ranking_reward.py", *FAST, "--model_name_or_path", policy_path, "--learning_rate", 0.01),
+    run_recipe(
+        *("ranking_reward.py", *FAST, "--model_name_or_path", policy_path, "--learning_rate", 0.01),
         *("--dataset_name", "rankings.jsonl", "--held_out", 0.25, "--max_steps", 20, "--output_dir", "out"),
         cwd=folder,
     )
@@ -204,10 +193,10 @@ def test_reward_model_from_rankings(folder, policy_path):
     assert tie_parameters(str(folder / "out"))[0] == model.config.ranking_model == "davidson_luce"
 
 
-def test_adapter_of_a_reward_model_keeps_its_head(folder, policy_path):
+def test_adapter_of_a_reward_model_keeps_its_head(folder, policy_path, run_recipe):
     write_rows(folder / "rankings.jsonl", [{"prompt": prompt, **RANKING} for prompt in PROMPTS])
-    run_program(
-        *(RECIPES / "ranking_reward.py", *FAST, "--model_name_or_path", policy_path, "--held_out", 0),
+    run_recipe(
+        *("ranking_reward.py", *FAST, "--model_name_or_path", policy_path, "--held_out", 0),
         *("--dataset_name", "rankings.jsonl", "--output_dir", "out", "--ranking_model", "davidson"),
         *("--use_peft", "--lora_r", 2, "--lora_target_modules", "q_proj", "v_proj"),
         cwd=folder,
@@ -218,24 +207,23 @@ def test_adapter_of_a_reward_model_keeps_its_head(folder, policy_path):
     assert not (folder / "out" / "eval_results.json").exists()
 
 
-@pytest.mark.slow
-def test_everything_on_one_4bit_base(folder, policy_path):
+def test_everything_on_one_4bit_base(folder, policy_path, run_recipe):
     """From rankings to a merged policy with its critic, by `--use_peft --load_in_4bit` alone."""
     write_rows(folder / "rankings.jsonl", [{"prompt": prompt, **RANKING} for prompt in PROMPTS])
     quantized = ["--model_name_or_path", policy_path, "--use_peft", "--load_in_4bit", *FAST]
-    run_program(
-        *(RECIPES / "ranking_reward.py", *quantized, "--dataset_name", "rankings.jsonl", "--output_dir", "reward"),
+    run_recipe(
+        *("ranking_reward.py", *quantized, "--dataset_name", "rankings.jsonl", "--output_dir", "reward"),
         cwd=folder,
     )
-    run_program(
-        *(RECIPES / "actor_critic.py", *quantized, "--algorithm", "ppo", "--dataset_name", "prompts.jsonl"),
+    run_recipe(
+        *("actor_critic.py", *quantized, "--algorithm", "ppo", "--dataset_name", "prompts.jsonl"),
         *("--critic", "adapter", "--critic_learning_rate", 0.1, "--reward_model", "reward", "--kl_in_reward", 0.05),
         *("--max_completion_length", 4, "--output_dir", "policy", "--max_steps", 4),
         cwd=folder,
     )
     config = json.loads((folder / "policy" / "adapter_config.json").read_text())
     assert len(config["target_modules"]) == 14  # all linear layers of the two
-    printed = run_program(RECIPES / "merge.py", "--adapter", "policy", "--output_dir", "merged", cwd=folder)
+    printed = run_recipe("merge.py", "--adapter", "policy", "--output_dir", "merged", cwd=folder)
     assert re.search(r"precision_loss: \d+\.\d\d% of what the adapter changes", printed)
     assert "critic_precision_loss" in printed
     model = AutoModelForCausalLM.from_pretrained(folder / "merged")
@@ -245,17 +233,17 @@ def test_everything_on_one_4bit_base(folder, policy_path):
     assert values.abs().min() > 0
 
 
-def test_the_card_of_an_adapter_says_how_to_use_it(folder, policy_path):
+def test_the_card_of_an_adapter_says_how_to_use_it(folder, policy_path, run_recipe):
     """Its first snippet is run as it stands, in the folder where it was trained."""
     write_rows(folder / "rankings.jsonl", [{"prompt": prompt, **RANKING} for prompt in PROMPTS])
-    run_program(
-        *(RECIPES / "ranking_reward.py", *FAST, "--model_name_or_path", policy_path, "--use_peft", "--held_out", 0),
+    run_recipe(
+        *("ranking_reward.py", *FAST, "--model_name_or_path", policy_path, "--use_peft", "--held_out", 0),
         *("--dataset_name", "rankings.jsonl", "--output_dir", "out"),
         cwd=folder,
     )
     snippet = re.search(r"```python\n(.*?)```", (folder / "out" / "README.md").read_text(), re.DOTALL)[1]
     (folder / "use.py").write_text(snippet)
-    printed = run_program("use.py", cwd=folder)
+    printed = run_recipe(folder / "use.py", cwd=folder)
     trained = AutoPeftModelForSequenceClassification.from_pretrained(str(folder / "out"), num_labels=1).eval()
     ids = AutoTokenizer.from_pretrained(folder / "out")("A prompt and one answer<eos>", return_tensors="pt")
     with torch.no_grad():
@@ -263,11 +251,11 @@ def test_the_card_of_an_adapter_says_how_to_use_it(folder, policy_path):
     assert float(re.search(r"'score': (-?[\d.e-]+)", printed)[1]) == pytest.approx(expected, rel=1e-4)
 
 
-def test_dpo_from_pairs_with_ties(folder, policy_path):
+def test_dpo_from_pairs_with_ties(folder, policy_path, run_recipe):
     rows = [{"prompt": p, "chosen": " good", "rejected": " bad", "tie": i % 2 == 0} for i, p in enumerate(PROMPTS)]
     write_rows(folder / "pairs.jsonl", rows)
-    run_program(
-        *(RECIPES / "ranking_dpo.py", *FAST, "--model_name_or_path", policy_path, "--ranking_model", "rao_kupper"),
+    run_recipe(
+        *("ranking_dpo.py", *FAST, "--model_name_or_path", policy_path, "--ranking_model", "rao_kupper"),
         *("--dataset_name", "pairs.jsonl", "--held_out", 0.25, "--output_dir", "out"),
         cwd=folder,
     )

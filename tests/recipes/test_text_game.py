@@ -1,6 +1,5 @@
 """The text game and its recipe: the game itself, what is imitated beside what is played, and whole runs."""
 
-import importlib
 import itertools
 import random
 import re
@@ -14,12 +13,6 @@ from helpers import RECIPES, recorded, run_program, settings
 from transformers.utils import get_json_schema
 
 from trl_ext import A2CConfig, A2CTrainer
-
-
-@pytest.fixture
-def recipe(monkeypatch):
-    monkeypatch.syspath_prepend(RECIPES)
-    return importlib.import_module
 
 
 @pytest.fixture
@@ -142,8 +135,8 @@ SMALL = (
 
 
 @pytest.mark.slow
-def test_the_recipe_runs(tmp_path):
-    printed = run_program(RECIPES / "text_game.py", "--output_dir", "out", *SMALL, cwd=tmp_path)
+def test_the_recipe_runs(tmp_path, run_recipe):
+    printed = run_recipe("text_game.py", "--output_dir", "out", *SMALL, cwd=tmp_path)
     assert "[3/3] Before and after, on games that were held out" in printed
     assert re.search(r"share of games won +\d\.\d+ +\d\.\d+", printed)
     for file in (
