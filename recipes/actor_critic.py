@@ -33,71 +33,17 @@ REINFORCE on a 4-bit base model, the prompts in another column, the result pushe
 """
 
 import argparse
-import importlib
-import os
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import yaml
-from datasets import Dataset, IterableDataset
-from sft import (
-    RecipeArguments,
-    load_split,
-    parse_arguments,
-    prepare_model_args,
-    save,
-)
 from trl import ModelConfig, get_peft_config, get_quantization_config
 
-from trl_ext import (
-    A2CConfig,
-    A2CTrainer,
-    NLPOConfig,
-    NLPOTrainer,
-    PPOConfig,
-    PPOTrainer,
-    QActorCriticConfig,
-    QActorCriticTrainer,
-    ReinforceConfig,
-    ReinforceTrainer,
-)
-
-
-ALGORITHMS = {
-    "reinforce": (ReinforceConfig, ReinforceTrainer),
-    "q_actor_critic": (QActorCriticConfig, QActorCriticTrainer),
-    "a2c": (A2CConfig, A2CTrainer),
-    "ppo": (PPOConfig, PPOTrainer),
-    "nlpo": (NLPOConfig, NLPOTrainer),
-}
-
-
-@dataclass
-class RewardArguments(RecipeArguments):
-    """Arguments common to the recipes that have prompts and rewards."""
-
-    prompt_column: str = field(default="prompt", metadata={"help": "The dataset's column of prompts."})
-    reward_model: list[str] | None = field(
-        default=None,
-        metadata={"help": "Reward models (sequence classification with one label): local folders or Hub ids."},
-    )
-    reward_funcs: list[str] | None = field(
-        default=None,
-        metadata={
-            "help": "Reward functions, each as 'module.function', importable from the working directory. They are "
-            "called as TRL calls them: with `prompts`, `completions` and the dataset's other columns. "
-            "`--reward_weights` takes the models first, then the functions."
-        },
-    )
-
-    def __post_init__(self):
-        # A YAML file may give one of them without the brackets of a list
-        if isinstance(self.reward_model, str):
-            self.reward_model = [self.reward_model]
-        if isinstance(self.reward_funcs, str):
-            self.reward_funcs = [self.reward_funcs]
+from shared.arguments import parse_arguments, prepare_model_args
+from shared.rewards import RewardArguments, get_rewards, load_prompts
+from shared.saving import save
+from trl_ext.algorithms import ALGORITHMS
 
 
 @dataclass
@@ -108,7 +54,7 @@ class ActorCriticArguments(RewardArguments):
 
 
 def choose_algorithm(args: list[str]) -> str:
-    """The algorithm that the command line, or else the YAML file, asks for: the other options depend on it."""
+    """Returns what the command line, or else the YAML file, asks for; the other options depend on it."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--algorithm")
     parser.add_argument("--config", type=Path)
@@ -120,45 +66,8 @@ def choose_algorithm(args: list[str]) -> str:
     return algorithm
 
 
-def import_reward(path: str) -> Callable:
-    """The function that 'module.function' names, from the working directory or an installed package."""
-    module, _, name = path.rpartition(".")
-    if not module:
-        raise ValueError(f"--reward_funcs {path}: expected 'module.function', e.g. my_rewards.{path}.")
-    if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
-    try:
-        return getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError) as error:
-        raise ValueError(f"--reward_funcs {path} cannot be imported from {os.getcwd()}: {error}.") from error
-
-
-def get_rewards(script_args: RewardArguments) -> list[str | Callable]:
-    """Reward models (which the trainer loads), then reward functions."""
-    rewards = [*(script_args.reward_model or []), *map(import_reward, script_args.reward_funcs or [])]
-    if not rewards:
-        raise ValueError(
-            "No reward: pass --reward_model (a folder or Hub id), --reward_funcs (module.function), or both."
-        )
-    return rewards
-
-
-def load_prompts(script_args: RewardArguments, split: str) -> Dataset | IterableDataset:
-    """The split `split` with its prompts in the column `prompt`."""
-    dataset = load_split(script_args, split)
-    columns = list(next(iter(dataset), {}))  # of the first row: a streamed dataset may not know its columns
-    if script_args.prompt_column not in columns:
-        raise ValueError(
-            f"{script_args.dataset_name} has no column {script_args.prompt_column!r}, only {columns}. Name the one "
-            "that holds the prompts with --prompt_column."
-        )
-    if script_args.prompt_column == "prompt":
-        return dataset
-    return dataset.rename_column(script_args.prompt_column, "prompt")
-
-
 def parse(args: list[str]) -> tuple:
-    """The trainer's class, and the arguments of this script, of the training and of the model."""
+    """Returns the trainer's class, and the arguments of this script, of the training and of the model."""
     config_class, trainer_class = ALGORITHMS[choose_algorithm(args)]
     usage = "%(prog)s [--config FILE.yaml] [--algorithm reinforce|q_actor_critic|a2c|ppo|nlpo] [OPTIONS]"
     arguments = (ActorCriticArguments, config_class, ModelConfig)

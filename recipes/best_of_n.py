@@ -22,12 +22,13 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from actor_critic import RewardArguments, get_rewards, load_prompts
 from datasets import Dataset, DatasetDict, concatenate_datasets
 from huggingface_hub.utils import validate_repo_id
-from sft import parse_arguments, prepare_model_args, save
 from trl import ModelConfig, SFTConfig, get_peft_config, get_quantization_config
 
+from shared.arguments import parse_arguments, prepare_model_args
+from shared.rewards import RewardArguments, get_rewards, load_prompts
+from shared.saving import save
 from trl_ext import CompletionSampler, ReinforceConfig, SFTTrainer, keep_best
 from trl_ext.hub import publish_samples
 from trl_ext.hub.metadata import check_licence
@@ -73,7 +74,7 @@ class BestOfNArguments(RewardArguments):
 
 
 def sampling_config(script_args: BestOfNArguments, training_args: SFTConfig) -> ReinforceConfig:
-    """What the sampler takes of the arguments."""
+    """Returns the sampler's arguments, of which some are the training's too."""
     shared = ["use_cpu", "bf16", "fp16", "seed", "output_dir", "report_to", "disable_tqdm", "model_init_kwargs"]
     return ReinforceConfig(
         **{name: getattr(training_args, name) for name in shared},
@@ -88,7 +89,7 @@ def sampling_config(script_args: BestOfNArguments, training_args: SFTConfig) -> 
 
 
 def publish(rounds: list[dict[str, Dataset]], script_args: BestOfNArguments, model_name: str, folder: Path) -> None:
-    """Whatever the Hub answers, training has come to its end: what could not be uploaded stays in `folder`."""
+    """Publishes all rounds. Whatever the Hub answers, training ends well: what could not be uploaded stays in `folder`."""
     splits = DatasetDict()
     for name in ("samples", "kept"):
         parts = [part[name].add_column("round", [n] * len(part[name])) for n, part in enumerate(rounds, start=1)]
@@ -117,7 +118,7 @@ def publish(rounds: list[dict[str, Dataset]], script_args: BestOfNArguments, mod
 
 
 def parse(args: list[str]) -> tuple:
-    """The arguments of this script, of the training and of the model."""
+    """Returns the arguments of this script, of the training and of the model."""
     return parse_arguments(__doc__, (BestOfNArguments, SFTConfig, ModelConfig), args)
 
 

@@ -20,39 +20,19 @@ import argparse
 import re
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
-import torch
-from accelerate import PartialState
-from accelerate.logging import get_logger
-from actor_critic import import_reward
-from rank_completions import as_text, check_export, export
-from sample_completions import context_of, load_model, num_tokens, sample
 from tqdm import tqdm
-from transformers import set_seed
 
-from trl_ext.adapters.reward_models import RewardModel, load_reward_model
+from collecting.export import check_export, export
+from collecting.judges import function_scores, grades, reward_model_scores
 from trl_ext.data.collection import agreement
-from trl_ext.data.items import Item, read_items
+from trl_ext.data.items import read_items
 from trl_ext.data.judgements import Judgements
 from trl_ext.data.rows import located, ranks_of_scores
 
 
-logger = get_logger(__name__)
-
-QUESTION = """{rubric}
-
-Question:
-{prompt}
-
-Answer:
-{completion}
-
-Grade the answer from 1 (worst) to 10 (best). Reply with the number alone."""
-
-
-def parse_args() -> argparse.Namespace:
+def parse(args: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", required=True, help="where completions.jsonl is, and judgements go")
     judge = parser.add_mutually_exclusive_group(required=True)
@@ -63,90 +43,14 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--name", help="of the judge; by default that of what judges")
     parser.add_argument("--export", metavar="FILE", help="then write all rankings, as rank_completions.py does")
     parser.add_argument("--tie_threshold", type=float, default=0.0, help="scores this near to each other are tied")
-    args = parser.parse_args()
+    args = parser.parse_args(args)
     if args.tie_threshold < 0:
         parser.error("--tie_threshold must not be negative.")
     return args
 
 
-Scores = list[float | None]
-
-
-def reward_model_scores(path: str, prompts: list) -> Callable[[Item], Scores]:
-    """
-    The reward model's score of prompt and completion, read as in its training; None where they are too long for it.
-
-    Args:
-        path (`str`): Folder or Hub id.
-        prompts (`list`): All that it shall score completions of.
-    """
-    model, tokenizer = load_reward_model(path)
-    model.to("cuda" if torch.cuda.is_available() else "cpu")
-    reward_model = RewardModel(model, tokenizer, path)
-    for is_chat in {not isinstance(prompt, str) for prompt in prompts}:
-        reward_model.check(is_chat)
-
-    def score(item):
-        return reward_model.score([reward_model.input_ids(item.prompt, completion) for completion in item.completions])
-
-    return score
-
-
-def function_scores(path: str) -> Callable[[Item], Scores]:
-    reward = import_reward(path)
-
-    def score(item):
-        scores = reward(prompts=[item.prompt] * len(item.completions), completions=item.completions)
-        try:
-            numbers = [None if s is None else float(s) for s in scores]
-        except (TypeError, ValueError):
-            numbers = []
-        if len(numbers) != len(item.completions):
-            raise ValueError(
-                f"{path} returned {scores!r:.80} for {len(item.completions)} completions. Return a list with a number, or "
-                "None, for each."
-            )
-        return numbers
-
-    return score
-
-
-def grades(path: str, rubric: str) -> Callable[[Item], Scores]:
-    """The grade that a language model gives, greedily; None where it gives none, or the question is too long for it."""
-    model, tokenizer = load_model(path, "auto")
-    greedy = argparse.Namespace(temperature=1e-6, top_p=1.0, max_completion_length=8)
-    context = context_of(model.config)
-    PartialState()  # the logger asks it which process this is
-
-    def fits(question):
-        if context is None or num_tokens(tokenizer, question) + greedy.max_completion_length <= context:
-            return True
-        logger.warning_once(
-            f"{path} has a context of {context} tokens, and some questions are longer. Their answers have no grade. Rank "
-            "shorter ones, or ask another model."
-        )
-        return False
-
-    def score(item):
-        questions = [
-            QUESTION.format(rubric=rubric, prompt=as_text(item.prompt), completion=as_text(completion))
-            for completion in item.completions
-        ]
-        if tokenizer.chat_template is not None:
-            questions = [[{"role": "user", "content": question}] for question in questions]
-        set_seed(0)
-        fit = [fits(question) for question in questions]
-        asked = [question for question, is_asked in zip(questions, fit, strict=True) if is_asked]
-        replies = [as_text(reply) for (reply,) in sample(model, tokenizer, asked, 1, greedy)] if asked else []
-        numbers = (re.search(r"\b(10|[1-9])\b", reply) for reply in replies)
-        given = [float(number[0]) if number else None for number in numbers]
-        return [given.pop(0) if is_asked else None for is_asked in fit]
-
-    return score
-
-
 def main() -> None:
-    args = parse_args()
+    args = parse(sys.argv[1:])
     source = args.reward_model or args.reward_func or args.judge_model
     try:
         if args.export:

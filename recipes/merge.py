@@ -10,8 +10,7 @@ is rounded once. How much of the adapter that rounding loses is printed.
 import sys
 from dataclasses import dataclass, field
 
-from sft import parse_arguments
-
+from shared.arguments import parse_arguments
 from trl_ext import merge_adapter
 
 
@@ -28,7 +27,7 @@ class MergeArguments:
 
 
 def parse(args: list[str]) -> tuple:
-    """The arguments of this script."""
+    """Returns the arguments of this script."""
     return parse_arguments(__doc__, (MergeArguments,), args)
 
 

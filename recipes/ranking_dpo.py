@@ -23,15 +23,15 @@ Pairs with ties (`prompt`, `chosen`, `rejected`, `tie`) as DPO-D of Chen et al.,
 
 import sys
 
-from ranking_reward import RankingRecipeArguments, evaluate_and_save, load_rankings
-from sft import parse_arguments, prepare_model_args
 from trl import ModelConfig, get_peft_config, get_quantization_config
 
+from shared.arguments import parse_arguments, prepare_model_args
+from shared.rankings import RankingRecipeArguments, evaluate_and_save, load_rankings
 from trl_ext import RankingDPOConfig, RankingDPOTrainer
 
 
 def parse(args: list[str]) -> tuple:
-    """The arguments of this script, of the training and of the model."""
+    """Returns the arguments of this script, of the training and of the model."""
     return parse_arguments(__doc__, (RankingRecipeArguments, RankingDPOConfig, ModelConfig), args)
 
 

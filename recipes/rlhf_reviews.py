@@ -9,13 +9,13 @@ other, and the assistant's ends the text.
 """
 
 import argparse
-import json
-import random
+import sys
 from pathlib import Path
 
-from quickstart_corpus import distinct_openings, write_continuation
-from quickstart_data import mixed, small_llama, train_tokenizer
 from transformers import LlamaForCausalLM, set_seed
+
+from film_reviews.models import small_llama, train_tokenizer
+from loop.data import write_reviews
 
 
 CHAT_TEMPLATE = (
@@ -24,7 +24,7 @@ CHAT_TEMPLATE = (
 )
 
 
-def parse_args() -> argparse.Namespace:
+def parse(args: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", required=True)
     parser.add_argument("--corpus_size", type=int, default=5000, help="demonstrations; half of them bad reviews")
@@ -33,41 +33,11 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--hidden_size", type=int, default=96)
     parser.add_argument("--num_layers", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
-    return parser.parse_args()
-
-
-def user(text: str) -> list[dict]:
-    return [{"role": "user", "content": text}]
-
-
-def assistant(text: str) -> list[dict]:
-    return [{"role": "assistant", "content": text}]
-
-
-def write_rows(file: Path, rows: list[dict]) -> None:
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-
-
-def write_reviews(folder: Path, corpus_size: int, num_test: int, seed: int) -> list[str]:
-    """Demonstrations, and prompts of two kinds: mostly bad openings to train on, and bad ones that are held out."""
-    rng = random.Random(seed)
-    negative = distinct_openings(0, corpus_size // 2 + num_test, rng)
-    positive = distinct_openings(1, corpus_size // 2, rng)
-    held_out, negative = negative[:num_test], negative[num_test:]
-    reviews = [
-        (text, write_continuation(label, rng)) for label, part in enumerate((negative, positive)) for text in part
-    ]
-    write_rows(
-        folder / "demonstrations.jsonl",
-        [{"prompt": user(text), "completion": assistant(more)} for text, more in reviews],
-    )
-    write_rows(folder / "prompts.jsonl", [{"prompt": user(text)} for text in mixed(negative, positive, rng)])
-    write_rows(folder / "test_prompts.jsonl", [{"prompt": user(text)} for text in held_out])
-    return [text + more for text, more in reviews]
+    return parser.parse_args(args)
 
 
 def main() -> None:
-    args = parse_args()
+    args = parse(sys.argv[1:])
     folder = Path(args.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     texts = write_reviews(folder, args.corpus_size, args.num_test, args.seed)

@@ -41,7 +41,7 @@ from trl_ext.models.reward_inputs import read_reward_input
 
 sys.path.insert(0, str(RECIPES))
 
-from judge_completions import reward_model_scores  # noqa: E402
+from collecting.judges import reward_model_scores  # noqa: E402
 
 
 PROMPT = "the film was "

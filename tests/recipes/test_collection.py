@@ -53,9 +53,9 @@ def folder(tmp_path):
 
 
 @pytest.fixture
-def page(monkeypatch):
+def sessions(monkeypatch):
     monkeypatch.syspath_prepend(RECIPES)
-    return importlib.import_module("rank_completions")
+    return importlib.import_module("collecting.session")
 
 
 def test_judgements_are_on_disk_when_they_are_made(folder):
@@ -231,8 +231,8 @@ def test_the_order_is_random_and_each_annotators_own(folder):
     assert all(item.order_for("ann") == item.order_for("ann") for item in items)
 
 
-def test_rankings_are_kept_in_the_order_of_the_data(folder, page):
-    session = page.Session(str(folder), "ann")
+def test_rankings_are_kept_in_the_order_of_the_data(folder, sessions):
+    session = sessions.Session(str(folder), "ann")
     while session.item is not None:
         best = min(session.shown)  # by the text, whatever letter it has
         letters = "ABCD"[: len(session.shown)]
@@ -243,8 +243,8 @@ def test_rankings_are_kept_in_the_order_of_the_data(folder, page):
         assert row["ranks"] == expected
 
 
-def test_the_page_goes_back_skips_and_says_what_is_wrong(folder, page):
-    session = page.Session(str(folder), "ann")
+def test_the_page_goes_back_skips_and_says_what_is_wrong(folder, sessions):
+    session = sessions.Session(str(folder), "ann")
     first = session.item
     assert session.undo() == ""
     with pytest.raises(ValueError, match="got 'Z'|got 'z'"):
@@ -258,7 +258,7 @@ def test_the_page_goes_back_skips_and_says_what_is_wrong(folder, page):
     assert session.undo() == "" and session.item is second
     assert session.undo() == "B > A" and session.item is first
     # Judged in another window meanwhile: this one goes on
-    other = page.Session(str(folder), "ann")
+    other = sessions.Session(str(folder), "ann")
     other.submit("a = b")
     session.submit("a > b")
     assert session.item.id == second.id and Judgements(folder, "ann")[first.id]["ranks"] == [1, 1]
@@ -266,7 +266,7 @@ def test_the_page_goes_back_skips_and_says_what_is_wrong(folder, page):
 
 
 def test_annotators_agree_and_their_rankings_train_a_reward_model(
-    folder, page, reward_model, tokenizer, tmp_path, run_recipe
+    folder, reward_model, tokenizer, tmp_path, run_recipe
 ):
     items = read_items(folder)
     assert agreement(folder) is None
@@ -392,10 +392,10 @@ def test_a_line_that_is_no_item_is_named(tmp_path, rows, message):
         [CHAT | {"prompt": [{"role": "user", "content": [{"type": "text", "text": "a"}]}], "id": 0}],
     ],
 )
-def test_what_is_read_can_be_shown_ranked_and_exported(tmp_path, page, rows):
-    session = page.Session(str(written(tmp_path, *rows)), "ann")
+def test_what_is_read_can_be_shown_ranked_and_exported(tmp_path, sessions, rows):
+    session = sessions.Session(str(written(tmp_path, *rows)), "ann")
     while session.item is not None:
-        assert all(session.shown) and page.as_text(session.item.prompt)
+        assert all(session.shown) and sessions.as_text(session.item.prompt)
         session.submit("b > a")
     exported = collected_rankings(tmp_path)
     assert [row["id"] for row in exported] == [item.id for item in read_items(tmp_path)]
@@ -440,18 +440,18 @@ def test_a_last_judgement_without_newline_counts_and_one_that_was_cut_does_not(t
     assert [row["ranks"] for row in collected_rankings(tmp_path)] == [[2, 1], [1, 1], [1, 2]]
 
 
-def test_a_judgement_is_of_the_texts_that_were_shown(tmp_path, page, caplog):
+def test_a_judgement_is_of_the_texts_that_were_shown(tmp_path, sessions, caplog):
     """Under the same id there may be others by now: these are asked again, and the ranking is not exported."""
-    session = page.Session(str(written(tmp_path, TEXTS | {"id": 0}, TEXTS | {"id": 1, "prompt": "b"})), "ann")
+    session = sessions.Session(str(written(tmp_path, TEXTS | {"id": 0}, TEXTS | {"id": 1, "prompt": "b"})), "ann")
     session.submit("a > b")
     session.submit("a > b")
     written(tmp_path, TEXTS | {"id": 0, "completions": ["y", "x"]}, TEXTS | {"id": 1, "prompt": "b"})
-    again = page.Session(str(tmp_path), "ann")
+    again = sessions.Session(str(tmp_path), "ann")
     assert again.item.id == 0 and again.status.startswith("1 of 2")
     assert [row["id"] for row in collected_rankings(tmp_path)] == [1]
     assert "Left out 1 rankings" in caplog.text
     written(tmp_path, TEXTS | {"id": 0, "completions": ["y", "x"]})  # the last judged is there no longer
-    again = page.Session(str(tmp_path), "ann")
+    again = sessions.Session(str(tmp_path), "ann")
     assert again.undo() == "" and again.item.id == 0
     again.submit("a > b")
     assert again.item is None and again.undo() == "A > B"
@@ -480,16 +480,17 @@ def test_one_writer_at_a_time(tmp_path):
 
 def functions_of(page, folder):
     """What the page does, by name, with its parts by their `elem_id`."""
-    blocks = page.build_page(str(folder))
+    blocks = page.Page(str(folder), read_items(folder)).blocks
     ids = {getattr(block, "elem_id", None): block for block in blocks.blocks.values()}
     return {fn.fn.__name__: fn.fn for fn in blocks.fns.values() if fn.fn is not None}, ids
 
 
-def test_nothing_is_recorded_of_what_the_window_did_not_show(folder, page, monkeypatch):
+def test_nothing_is_recorded_of_what_the_window_did_not_show(folder, sessions, monkeypatch):
     pytest.importorskip("gradio", reason="Gradio is not installed: pip install -e '.[collect]'")
+    page = importlib.import_module("collecting.page")
     functions, ids = functions_of(page, folder)
     view = functions["start"]("ann")
-    session = next(value for value in view.values() if isinstance(value, page.Session))
+    session = next(value for value in view.values() if isinstance(value, sessions.Session))
     key, prompt = view[ids["shown-key"]], view[ids["prompt"]]
     assert prompt == session.item.prompt
     view = functions["answer"](session, key, "b > a")
@@ -609,13 +610,13 @@ def test_a_reward_model_ranks_by_its_scores(folder, reward_model_path, tokenizer
             assert row["ranks"] == [1 + order.index(i) for i in range(len(scores))]
 
 
-def test_grades_are_read_from_what_a_language_model_says(folder, page, monkeypatch):
+def test_grades_are_read_from_what_a_language_model_says(folder, sessions, monkeypatch):
     """By a judge whose replies are scripted; ties where grades are equal, skipped where there is none."""
-    judge = importlib.import_module("judge_completions")
+    judge = importlib.import_module("collecting.judges")
     replies = {"good": "10", "bad": "I say 3.", "slow": "3/10", "great": "none"}
     asked = []
 
-    def sample(model, tokenizer, questions, count, args):
+    def sample(model, tokenizer, questions, count, **settings):
         asked.extend(questions)
         return [[next(reply for word, reply in replies.items() if f" {word} " in question)] for question in questions]
 
@@ -628,15 +629,15 @@ def test_grades_are_read_from_what_a_language_model_says(folder, page, monkeypat
     assert "Is it kind?" in asked[0] and item.prompt in asked[0] and item.completions[0] in asked[0]
 
 
-def test_what_is_too_long_for_a_judge_has_no_score(folder, policy_path, tokenizer, page, monkeypatch, caplog):
+def test_what_is_too_long_for_a_judge_has_no_score(folder, policy_path, tokenizer, sessions, monkeypatch, caplog):
     """Of a language model the questions, of a reward model the texts, where no trainer has set up the logger."""
-    judge = importlib.import_module("judge_completions")
+    judge = importlib.import_module("collecting.judges")
     with open(folder / "completions.jsonl", "a") as file:
         file.write(json.dumps({"prompt": "the film", "completions": [" good", " good" * 60]}))
     item = read_items(folder)[-1]
     asked = []
     PartialState._reset_state()
-    monkeypatch.setattr(judge, "sample", lambda *args: asked.extend(args[2]) or [["7"] for _ in args[2]])
+    monkeypatch.setattr(judge, "sample", lambda *args, **settings: asked.extend(args[2]) or [["7"] for _ in args[2]])
     assert judge.grades(policy_path, "Is it?")(item) == [7.0, None] and len(asked) == 1
     settings = {"n_embd": 8, "n_layer": 1, "n_head": 1, "n_positions": 12, "vocab_size": len(tokenizer)}
     config = GPT2Config(**settings, num_labels=1, pad_token_id=0, reward_input={"kind": "text", "pad_token": "<pad>"})
@@ -649,9 +650,10 @@ def test_what_is_too_long_for_a_judge_has_no_score(folder, policy_path, tokenize
 
 
 @pytest.mark.parametrize("returned", ["None", "0.5", "[1.0]", "['good', 'bad']"])
-def test_what_a_function_does_not_score_is_named(folder, page, monkeypatch, returned):
+def test_what_a_function_does_not_score_is_named(folder, sessions, monkeypatch, returned):
     judge = importlib.import_module("judge_completions")
-    monkeypatch.setattr(judge, "import_reward", lambda path: eval(f"lambda **columns: {returned}"))
+    judges = importlib.import_module("collecting.judges")
+    monkeypatch.setattr(judges, "import_reward", lambda path: eval(f"lambda **columns: {returned}"))
     command = ["judge", "--folder", str(folder), "--reward_func", "mine.reward"]
     monkeypatch.setattr(sys, "argv", command)
     item_id = read_items(folder)[0].id

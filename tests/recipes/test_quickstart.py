@@ -17,9 +17,10 @@ from trl_ext import format_ranking
 sys.path.insert(0, str(RECIPES))
 
 import quickstart  # noqa: E402
-from quickstart_corpus import GRAMMAR, distinct_openings, expand, write_continuation  # noqa: E402
-from quickstart_data import read_reviews, reviews_task, shortened  # noqa: E402
-from quickstart_judges import lexicon_judge, score_by_lexicon  # noqa: E402
+from film_reviews.corpus import GRAMMAR, distinct_openings, expand, write_continuation  # noqa: E402
+from film_reviews.files import read_reviews, shortened  # noqa: E402
+from film_reviews.judges import lexicon_judge, score_by_lexicon  # noqa: E402
+from film_reviews.tasks import reviews_task  # noqa: E402
 
 
 # --- The judge ---
@@ -179,10 +180,10 @@ def test_quickstart_leaves_models_that_load(tmp_path):
     assert (tmp_path / "curves.png").stat().st_size > 10_000
 
 
-def test_quickstart_says_what_is_wrong_with_a_file(tmp_path, monkeypatch):
+def test_quickstart_says_what_is_wrong_with_a_file(tmp_path):
     path = write(tmp_path / "reviews.jsonl", [{"text": "good .", "label": 2}])
-    monkeypatch.setattr(sys, "argv", ["quickstart.py", "--reviews", path])
+    args = quickstart.parse(["--reviews", path])
     with pytest.raises(
         SystemExit, match=r"error: .*reviews.jsonl, line 1: `label` must be 1 \(positive\) or 0, got 2\."
     ):
-        quickstart.get_task(quickstart.parse_args())
+        quickstart.get_task(args.reviews, args.corpus_size, args.rollouts, args.seed)

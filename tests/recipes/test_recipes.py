@@ -268,14 +268,14 @@ def test_dpo_from_pairs_with_ties(folder, policy_path, run_recipe):
 
 def test_a_prompt_is_held_out_with_all_its_rankings(tmp_path, recipe):
     write_rows(tmp_path / "rankings.jsonl", [{"prompt": prompt, **RANKING} for prompt in PROMPTS * 3])
-    args = recipe("ranking_reward").RankingRecipeArguments(
+    args = recipe("shared.rankings").RankingRecipeArguments(
         dataset_name=str(tmp_path / "rankings.jsonl"), held_out=0.25
     )
     settings = RankingRewardConfig(str(tmp_path), use_cpu=True, bf16=False)
-    train, test = recipe("ranking_reward").load_rankings(args, settings)
+    train, test = recipe("shared.rankings").load_rankings(args, settings)
     assert len(train) == 18 and len(test) == 6 and not set(train["prompt"]) & set(test["prompt"])
     with pytest.raises(ValueError, match="--held_out"):
-        recipe("ranking_reward").RankingRecipeArguments(held_out=1.0)
+        recipe("shared.rankings").RankingRecipeArguments(held_out=1.0)
 
 
 # --- Files ---
@@ -327,9 +327,9 @@ def test_documented_commands_are_understood(tmp_path, recipe, monkeypatch, scrip
 def test_data_saved_to_disk(tmp_path, recipe, prompts):
     prompts.save_to_disk(tmp_path / "saved")
     args = recipe("actor_critic").ActorCriticArguments(dataset_name=str(tmp_path / "saved"))
-    assert recipe("actor_critic").load_prompts(args, "train")["prompt"] == PROMPTS
+    assert recipe("shared.rewards").load_prompts(args, "train")["prompt"] == PROMPTS
     with pytest.raises(ValueError, match="no split 'test', only train"):
-        recipe("actor_critic").load_prompts(args, "test")
+        recipe("shared.rewards").load_prompts(args, "test")
 
 
 # --- Errors, all of them before a model is loaded ---
@@ -372,7 +372,7 @@ def test_quantization_without_an_adapter(tmp_path, recipe, monkeypatch):
     with pytest.raises(ValueError, match="nothing to train. Add --use_peft"):
         run_main(recipe, monkeypatch, "--output_dir", tmp_path, "--load_in_4bit")
     with pytest.raises(ValueError, match="pass --model_name_or_path"):
-        recipe("sft").prepare_model_args(ModelConfig(), SFTConfig(output_dir=str(tmp_path), bf16=False))
+        recipe("shared.arguments").prepare_model_args(ModelConfig(), SFTConfig(output_dir=str(tmp_path), bf16=False))
 
 
 @pytest.mark.parametrize("precision, dtype", [("bf16", "bfloat16"), ("fp16", "float16"), (None, "float32")])
@@ -381,7 +381,7 @@ def test_a_4bit_base_computes_in_what_training_computes_in(recipe, precision, dt
     training_args = SimpleNamespace(model_init_kwargs=None, bf16=precision == "bf16", fp16=precision == "fp16")
     model_args = ModelConfig(model_name_or_path="model", use_peft=True, load_in_4bit=True)
     assert get_quantization_config(model_args).bnb_4bit_compute_dtype == torch.float32
-    recipe("sft").prepare_model_args(model_args, training_args)
+    recipe("shared.arguments").prepare_model_args(model_args, training_args)
     quantization_config = get_quantization_config(model_args)
     assert quantization_config.bnb_4bit_compute_dtype == getattr(torch, dtype)
     assert quantization_config.bnb_4bit_quant_type == "nf4"
@@ -394,7 +394,7 @@ def test_what_is_said_of_a_base_goes_first(recipe):
     model_args = ModelConfig(
         "model", use_peft=True, load_in_4bit=True, dtype="float16", lora_target_modules=["q_proj"]
     )
-    recipe("sft").prepare_model_args(model_args, training_args)
+    recipe("shared.arguments").prepare_model_args(model_args, training_args)
     assert training_args.model_init_kwargs["dtype"] == model_args.dtype == "float16"
     assert get_peft_config(model_args).target_modules == "q_proj"  # which TRL makes of a list of one
 
@@ -402,4 +402,4 @@ def test_what_is_said_of_a_base_goes_first(recipe):
 @pytest.mark.parametrize("path", ["no_such_module.reward", "json.no_such_function", "reward"])
 def test_reward_that_cannot_be_imported(recipe, path):
     with pytest.raises(ValueError, match=f"--reward_funcs {path}"):
-        recipe("actor_critic").import_reward(path)
+        recipe("shared.rewards").import_reward(path)

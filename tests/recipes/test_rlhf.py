@@ -35,13 +35,20 @@ from trl_ext.data.judgements import Judgements
 
 sys.path.insert(0, str(RECIPES))
 
+import actor_critic  # noqa: E402
 import rlhf  # noqa: E402
-import rlhf_arguments  # noqa: E402
-import rlhf_evaluate  # noqa: E402
-import rlhf_prompts  # noqa: E402
-import rlhf_publish  # noqa: E402
-import rlhf_stages  # noqa: E402
-from quickstart_judges import lexicon_judge, praise  # noqa: E402
+from film_reviews.judges import lexicon_judge, praise  # noqa: E402
+from loop.answers import compare  # noqa: E402
+from loop.arguments import check  # noqa: E402
+from loop.data import divide  # noqa: E402
+from loop.evaluation import interval  # noqa: E402
+from loop.options import parse  # noqa: E402
+from loop.plan import Plan  # noqa: E402
+from loop.publishing import stage_model  # noqa: E402
+from loop.records import last_checkpoint, record_of, write_record  # noqa: E402
+from loop.running import shortened  # noqa: E402
+from loop.stages import flags  # noqa: E402
+from loop.start import begin_again  # noqa: E402
 
 
 pytestmark = pytest.mark.slow
@@ -344,18 +351,18 @@ def test_redo_keeps_what_was_there(tmp_path):
         *("evaluation/judgements-ann.jsonl", "evaluation.md", "stages/rank.json", "stages/publish.json"),
     ]
     make_files(tmp_path, *ours, *superseded)
-    rlhf.begin_again(tmp_path, "rank")
+    begin_again(tmp_path, "rank")
     kept = {str(path.relative_to(tmp_path)): path.read_text() for path in tmp_path.rglob("*") if path.is_file()}
     assert kept == {name: name for name in ours} | {f"superseded-1/{name}": name for name in superseded}
     make_files(tmp_path, "rankings.parquet")
-    rlhf.begin_again(tmp_path, "rank")
+    begin_again(tmp_path, "rank")
     assert (tmp_path / "superseded-2" / "rankings.parquet").is_file()
 
 
 def test_a_checkpoint_that_was_cut_is_not_resumed_from(tmp_path):
     make_files(tmp_path, "checkpoint-8/trainer_state.json", "checkpoint-10/trainer_state.json", "checkpoint-12/model")
-    assert rlhf_stages.last_checkpoint(tmp_path) == tmp_path / "checkpoint-10"
-    assert rlhf_stages.last_checkpoint(tmp_path / "nothing") is None
+    assert last_checkpoint(tmp_path) == tmp_path / "checkpoint-10"
+    assert last_checkpoint(tmp_path / "nothing") is None
 
 
 # --- People ---
@@ -378,7 +385,7 @@ def test_people_are_waited_for(tmp_path, monkeypatch, capsys):
             target = folder / {"sample": "completions", "answer": "evaluation"}[stage.name]
             target.mkdir(parents=True)
             (target / "completions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-        rlhf_stages.write_record(folder, stage, [], is_finished=True)
+        write_record(folder, stage, [], is_finished=True)
         return 1.0
 
     def judge(folder, count):
@@ -404,7 +411,7 @@ def test_people_are_waited_for(tmp_path, monkeypatch, capsys):
     main_in(tmp_path, monkeypatch, "--people", "--enough", "0.75")
     assert ran == STAGES[:8]
     # No judge but people: the first exports what they ranked, the second reports on it
-    records = {name: rlhf_stages.record_of(tmp_path / "out", name) for name in ("rank", "evaluate")}
+    records = {name: record_of(tmp_path / "out", name) for name in ("rank", "evaluate")}
     scripts = {name: [command["script"] for command in record["settings"]] for name, record in records.items()}
     assert scripts == {"rank": ["rank_completions.py"], "evaluate": ["rlhf_evaluate.py"]}
 
@@ -504,10 +511,10 @@ def test_what_cannot_work_is_told_at_once(tmp_path, monkeypatch, args, message):
 
 def commands_of(args):
     """Of all stages, as `(script, command line)`."""
-    parsed, config = rlhf.parse(args)
+    parsed, config = parse(args, rlhf.__doc__)
     for name in ("bf16", "use_cpu"):  # of this machine, not of the file
         config.setdefault("training", {})[name] = name == "use_cpu"
-    return [(c.script, c) for stage in rlhf.Plan(parsed, config, Path("out")).stages() for c in stage.commands]
+    return [(c.script, c) for stage in Plan(parsed, config, Path("out")).stages() for c in stage.commands]
 
 
 def test_the_example_of_a_real_model_is_understood(monkeypatch):
@@ -520,14 +527,12 @@ def test_the_example_of_a_real_model_is_understood(monkeypatch):
     ]
     monkeypatch.setattr(sys, "argv", ["test"])  # which the check changes
     for script, command in commands:
-        rlhf_arguments.check(script, rlhf_stages.flags(command.arguments))
+        check(script, flags(command.arguments))
     sft, merge, reward_model, policy = (commands[i][1].arguments for i in (1, 2, 5, 6))
     assert sft["output_dir"] == merge["adapter"] == "out/sft-adapter"
     assert merge["output_dir"] == reward_model["model_name_or_path"] == policy["model_name_or_path"] == "out/sft"
     given = yaml.safe_load(file.read_text())
-    trainer_class, script_args, training_args, model_args = rlhf_arguments.actor_critic.parse(
-        rlhf_stages.flags(policy)
-    )
+    trainer_class, script_args, training_args, model_args = actor_critic.parse(flags(policy))
     values = vars(model_args) | vars(training_args) | vars(script_args)
     expected = {**given["training"], **given["policy"], "bf16": False}
     assert {name: values[name] for name in expected if name != "report_to"} == {
@@ -550,7 +555,7 @@ def test_documented_commands_are_understood(monkeypatch):
         commands = [shlex.split(line) for line in lines if line.strip().startswith("python recipes/rlhf.py")]
         assert len(commands) == count
         for command in commands:
-            rlhf.Plan(*rlhf.parse(command[2:]), Path("out")).stages()
+            Plan(*parse(command[2:], rlhf.__doc__), Path("out")).stages()
 
 
 # --- Parts ---
@@ -558,29 +563,29 @@ def test_documented_commands_are_understood(monkeypatch):
 
 def test_equal_texts_are_tied_and_what_nobody_ranked_is_left_out():
     rankings = [{'"a"': 1, '"b"': 2, '"c"': 2}, {'"a"': 2, '"b"': 1, '"c"': None}]
-    assert rlhf_evaluate.compare(["a"], ["b"], rankings) == [-1, 1]
-    assert rlhf_evaluate.compare(["b"], ["c"], rankings) == [0]
-    assert rlhf_evaluate.compare(["b"], ["b"], []) == [0]
-    assert rlhf_evaluate.compare(["c"], ["d"], rankings) == []
+    assert compare(["a"], ["b"], rankings) == [-1, 1]
+    assert compare(["b"], ["c"], rankings) == [0]
+    assert compare(["b"], ["b"], []) == [0]
+    assert compare(["c"], ["d"], rankings) == []
 
 
 def test_the_interval_is_that_of_the_mean():
     values = [1.0] * 240 + [0.0] * 160  # 0.6 with a standard error of sqrt(0.6 * 0.4 / 400)
-    found = rlhf_evaluate.interval(values)
+    found = interval(values)
     assert found["mean"] == pytest.approx(0.6)
     assert (found["low"], found["high"]) == pytest.approx((0.552, 0.648), abs=0.004)
 
 
 def test_prompts_are_held_out_by_text():
     prompts = [f"p{i}" for i in range(10)]
-    rest, test = rlhf_prompts.divide(prompts, None, 3, seed=0)
+    rest, test = divide(prompts, None, 3, seed=0)
     assert len(test) == 3 and sorted(rest + test) == prompts
-    rest, test = rlhf_prompts.divide(prompts, ["p3", "x", "p4"], 2, seed=0)
+    rest, test = divide(prompts, ["p3", "x", "p4"], 2, seed=0)
     assert test == ["p3", "x"] and rest == [p for p in prompts if p != "p3"]
     with pytest.raises(ValueError, match="--num_test 10 of 10 different prompts"):
-        rlhf_prompts.divide(prompts, None, 10, seed=0)
+        divide(prompts, None, 10, seed=0)
     with pytest.raises(ValueError, match="none to train on"):
-        rlhf_prompts.divide(["a"], ["a"], 1, seed=0)
+        divide(["a"], ["a"], 1, seed=0)
 
 
 def test_a_published_adapter_names_its_base_on_the_hub(tmp_path):
@@ -590,7 +595,7 @@ def test_a_published_adapter_names_its_base_on_the_hub(tmp_path):
     )
     for folder in (source, source / "critic" / "adapter"):
         (folder / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "out/sft", "r": 8}))
-    rlhf_publish.stage_model(source, tmp_path / "published", "user/films-sft")
+    stage_model(source, tmp_path / "published", "user/films-sft")
     names = sorted(
         str(p.relative_to(tmp_path / "published")) for p in (tmp_path / "published").rglob("*") if p.is_file()
     )
@@ -608,7 +613,7 @@ def test_a_published_adapter_names_its_base_on_the_hub(tmp_path):
 
 def test_what_trainers_log_is_shortened():
     line = "{'loss': '0.5', 'grad_norm': '1', 'kl/k1': '0.01', 'epoch': '0.25'}"
-    assert rlhf_stages.shortened(line, ("loss", "accuracy", "kl/k1")) == "epoch 0.25: loss 0.5, kl/k1 0.01"
-    assert rlhf_stages.shortened(line, ("reward",)) == ""
-    assert rlhf_stages.shortened("{'a', broken", ("loss",)) == "{'a', broken"
-    assert rlhf_stages.shortened("some text", ("loss",)) == "some text"
+    assert shortened(line, ("loss", "accuracy", "kl/k1")) == "epoch 0.25: loss 0.5, kl/k1 0.01"
+    assert shortened(line, ("reward",)) == ""
+    assert shortened("{'a', broken", ("loss",)) == "{'a', broken"
+    assert shortened("some text", ("loss",)) == "some text"

@@ -17,7 +17,7 @@ from trl_ext import A2CConfig, A2CTrainer
 
 @pytest.fixture
 def house(recipe):
-    return recipe("text_game_house")
+    return recipe("games.house")
 
 
 def state(game):
@@ -100,24 +100,24 @@ def test_test_variants_are_held_out(house):
 
 def test_what_is_imitated_is_what_is_played(recipe, house, tmp_path):
     """Token by token: the text of a demonstration, and of an episode in which the same commands are given."""
-    text_game = recipe("text_game")
+    imitation = recipe("games.imitation")
     game = house.HouseGame()
-    episode = text_game.demonstrate(game, {"variant": 5}, 0.0, 10, random.Random(0))
+    episode = imitation.demonstrate(game, {"variant": 5}, 0.0, 10, random.Random(0))
     assert game.has_won and len(episode) == 1 + 2 * 6 + 1
     tools = [get_json_schema(game.act)]
-    template = text_game.qwen3_instruct_2507_chat_template
-    tokenizer = text_game.train_tokenizer(["Find the gold. You are in the garden. act command open take go"])
+    template = imitation.qwen3_instruct_2507_chat_template
+    tokenizer = imitation.train_tokenizer(["Find the gold. You are in the garden. act command open take go"])
     tokenizer.chat_template = template
     whole = tokenizer.apply_chat_template(episode, tools=tools, tokenize=False)
     turns = [part.split("<|im_end|>")[0] + "<|im_end|>" for part in whole.split("<|im_start|>assistant\n")[1:]]
-    model = text_game.tiny_model(tokenizer, 4096)
+    model = imitation.tiny_model(tokenizer, 4096)
     script_generation(model, tokenizer, turns)
     args = A2CConfig(**settings(tmp_path, max_completion_length=3000, max_steps=1, turn_rewards=True))
     trainer = recorded(A2CTrainer)(
         model,
         None,
         args,
-        text_game.prompts([{"variant": 5}], 4),
+        recipe("games.episodes").prompts([{"variant": 5}], 4),
         processing_class=tokenizer,
         environment_factory=house.HouseGame,
     )
@@ -150,9 +150,8 @@ def test_the_recipe_runs(tmp_path, run_recipe):
 
 
 def test_what_makes_no_sense_is_refused(recipe, tmp_path):
-    text_game = recipe("text_game")
     with pytest.raises(ValueError, match="there is no such file"):
-        text_game.choose_game("zork.z8", str(tmp_path), 0)
+        recipe("games.episodes").choose_game("zork.z8", str(tmp_path), 0)
 
 
 # --- TextWorld, if it is installed ---
@@ -160,10 +159,9 @@ def test_what_makes_no_sense_is_refused(recipe, tmp_path):
 
 def test_a_textworld_game_is_won_by_its_own_solution(recipe, tmp_path):
     pytest.importorskip("textworld", reason="TextWorld is not installed: pip install -e '.[textworld]'")
-    text_game = recipe("text_game")
-    factory, rows, _ = text_game.choose_game("textworld", str(tmp_path), 0)
+    factory, rows, _ = recipe("games.episodes").choose_game("textworld", str(tmp_path), 0)
     first, second = factory(), factory()
-    messages = text_game.demonstrate(first, rows[0], 0.0, 20, random.Random(0))
+    messages = recipe("games.imitation").demonstrate(first, rows[0], 0.0, 20, random.Random(0))
     assert first.has_won and first.get_reward() > 0.9
     assert "You can: " in messages[0]["content"] and messages[-2]["content"].endswith("The game is over.")
     # Games of their own, though of one file

@@ -19,14 +19,8 @@ class HouseGame:
     def reset(self, variant: int = 0, **row) -> str:
         self.house, self.stairs, self.place = VARIANTS[variant]
         self.dark_room = "attic" if self.stairs == "up" else "cellar"
-        self.room, self.mailbox_is_open, self.has_key, self.has_lamp, self.has_won = (
-            "garden",
-            False,
-            False,
-            False,
-            False,
-        )
-        self.score = 0.0
+        self.room, self.score = "garden", 0.0
+        self.mailbox_is_open = self.has_key = self.has_lamp = self.has_won = False
         return self._look()
 
     def act(self, command: str) -> str:
@@ -87,7 +81,7 @@ class HouseGame:
 
     @property
     def best_command(self) -> str:
-        """The next step of the shortest way."""
+        """Returns the next step of the shortest way."""
         if self.room == "garden":
             return "open mailbox" if not self.mailbox_is_open else f"go {self.house}" if self.has_key else "take key"
         if self.room == "hall":
@@ -102,6 +96,6 @@ class HouseGame:
 
 
 def rows(seed: int) -> tuple[list[dict], list[dict]]:
-    """The variants to train on, and those held out."""
+    """Returns the variants to train on, and those held out."""
     order = random.Random(seed).sample(range(len(VARIANTS)), len(VARIANTS))
     return [{"variant": v} for v in order[6:]], [{"variant": v} for v in order[:6]]

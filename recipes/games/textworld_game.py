@@ -74,7 +74,7 @@ class TextWorldGame:
 
     @property
     def best_command(self) -> str:
-        """The next step of TextWorld's own solution."""
+        """Returns the next step of TextWorld's own solution."""
         return self._state.policy_commands[0]
 
     @property
@@ -83,7 +83,7 @@ class TextWorldGame:
 
 
 def make_textworld_game(folder: str, seed: int) -> str:
-    """Write a small game (3 rooms, a quest of 4 commands) and return its file."""
+    """Writes a small game (3 rooms, a quest of 4 commands) and returns its file."""
     Path(folder).mkdir(parents=True, exist_ok=True)
     options = textworld.GameOptions()
     options.seeds, options.nb_rooms, options.nb_objects, options.quest_length = seed, 3, 5, 4

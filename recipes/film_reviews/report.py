@@ -1,47 +1,11 @@
-"""What the quickstart shows: progress bars, a ranking, completions and a table of before and after, and curves."""
+"""The quickstart's report: a ranking, completions and a table of before and after, and curves."""
 
 import re
-import warnings
-
-from quickstart_judges import Judge
-from quickstart_sampling import Samples
-from transformers import ProgressCallback
 
 from trl_ext import format_ranking
 
-
-def quiet() -> None:
-    """Silence what says nothing to somebody who runs this script; errors and other warnings still show."""
-    import datasets
-    import transformers
-
-    datasets.disable_progress_bars()  # of the maps that tokenize, a blink each
-    transformers.utils.logging.disable_progress_bar()  # of loading and writing weights, likewise
-    # What TRL's own code and defaults set off in a newer transformers
-    warnings.filterwarnings("ignore", message=".*gradient_checkpointing.* is deprecated", category=FutureWarning)
-
-
-class StageBar(ProgressCallback):
-    """Trainer's progress bar with a name and the last value of some metrics, in place of a line per log."""
-
-    def __init__(self, name: str, **metrics: str):
-        super().__init__()
-        self.name = name
-        self.metrics = metrics  # shown as -> logged as
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        super().on_train_begin(args, state, control, **kwargs)
-        if self.training_bar is not None:
-            self.training_bar.set_description(f"      {self.name}")
-
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        if self.training_bar is not None:
-            shown = {name: f"{logs[key]:.2f}" for name, key in self.metrics.items() if key in logs}
-            if shown:
-                self.training_bar.set_postfix(shown)
-
-    def on_prediction_step(self, args, state, control, **kwargs):
-        pass
+from .judges import Judge
+from .samples import Samples
 
 
 def print_ranking(judge: Judge, prompt: str, completions: list[str], ranks: list[int]) -> None:

@@ -97,7 +97,7 @@ WORDS_OF = {  # what says good things, and what bad ones
 
 
 def expand(name: str, rng: random.Random) -> str:
-    """One of the phrases called `name`, with everything in braces filled in."""
+    """Returns one of the phrases called `name`, with everything in braces filled in."""
     text = re.sub(r"{([^}]+)}", lambda match: expand(match[1], rng), rng.choice(GRAMMAR[name]))
     return re.sub(r"\b([Aa]) (?=[aeiou]|honest)", r"\1n ", text)
 
@@ -107,7 +107,7 @@ def capitalized(text: str) -> str:
 
 
 def lowered(text: str) -> str:
-    """The sentence as it reads after a comma: names and `I` keep their capital."""
+    """Returns the sentence as it reads after a comma: names and `I` keep their capital."""
     keeps_capital = re.match(r"I |[A-Z]\w+ [A-Z]", text)
     return text if keeps_capital else text[0].lower() + text[1:]
 
@@ -117,7 +117,7 @@ def write_opening(label: int, rng: random.Random) -> str:
 
 
 def write_continuation(label: int, rng: random.Random) -> str:
-    """What may follow an opening with this label: it starts with the punctuation that closes the opening clause."""
+    """Writes on after an opening with this label, from the punctuation that closes the opening clause."""
     turns = rng.random() < TURN_SHARE
     later = WORDS_OF[1 - label if turns else label]
     sentences = [expand("neutral", rng)] if rng.random() < 0.3 else []

@@ -1,16 +1,16 @@
-"""The judges of the quickstart, which say how positive a text is, and rankings with ties made from what they say."""
+"""Judges that say how positive a text is, and rank texts with ties."""
 
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from quickstart_corpus import GRAMMAR
+from .corpus import GRAMMAR
 
 
 @dataclass
 class Judge:
     """
-    Scores texts. Scores that round to the same multiple of `step` are the same to it, so its rankings have ties.
+    A judge of texts, to whom scores that round to the same multiple of `step` are the same: its rankings have ties.
     """
 
     description: str
@@ -19,7 +19,7 @@ class Judge:
     neutral: float  # the score of a text that is neither positive nor negative
 
     def rank(self, texts: list[str]) -> list[int]:
-        """1 for the best text, the same number for equally good ones: `[3, 1, 2, 2]`."""
+        """Returns 1 for the best text, the same number for equally good ones: `[3, 1, 2, 2]`."""
         levels = [round(score / self.step) for score in self.score(texts)]
         order = sorted(set(levels), reverse=True)
         return [1 + order.index(level) for level in levels]
@@ -47,7 +47,7 @@ EMPHASIS |= dict.fromkeys("rather quite slightly somewhat almost fairly".split()
 
 def praise_and_blame(text: str) -> Iterator[tuple[int, int, float]]:
     """
-    `(start, end, value)` of each word of praise (positive) or blame (negative), in characters.
+    Yields `(start, end, value)` of each word of praise (positive) or blame (negative), in characters.
 
     A word of praise or blame counts one; after an emphasis ("very", "truly") one and a half, after a hedge
     ("rather") one half. A negator ("not", "never", "without") turns the words after it to their opposite, up to the
@@ -66,7 +66,7 @@ def praise_and_blame(text: str) -> Iterator[tuple[int, int, float]]:
 
 
 def score_by_lexicon(text: str) -> float:
-    """Praise less blame, over their sum plus one: from -1 to 1."""
+    """Returns praise less blame, over their sum plus one: from -1 to 1."""
     values = [value for _, _, value in praise_and_blame(text)]
     return sum(values) / (sum(map(abs, values)) + 1)
 
@@ -81,7 +81,7 @@ def lexicon_judge() -> Judge:
 
 
 def praise(completions: list, **columns) -> list[float]:
-    """The same judge as a reward function, whose scores are equal where it ranks a tie; of texts or of messages."""
+    """The word list as a reward function of texts or messages, whose scores are equal where the judge ranks a tie."""
     judge = lexicon_judge()
     texts = [c if isinstance(c, str) else c[-1]["content"] for c in completions]
     return [judge.step * round(score / judge.step) for score in judge.score(texts)]
@@ -91,7 +91,7 @@ def praise(completions: list, **columns) -> list[float]:
 
 
 def learned_judge(texts: list[str], labels: list[int], test_texts: list[str], test_labels: list[int]) -> Judge:
-    """P(positive) by logistic regression on the text's words and pairs of words."""
+    """Returns a judge that scores P(positive), by logistic regression on the text's words and pairs of words."""
     from sklearn.feature_extraction.text import TfidfVectorizer
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline

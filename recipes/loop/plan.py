@@ -1,11 +1,11 @@
-"""The stages of `rlhf.py`: which recipes run, on what, and where their results lie."""
+"""The stages of `rlhf.py`: the recipes that run, their data, and the places of their results."""
 
 import argparse
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from rlhf_stages import Command, LoopError, Stage
+from .stages import Command, LoopError, Stage
 
 
 LEAVES = {  # what `--redo` sets aside, of all stages in their order; what people judged of the same samples stays
@@ -28,13 +28,15 @@ TINY_WORLD = (
 
 
 def stages_left(name: str) -> list[str]:
-    """The names of a stage and all after it."""
+    """Returns the names of a stage and all after it."""
     names = list(LEAVES)
     return names[names.index(name) :]
 
 
 class Plan:
     """
+    The plan of a loop.
+
     Args:
         args (`argparse.Namespace`): Of `rlhf.py`.
         config (`dict`): The sections of its configuration.
@@ -47,10 +49,7 @@ class Plan:
         self.trains_adapter = self._section("sft").get("use_peft", False)
 
     def stages(self) -> list[Stage]:
-        """
-        Raises:
-            LoopError: if the configuration sets what the loop sets.
-        """
+        """Returns the stages. Raises [`LoopError`] if the configuration sets what the loop sets."""
         return [
             self._prepare(),
             self._sft(),
@@ -100,7 +99,7 @@ class Plan:
         return shared | self.config.get(name, {})
 
     def _command(self, section: str, script: str, **own) -> Command:
-        """With the arguments that the loop sets itself, and those of a section."""
+        """Returns a command with the arguments that the loop sets itself, and those of a section."""
         given = self._section(section)
         twice = [name for name in given if name in own]
         if twice:
@@ -221,7 +220,7 @@ class Plan:
         elif args.judge_func:
             judge = {"reward_func": args.judge_func}
         else:
-            judge = {"reward_func": "quickstart_judges.praise", "name": "word-list"}
+            judge = {"reward_func": "film_reviews.judges.praise", "name": "word-list"}
         return self._command("rank", "judge_completions.py", folder=folder, export=export, **judge)
 
     @property
@@ -238,5 +237,5 @@ class Plan:
 
 
 def as_text(value: Any) -> Any:
-    """A path as it is written on a command line, and in a record of it."""
+    """Returns a path as it is written on a command line, and in a record of it; other values as they are."""
     return value.as_posix() if isinstance(value, Path) else value

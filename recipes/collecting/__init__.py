@@ -1,0 +1,1 @@
+"""Collecting rankings: completions are sampled, people or judges rank them, and the rankings are exported."""

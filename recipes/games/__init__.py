@@ -1,0 +1,1 @@
+"""Text games, players that imitate and play them, and how their episodes are shown."""

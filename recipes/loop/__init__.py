@@ -1,0 +1,1 @@
+"""The parts of `rlhf.py`: its plan of stages, how they are run and remembered, and what they need of their own."""

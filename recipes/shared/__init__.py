@@ -1,0 +1,1 @@
+"""Parts that the recipes share. A recipe imports from here, and never from another recipe."""
