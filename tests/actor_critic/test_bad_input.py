@@ -36,9 +36,9 @@ def make(model, tokenizer, tmp_path, reward_funcs=count_good, prompts=PROMPTS, c
         ({"beta": 0.1, "kl_in_reward": 0.1}, "asked for twice"),
         ({"loss_type": "vesbo"}, "none that is known to take token-level advantages. Use one of 'grpo'"),
         ({"kl_target": 6.0}, "Set `kl_in_reward`"),
-        ({"truncation": "drop"}, "'bootstrap', 'penalty' or 'mask'"),
+        ({"truncation": "drop"}, r"`truncation` must be one of \['bootstrap', 'penalty', 'mask'\]"),
         ({"truncation": "bootstrap", "missing_eos_penalty": 1.0}, "Set `truncation='penalty'`"),
-        ({"critic": "none"}, "'shared', 'adapter' or 'separate'"),
+        ({"critic": "none"}, r"`critic` must be one of \['shared', 'adapter', 'separate'\]"),
         ({"critic": "separate", "critic_detach": True}, "Remove it"),
         ({"scale_rewards": "group"}, "use `scale_rewards='none'` with `whiten_advantages=True`"),
         ({"multi_objective_aggregation": "normalize_then_sum"}, "num_generations=1"),
@@ -64,7 +64,7 @@ def test_on_policy_algorithms_refuse_several_updates(tmp_path, config_class, ove
 
 
 def test_reinforce_config_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="'none', 'batch_mean' or 'value'"):
+    with pytest.raises(ValueError, match=r"`baseline` must be one of \['none', 'batch_mean', 'value'\]"):
         ReinforceConfig(**settings(tmp_path, baseline="mean"))
     with pytest.raises(ValueError, match="Set `baseline='value'`"):
         ReinforceConfig(**settings(tmp_path, truncation="bootstrap"))

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from trl import GRPOConfig
 
 from ..compat import OneGeneration, take_newer_names
+from ..training.arguments import check_choices
 
 
 # Those of TRL 1.16, each of which was seen to take advantages of shape `(B, T)`
@@ -318,8 +319,7 @@ class ActorCriticConfig(GRPOConfig):
         if one_generation:
             self.num_generations = 1
 
-        if self.truncation not in ("bootstrap", "penalty", "mask"):
-            raise ValueError(f"`truncation` must be 'bootstrap', 'penalty' or 'mask', got {self.truncation!r}.")
+        check_choices(self)
         # Two names for one thing: TRL's switch and ours
         if self.mask_truncated_completions:
             self.truncation = "mask"
@@ -329,16 +329,12 @@ class ActorCriticConfig(GRPOConfig):
                 f"`missing_eos_penalty={self.missing_eos_penalty}` has no effect with truncation={self.truncation!r}. "
                 "Set `truncation='penalty'`, or remove the penalty."
             )
-        if self.shared_prefix not in ("auto", "always", "never"):
-            raise ValueError(f"`shared_prefix` must be 'auto', 'always' or 'never', got {self.shared_prefix!r}.")
         if self.balance_tokens and (self.loss_type not in STEP_LOSS_TYPES or not self.length_batches):
             raise ValueError(
                 "`balance_tokens=True` needs `length_batches=True` and a loss that is normalized over the optimizer "
                 f"step, and `loss_type={self.loss_type!r}`, `length_batches={self.length_batches}`. Use "
                 "`loss_type='dapo'`, 'cispo' or 'vespo', or leave it out."
             )
-        if self.critic not in ("shared", "adapter", "separate"):
-            raise ValueError(f"`critic` must be 'shared', 'adapter' or 'separate', got {self.critic!r}.")
         if self.critic != "shared" and self.critic_detach:
             raise ValueError(f"`critic_detach` concerns a shared trunk, and `critic={self.critic!r}`. Remove it.")
         if self.beta and self.kl_in_reward:

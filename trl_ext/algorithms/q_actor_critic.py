@@ -74,12 +74,6 @@ class QActorCriticConfig(ActorCriticConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        for name, choices in (
-            ("policy_gradient", ("q", "advantage", "all_actions")),
-            ("q_target", ("sarsa", "expected_sarsa")),
-        ):
-            if getattr(self, name) not in choices:
-                raise ValueError(f"`{name}` must be one of {choices}, got {getattr(self, name)!r}.")
         if self.q_rank < 1:
             raise ValueError(f"`q_rank` must be at least 1, got {self.q_rank}.")
         if not 0 < self.target_update_rate <= 1:

@@ -50,8 +50,6 @@ class ReinforceConfig(ActorCriticConfig):
     def __post_init__(self):
         super().__post_init__()
         check_on_policy(self, "REINFORCE")
-        if self.baseline not in ("none", "batch_mean", "value"):
-            raise ValueError(f"`baseline` must be 'none', 'batch_mean' or 'value', got {self.baseline!r}.")
         unused = [name for name in ONLY_WITH_CRITIC if getattr(self, name) != self.__dataclass_fields__[name].default]
         if self.baseline != "value" and unused:
             raise ValueError(

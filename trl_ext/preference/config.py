@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 
 from ..compat import take_newer_names
 from ..ranking import LISTWISE_MODELS, RANKING_MODELS
-from ..training.arguments import document_fields
+from ..training.arguments import check_choices, document_fields
 
 
 # Beyond it nothing but ties is likely, or none at all, and exp of it leaves what fp32 can hold
@@ -72,10 +72,7 @@ class RankingArguments:
     )
 
     def __post_init__(self):
-        for name in ("ranking_model", "on_error", "overlong", "shared_prefix"):
-            choices = self.__dataclass_fields__[name].metadata["choices"]
-            if getattr(self, name) not in choices:
-                raise ValueError(f"`{name}` must be one of {choices}, got {getattr(self, name)!r}.")
+        check_choices(self)
         if self.max_tie_order is not None and self.max_tie_order < 1:
             raise ValueError(f"`max_tie_order` must be at least 1, got {self.max_tie_order}.")
         if self.tie_learning_rate < 0:

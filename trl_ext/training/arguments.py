@@ -1,18 +1,16 @@
-"""The configurations that trainers here are given, and what they say of themselves."""
+"""Arguments of all trainers here: their documentation, and checks."""
 
 import inspect
 import textwrap
-from dataclasses import MISSING
+from dataclasses import MISSING, Field
 
 from ..compat import get_config_model_id
 
 
 def document_fields(config_class: type) -> type:
     """Completes a configuration's docstring by this package's fields as `--help` explains them; a class decorator."""
-    ours = [base for base in reversed(config_class.__mro__) if base.__module__.startswith("trl_ext.")]
-    fields = {name: config_class.__dataclass_fields__[name] for base in ours for name in inspect.get_annotations(base)}
     lines = []
-    for name, field in fields.items():
+    for name, field in _our_fields(config_class).items():
         kind = inspect.formatannotation(field.type).removesuffix(" | None")
         default = field.default if field.default is not MISSING else field.default_factory()
         shown = "" if default is None else f", defaults to `{default!r}`"
@@ -20,6 +18,20 @@ def document_fields(config_class: type) -> type:
         lines += textwrap.wrap(field.metadata["help"], 111, initial_indent=" " * 8, subsequent_indent=" " * 8)
     config_class.__doc__ = "\n".join([inspect.cleandoc(config_class.__doc__), "", "Parameters:", *lines])
     return config_class
+
+
+def check_choices(config) -> None:
+    """Refuses a configuration in which a field of this package has none of the `choices` of its metadata."""
+    for name, field in _our_fields(type(config)).items():
+        choices = field.metadata.get("choices")
+        if choices is not None and getattr(config, name) not in choices:
+            raise ValueError(f"`{name}` must be one of {choices}, got {getattr(config, name)!r}.")
+
+
+def _our_fields(config_class: type) -> dict[str, Field]:
+    """Returns the fields that classes of this package declare, those of parents first."""
+    ours = [base for base in reversed(config_class.__mro__) if base.__module__.startswith("trl_ext.")]
+    return {name: config_class.__dataclass_fields__[name] for base in ours for name in inspect.get_annotations(base)}
 
 
 def checked_args(args, trainer_class, model):
