@@ -13,7 +13,7 @@ from ..data.rankings import is_ranking
 from ..models.dropout import stop_dropout
 from ..models.reference import take_up_start
 from ..ranking import judged_items
-from ..training.arguments import checked_args, document_fields
+from ..training.arguments import document_fields
 from ..training.head_scoring import COMPARED_TEXT, score_as_the_model_does
 from .config import RankingArguments
 from .preparation import tokenize_for_dpo
@@ -96,9 +96,7 @@ class RankingDPOTrainer(RankingTrainer, DPOTrainer):
     def __init__(
         self, model, ref_model=None, args: RankingDPOConfig | None = None, data_collator=None, *other_args, **kwargs
     ):
-        args = checked_args(args, type(self), model)
-        # Accelerate would cut the tensors of a streamed batch, which have not all a row per prompt
-        args.accelerator_config.dispatch_batches = False
+        args = self._checked_args(args, model)
         super().__init__(model, ref_model, args, data_collator, *other_args, **kwargs)
         if ref_model is None:
             take_up_start(self.ref_model, model, self.is_fsdp_enabled or self.is_deepspeed_enabled)

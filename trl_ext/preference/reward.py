@@ -18,7 +18,7 @@ from ..models.dropout import stop_dropout
 from ..models.reward_inputs import input_in_training, write_reward_input
 from ..models.score_head import scores_of_all_tokens
 from ..ranking import judged_items
-from ..training.arguments import checked_args, document_fields
+from ..training.arguments import document_fields
 from .config import RankingArguments
 from .preparation import has_tied_pairs, tokenize_for_reward
 from .trainer import RankingTrainer
@@ -91,9 +91,7 @@ class RankingRewardTrainer(RankingTrainer, RewardTrainer):
     _tokenized_columns = ["group_ids"]
 
     def __init__(self, model, args: RankingRewardConfig | None = None, data_collator=None, *other_args, **kwargs):
-        args = checked_args(args, type(self), model)
-        # Accelerate would cut the tensors of a streamed batch, which have not all a row per prompt
-        args.accelerator_config.dispatch_batches = False
+        args = self._checked_args(args, model)
         super().__init__(model, args, data_collator, *other_args, **kwargs)
         if isinstance(self.model, PeftModel) and not self._trains_head:
             logger.warning(

@@ -17,9 +17,11 @@ from ..models.tie_parameters import TIE_PARAMETERS_FILE, TieParameters, save_bes
 from ..packing.check import PrefixCheck
 from ..packing.layout import packed_inputs
 from ..ranking import judged_items
+from ..training.arguments import checked_args
 from ..training.base import TrainerBase
 from .card import ranking_card
 from .collator import DataCollatorForRanking
+from .config import RankingArguments
 from .lengths import check_positions
 from .loss import ranking_loss
 from .metrics import batch_sums, gathered, metrics_of, named_ties
@@ -65,7 +67,14 @@ class RankingTrainer(TrainerBase):
     _max_tie_order: int | None = None  # of Davidson-Luce
     _is_chat = False  # the training data are conversations
 
-    # --- Data ---
+    # --- Before and within the parent's `__init__` ---
+
+    @classmethod
+    def _checked_args(cls, args, model) -> RankingArguments:
+        args = checked_args(args, cls, model)
+        # Accelerate would cut the tensors of a streamed batch, which have not all a row per prompt
+        args.accelerator_config.dispatch_batches = False
+        return args
 
     def _prepare_dataset(self, dataset, processing_class, args, dataset_name):
         columns = get_dataset_column_names(dataset)
