@@ -12,10 +12,10 @@ from ..compat import REFERENCE, disable_gradient_checkpointing, requires_grad_ke
 from ..data.rankings import is_ranking
 from ..models.dropout import stop_dropout
 from ..models.reference import take_up_start
-from ..ranking import judged_items
 from ..training.arguments import document_fields
 from ..training.head_scoring import COMPARED_TEXT, score_as_the_model_does
 from .config import RankingArguments
+from .metrics import policy_metrics
 from .preparation import tokenize_for_dpo
 from .trainer import RankingTrainer
 
@@ -132,25 +132,39 @@ class RankingDPOTrainer(RankingTrainer, DPOTrainer):
             is_sharded=self.is_fsdp_enabled or self.is_deepspeed_enabled,
         )
 
+    def compute_ref_log_probs(self, model, inputs):
+        with requires_grad_kept(model):
+            return super().compute_ref_log_probs(model, inputs)
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        if prediction_loss_only or "ranks" not in inputs:
+            return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            loss, outputs = self.compute_loss(model, inputs, return_outputs=True)
+        return loss.detach(), (outputs.logits, outputs.ranks), ()
+
     def _log_worths(self, model, inputs):
         if not self._heads_compared:
             self._compare_heads(model, inputs["input_ids"][0][inputs["attention_mask"][0].bool()].tolist())
         packed = self._use_shared_prefix(model, inputs)
         logps, outputs = self._values(model, inputs, packed)
-        with torch.no_grad(), disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs):
-            if self.ref_model is None and isinstance(self._model, PeftModel):
-                # A new adapter's reference is the base model; one trained further has a copy of its start
-                name = REFERENCE if REFERENCE in self._model.peft_config else None
-                with requires_grad_kept(self._model), use_adapter(self._model, adapter_name=name):
-                    ref_logps, _ = self._values(self.model, inputs, packed)
-            else:
-                ref_logps, _ = self._values(self.ref_model, inputs, packed)
-        self._log_policy(logps.detach(), outputs, inputs, packed)
+        ref_logps = self._reference_logps(inputs, packed)
+        mode = "train" if self.model.training else "eval"
+        for name, value in policy_metrics(self.accelerator, logps.detach(), outputs, inputs, packed).items():
+            self._metrics[mode][name].append(value)
         return self.beta * (logps - ref_logps), outputs
 
-    def compute_ref_log_probs(self, model, inputs):
-        with requires_grad_kept(model):
-            return super().compute_ref_log_probs(model, inputs)
+    @torch.no_grad()
+    def _reference_logps(self, inputs, packed: bool) -> torch.Tensor:
+        """Returns log pi_ref(y_i | x), `(B, K)`."""
+        with disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs):
+            if self.ref_model is not None or not isinstance(self._model, PeftModel):
+                return self._values(self.ref_model, inputs, packed)[0]
+            # A new adapter's reference is the base model; one trained further has a copy of its start
+            name = REFERENCE if REFERENCE in self._model.peft_config else None
+            with requires_grad_kept(self._model), use_adapter(self._model, adapter_name=name):
+                return self._values(self.model, inputs, packed)[0]
 
     def _values(self, model, inputs, packed):
         """Returns log pi(y_i | x), `(B, K)`."""
@@ -173,14 +187,6 @@ class RankingDPOTrainer(RankingTrainer, DPOTrainer):
         sums = logps.new_zeros(len(logps), num_items + 1).scatter_add(1, segments, logps)
         return sums[:, 1:], outputs
 
-    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
-        if prediction_loss_only or "ranks" not in inputs:
-            return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
-        inputs = self._prepare_inputs(inputs)
-        with torch.no_grad(), self.compute_loss_context_manager():
-            loss, outputs = self.compute_loss(model, inputs, return_outputs=True)
-        return loss.detach(), (outputs.logits, outputs.ranks), ()
-
     def _further_loss(self, log_worths, outputs, inputs):
         loss = super()._further_loss(log_worths, outputs, inputs)
         if not self.aux_loss_enabled:
@@ -188,17 +194,6 @@ class RankingDPOTrainer(RankingTrainer, DPOTrainer):
         mode = "train" if self.model.training else "eval"
         self._metrics[mode]["aux_loss"].append(self.accelerator.gather_for_metrics(outputs.aux_loss).mean().item())
         return loss + self.router_aux_loss_coef * outputs.aux_loss
-
-    def _log_policy(self, logps, outputs, inputs, packed: bool) -> None:
-        mode = "train" if self.model.training else "eval"
-        mask = inputs["packed_completion_mask" if packed else "completion_mask"][:, 1:].bool()
-        entropy, is_top1 = (values[:, -mask.size(1) :][mask].float() for values in (outputs.entropy, outputs.is_top1))
-        judged = judged_items(inputs["wins"], inputs["ties"])
-        local = torch.stack([entropy.sum(), is_top1.sum(), mask.sum(), logps[judged].sum(), judged.sum()])
-        entropy, is_top1, tokens, logps, completions = self.accelerator.reduce(local, reduction="sum").tolist()
-        self._metrics[mode]["entropy"].append(entropy / max(tokens, 1))
-        self._metrics[mode]["mean_token_accuracy"].append(is_top1 / max(tokens, 1))
-        self._metrics[mode]["logps/mean"].append(logps / max(completions, 1))
 
     def _log_worth_metrics(self, log_worths):
         return {"rewards/mean": log_worths.mean()}

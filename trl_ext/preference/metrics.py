@@ -6,7 +6,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.logging import get_logger
 
-from ..ranking import MAX_ENUMERATED, PAIRWISE_MODELS, judgements_nll, ranking_nll
+from ..ranking import MAX_ENUMERATED, PAIRWISE_MODELS, judged_items, judgements_nll, ranking_nll
 from ..ranking.metrics import baseline_nll, means_of_sums, ranking_sums
 
 
@@ -76,6 +76,31 @@ def metrics_of(all_sums: Iterable[dict[str, torch.Tensor]]) -> dict[str, float]:
     means["log_likelihood"] = (sums["ranking_log_likelihood"] / sums["rankings"]).item()
     means["baseline_log_likelihood"] = (sums["baseline_log_likelihood"] / sums["rankings"]).item()
     return means
+
+
+def policy_metrics(
+    accelerator: Accelerator, logps: torch.Tensor, outputs, inputs: dict, packed: bool
+) -> dict[str, float]:
+    """
+    Returns what DPO logs of the policy's forward over a batch, of all processes.
+
+    Args:
+        accelerator (`Accelerator`): The trainer's.
+        logps (`torch.Tensor` of shape `(B, K)`): Log-probabilities of the completions.
+        outputs ([`FusedCausalLMOutput`]): Output of the forward, with `entropy` and `is_top1` of each token.
+        inputs (`dict[str, torch.Tensor]`): The batch.
+        packed (`bool`): True if the forward was run on packed rows.
+    """
+    mask = inputs["packed_completion_mask" if packed else "completion_mask"][:, 1:].bool()
+    entropy, is_top1 = (values[:, -mask.size(1) :][mask].float() for values in (outputs.entropy, outputs.is_top1))
+    judged = judged_items(inputs["wins"], inputs["ties"])
+    local = torch.stack([entropy.sum(), is_top1.sum(), mask.sum(), logps[judged].sum(), judged.sum()])
+    entropy, is_top1, tokens, logps, completions = accelerator.reduce(local, reduction="sum").tolist()
+    return {
+        "entropy": entropy / max(tokens, 1),
+        "mean_token_accuracy": is_top1 / max(tokens, 1),
+        "logps/mean": logps / max(completions, 1),
+    }
 
 
 def named_ties(model: str, log_tie: list[float]) -> dict[str, float]:
