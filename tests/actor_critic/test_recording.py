@@ -10,16 +10,13 @@ from transformers import AutoModelForCausalLM
 from trl_ext import (
     A2CConfig,
     A2CTrainer,
-    NLPOConfig,
-    NLPOTrainer,
-    PPOConfig,
-    PPOTrainer,
     QActorCriticConfig,
     QActorCriticTrainer,
     ReinforceConfig,
     ReinforceTrainer,
     load_rollouts,
 )
+from trl_ext.algorithms import ALGORITHMS
 from trl_ext.data.rollouts import NUMBERS_OF_TOKENS, ROLLOUT_COLUMNS
 
 
@@ -39,27 +36,28 @@ def rows_of(tmp_path, split="train"):
     return load_rollouts(tmp_path)[split].to_list()
 
 
-ALGORITHMS = {
+CASES = {
     # Advantages come from TRL's scoring forward, in minibatches over several epochs
-    "ppo": (PPOTrainer, PPOConfig, {"num_iterations": 2, "steps_per_generation": 2, "gradient_accumulation_steps": 1}),
+    "ppo": ("ppo", {"num_iterations": 2, "steps_per_generation": 2, "gradient_accumulation_steps": 1}),
     # from a pass of our own
-    "ppo-one-epoch": (PPOTrainer, PPOConfig, {"num_iterations": 1, "gradient_accumulation_steps": 2}),
-    "nlpo": (NLPOTrainer, NLPOConfig, {"num_iterations": 2, "min_tokens_to_keep": 8, "top_p_mask": 0.5}),
+    "ppo-one-epoch": ("ppo", {"num_iterations": 1, "gradient_accumulation_steps": 2}),
+    "nlpo": ("nlpo", {"num_iterations": 2, "min_tokens_to_keep": 8, "top_p_mask": 0.5}),
     # from the training forward, per micro-batch
-    "a2c": (A2CTrainer, A2CConfig, {"gradient_accumulation_steps": 2}),
+    "a2c": ("a2c", {"gradient_accumulation_steps": 2}),
     # two rollouts within an optimizer step
-    "a2c-twice": (A2CTrainer, A2CConfig, {"gradient_accumulation_steps": 2, "steps_per_generation": 1}),
-    "q": (QActorCriticTrainer, QActorCriticConfig, {"q_rank": 4, "gradient_accumulation_steps": 2}),
-    "all-actions": (QActorCriticTrainer, QActorCriticConfig, {"q_rank": 4, "policy_gradient": "all_actions"}),
+    "a2c-twice": ("a2c", {"gradient_accumulation_steps": 2, "steps_per_generation": 1}),
+    "q": ("q_actor_critic", {"q_rank": 4, "gradient_accumulation_steps": 2}),
+    "all-actions": ("q_actor_critic", {"q_rank": 4, "policy_gradient": "all_actions"}),
     # and where the estimator needs no forward
-    "reinforce": (ReinforceTrainer, ReinforceConfig, {"gradient_accumulation_steps": 2}),
-    "reinforce-kl": (ReinforceTrainer, ReinforceConfig, {"gradient_accumulation_steps": 2, "beta": 0.1}),
+    "reinforce": ("reinforce", {"gradient_accumulation_steps": 2}),
+    "reinforce-kl": ("reinforce", {"gradient_accumulation_steps": 2, "beta": 0.1}),
 }
 
 
-@pytest.mark.parametrize("case", ALGORITHMS)
+@pytest.mark.parametrize("case", CASES)
 def test_each_completion_is_recorded_once_with_what_it_was(case, policy_path, tokenizer, prompts, tmp_path):
-    trainer_class, config_class, overrides = ALGORITHMS[case]
+    algorithm, overrides = CASES[case]
+    config_class, trainer_class = ALGORITHMS[algorithm]
     trainer = train(trainer_class, config_class, policy_path, prompts, tmp_path, max_steps=4, **overrides)
     rows = rows_of(tmp_path)
     sampled = [
@@ -87,7 +85,8 @@ def test_each_completion_is_recorded_once_with_what_it_was(case, policy_path, to
 
 @pytest.mark.parametrize("case", ["ppo", "a2c", "reinforce"])
 def test_recording_changes_nothing_of_training(case, policy_path, prompts, tmp_path):
-    trainer_class, config_class, overrides = ALGORITHMS[case]
+    algorithm, overrides = CASES[case]
+    config_class, trainer_class = ALGORITHMS[algorithm]
     weights = []
     for save_rollouts in (False, True):
         args = config_class(**settings(tmp_path, max_steps=4, save_rollouts=save_rollouts, **overrides))
@@ -142,7 +141,8 @@ def dense(completion_ids, **kwargs):
 @pytest.mark.parametrize("case", ["ppo", "a2c"])
 def test_advantages_and_returns_follow_from_rewards_and_values_by_hand(case, policy_path, prompts, tmp_path):
     """Delta by delta, from the last token back; whitening comes later."""
-    trainer_class, config_class, overrides = ALGORITHMS[case]
+    algorithm, overrides = CASES[case]
+    config_class, trainer_class = ALGORITHMS[algorithm]
     overrides = overrides | {"gamma": 0.9, "lam": 0.8, "max_steps": 8, "whiten_advantages": True}
     train(trainer_class, config_class, policy_path, prompts, tmp_path, reward=[by_length, dense], **overrides)
     rows = rows_of(tmp_path)

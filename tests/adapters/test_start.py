@@ -44,39 +44,23 @@ from transformers import (
 )
 
 from trl_ext import (
-    A2CConfig,
-    A2CTrainer,
-    NLPOConfig,
-    NLPOTrainer,
-    PPOConfig,
-    PPOTrainer,
-    QActorCriticConfig,
-    QActorCriticTrainer,
     RankingDPOConfig,
     RankingDPOTrainer,
     RankingRewardConfig,
     RankingRewardTrainer,
-    ReinforceConfig,
-    ReinforceTrainer,
     merge_adapter,
 )
 from trl_ext.adapters import new_layers
 from trl_ext.adapters.reward_adapters import reward_model_of_its_own
+from trl_ext.algorithms import ALGORITHMS
 
 
-ACTOR_CRITIC = {
-    "ppo": (PPOTrainer, PPOConfig),
-    "a2c": (A2CTrainer, A2CConfig),
-    "nlpo": (NLPOTrainer, NLPOConfig),
-    "q": (QActorCriticTrainer, QActorCriticConfig),
-    "reinforce": (ReinforceTrainer, ReinforceConfig),
-}
 PAIRS = {"prompt": ["the film was", "a", "it"], "chosen": [" good"] * 3, "rejected": [" bad", " dull", " sad"]}
 
 
 def make(task, model, tmp_path, dataset=None, kwargs=None, **overrides):
-    if task in ACTOR_CRITIC:
-        trainer_class, config_class = ACTOR_CRITIC[task]
+    if task in ALGORITHMS:
+        config_class, trainer_class = ALGORITHMS[task]
         args = config_class(**settings(tmp_path, **overrides))
         return trainer_class(model, count_good, args, Dataset.from_dict({"prompt": PROMPTS}), **kwargs or {})
     classes = {
@@ -210,7 +194,7 @@ def test_an_adapter_that_transformers_has_loaded_is_refused(sft_path, policy_pat
         make(task, frozen("transformers", sft_path, policy_path, task), tmp_path).train()
 
 
-@pytest.mark.parametrize("task", ACTOR_CRITIC)
+@pytest.mark.parametrize("task", ALGORITHMS)
 def test_no_actor_critic_trainer_trains_its_critic_alone(sft_path, policy_path, tmp_path, task):
     """Also where the KL has PEFT switch adapters, which leaves their weights to train."""
     for overrides in ({}, {"kl_in_reward": 0.1}):

@@ -58,7 +58,7 @@ from transformers import (
 )
 from trl import GRPOConfig, GRPOTrainer
 
-from trl_ext import A2CConfig, A2CTrainer, PPOConfig, PPOTrainer
+from trl_ext.algorithms import ALGORITHMS
 
 
 SECTIONS = ["rollout", "reward", "scoring", "advantages", "forward", "loss", "backward", "optimizer", "other"]
@@ -273,11 +273,7 @@ def end_at_random(model: Qwen2ForCausalLM, mean_length: float) -> None:
 
 
 def build_trainer(args: argparse.Namespace, contender: Contender, output_dir: str) -> GRPOTrainer:
-    config_class, trainer_class = {
-        "grpo": (GRPOConfig, GRPOTrainer),
-        "ppo": (PPOConfig, PPOTrainer),
-        "a2c": (A2CConfig, A2CTrainer),
-    }[contender.trainer]
+    config_class, trainer_class = (ALGORITHMS | {"grpo": (GRPOConfig, GRPOTrainer)})[contender.trainer]
     completions = args.prompts * args.num_generations
     config = config_class(
         output_dir=output_dir,

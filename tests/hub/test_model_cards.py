@@ -21,26 +21,18 @@ from transformers import TrainerCallback
 from trl import DPOTrainer, GRPOTrainer, RewardTrainer
 
 from trl_ext import (
-    A2CConfig,
-    A2CTrainer,
-    NLPOConfig,
-    NLPOTrainer,
-    PPOConfig,
     PPOTrainer,
-    QActorCriticConfig,
-    QActorCriticTrainer,
     RankingDPOConfig,
     RankingDPOTrainer,
     RankingRewardConfig,
     RankingRewardTrainer,
-    ReinforceConfig,
-    ReinforceTrainer,
     predict_pair,
     tie_parameters,
     token_action_values,
     token_values,
 )
 from trl_ext.actor_critic.card import fenced
+from trl_ext.algorithms import ALGORITHMS
 from trl_ext.hub import model_card
 from trl_ext.hub import record as training_record
 from trl_ext.hub.curves import Panel, draw_training_curves, lines_of, running_mean
@@ -57,13 +49,7 @@ PREFERENCES = {
 
 
 def policy_trainer(algorithm, path, data, folder, kwargs=None, **overrides):
-    config_class, trainer_class = {
-        "a2c": (A2CConfig, A2CTrainer),
-        "ppo": (PPOConfig, PPOTrainer),
-        "nlpo": (NLPOConfig, NLPOTrainer),
-        "q": (QActorCriticConfig, QActorCriticTrainer),
-        "reinforce": (ReinforceConfig, ReinforceTrainer),
-    }[algorithm]
+    config_class, trainer_class = ALGORITHMS[algorithm]
     rewards = (kwargs or {}).pop("reward_funcs", count_good)
     return trainer_class(path, rewards, config_class(**settings(folder, **overrides)), data, **kwargs or {})
 
@@ -117,8 +103,8 @@ def chat_rankings():
 @pytest.mark.parametrize(
     "algorithm, kwargs, overrides",
     [
-        ("q", {}, {"q_rank": 4}),
-        ("q", {"peft_config": LORA}, {"q_rank": 4, "critic": "adapter"}),
+        ("q_actor_critic", {}, {"q_rank": 4}),
+        ("q_actor_critic", {"peft_config": LORA}, {"q_rank": 4, "critic": "adapter"}),
         ("nlpo", {}, {"critic": "separate", "min_tokens_to_keep": 2}),
         ("reinforce", {}, {"baseline": "value"}),
     ],
@@ -130,7 +116,7 @@ def test_a_policys_snippets_run(policy_path, prompts, tmp_path, algorithm, kwarg
     inputs = trainer.processing_class("Some text", return_tensors="pt")
     arguments = trainer.model.eval(), trainer.critic.eval(), inputs["input_ids"], inputs["attention_mask"]
     torch.testing.assert_close(scope["values"], token_values(*arguments))
-    if algorithm == "q":
+    if algorithm == "q_actor_critic":
         torch.testing.assert_close(scope["action_values"], token_action_values(*arguments), equal_nan=True)
     else:
         assert "token_action_values" not in card_of(tmp_path).text
@@ -542,7 +528,7 @@ def test_tracked_runs_are_linked_to(policy_path, prompts, tmp_path, monkeypatch)
     assert "Biases" not in card_of(tmp_path).text
 
 
-@pytest.mark.parametrize("algorithm", ["a2c", "ppo", "nlpo", "q", "reinforce"])
+@pytest.mark.parametrize("algorithm", ["a2c", "ppo", "nlpo", "q_actor_critic", "reinforce"])
 def test_citations_are_bibtex(policy_path, prompts, tmp_path, algorithm):
     overrides = {"min_tokens_to_keep": 2} if algorithm == "nlpo" else {}
     policy_trainer(algorithm, policy_path, prompts, tmp_path, **overrides).create_model_card()

@@ -16,35 +16,28 @@ from transformers.trainer_utils import get_last_checkpoint
 from trl import SFTConfig
 
 from trl_ext import (
-    A2CConfig,
-    A2CTrainer,
-    NLPOConfig,
-    NLPOTrainer,
     PPOConfig,
     PPOTrainer,
-    QActorCriticConfig,
-    QActorCriticTrainer,
     RankingDPOConfig,
     RankingDPOTrainer,
     RankingRewardConfig,
     RankingRewardTrainer,
-    ReinforceConfig,
-    ReinforceTrainer,
     SFTTrainer,
     tie_parameters,
 )
+from trl_ext.algorithms import ALGORITHMS
 from trl_ext.hub import uploading
 from trl_ext.hub.uploading import PublishError
 from trl_ext.training.pushing import HiddenToken, checkpoint_from_hub
 
 
 ACTOR_CRITICS = {
-    "reinforce": (ReinforceTrainer, ReinforceConfig, {}),
-    "a2c": (A2CTrainer, A2CConfig, {"critic": "separate"}),
-    "ppo": (PPOTrainer, PPOConfig, {}),
-    "ppo-adapter": (PPOTrainer, PPOConfig, {"critic": "adapter"}),
-    "nlpo": (NLPOTrainer, NLPOConfig, {"mask_update_steps": 1}),
-    "q-actor-critic": (QActorCriticTrainer, QActorCriticConfig, {}),
+    "reinforce": ("reinforce", {}),
+    "a2c": ("a2c", {"critic": "separate"}),
+    "ppo": ("ppo", {}),
+    "ppo-adapter": ("ppo", {"critic": "adapter"}),
+    "nlpo": ("nlpo", {"mask_update_steps": 1}),
+    "q-actor-critic": ("q_actor_critic", {}),
 }
 RANKERS = {
     "reward": (RankingRewardTrainer, RankingRewardConfig),
@@ -70,7 +63,8 @@ def make_trainer(name, folder, policy_path, reward_model_path, **overrides):
         "hub_always_push": True,
     } | overrides
     if name in ACTOR_CRITICS:
-        trainer_class, config_class, own = ACTOR_CRITICS[name]
+        algorithm, own = ACTOR_CRITICS[name]
+        config_class, trainer_class = ALGORITHMS[algorithm]
         args = config_class(**settings(folder, **own) | pushes)
         dataset = Dataset.from_dict({"prompt": ["the film was", "a dull plot but", "it", "the actor"] * 2})
         return trainer_class(policy_path, count_good, args, dataset, **lora(name))
