@@ -1,4 +1,4 @@
-"""An adapter merged into the weights of its base: for a while, after which the base is the same to the bit, or for good."""
+"""An adapter merged into the weights of its base, for good, or for a while, after which the base is the same to the bit."""
 
 from collections import Counter
 from collections.abc import Iterator
@@ -83,7 +83,7 @@ def merge(model: PeftModel, dtype: torch.dtype) -> tuple[torch.nn.Module, float]
     Merges an adapter for good into its base, which is in float32.
 
     Returns:
-        `tuple`: The merged model in `dtype`, and the `precision_loss`: how much of the adapter's change that rounds away.
+        `tuple`: The merged model in `dtype`, and the `precision_loss`, the share of the change that this rounds away.
     """
     tied_configs = part_shared_weights(model)
     layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
@@ -104,8 +104,8 @@ def merge(model: PeftModel, dtype: torch.dtype) -> tuple[torch.nn.Module, float]
 
 def part_shared_weights(model: PeftModel) -> list[PreTrainedConfig]:
     """
-    Gives modules that share a weight which an adapter is on (embeddings tied to the head) a copy each: a layer's adapter
-    adds to that layer alone, and several adapters would all add to the same weight.
+    Gives modules that share a weight which an adapter is on (embeddings tied to the head) a copy each: an adapter adds
+    to one layer alone, and several adapters would all add to the same weight.
 
     Returns:
         `list[PreTrainedConfig]`: The configs that call weights tied.

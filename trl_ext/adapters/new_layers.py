@@ -64,7 +64,7 @@ def new_layers(model: str | PreTrainedModel | PeftModel, model_init_kwargs: dict
 
 
 def largest_modules(model: nn.Module, weights: set[str]) -> list[str]:
-    """Paths of the modules whose parameters are all among `weights`, without those inside them; `weights` may name more."""
+    """Lists the paths of modules whose parameters are all among `weights`, but of none inside another of them."""
     found = []
     for path, module in model.named_modules():
         held = {f"{path}.{name}" for name, _ in module.named_parameters()}

@@ -18,7 +18,7 @@ from ..models.quantization import is_quantized
 
 
 def trainable_weights(model) -> dict[str, torch.Tensor]:
-    """Copies the weights of a `PeftModel` on a quantized base that train, or could with its adapters; none of other models."""
+    """Copies the weights of a `PeftModel` on a quantized base that train, or may with its adapters; none of other models."""
     if not (isinstance(model, PeftModel) and is_quantized(model)):
         return {}
     adapters = [f".{name}." for name in model.peft_config]
@@ -62,7 +62,7 @@ def trainables_kept(model: nn.Module) -> Iterator[None]:
 
 
 def cast_input(module: nn.Module, args: tuple) -> tuple:
-    """A forward pre-hook that casts hidden states of a half-precision base for a head in float32, if nothing is autocast."""
+    """A forward pre-hook that casts a half-precision base's hidden states for a head in float32, if nothing is autocast."""
     x = args[0]
     if x.is_floating_point() and not torch.is_autocast_enabled(x.device.type):
         return (x.to(next(module.parameters()).dtype), *args[1:])

@@ -1,4 +1,4 @@
-"""Reward models that are adapters: found among `reward_funcs`, and put on the policy's base if they were trained on it."""
+"""Reward models that are adapters: found among `reward_funcs`, and put on the policy's base if it was theirs."""
 
 import copy
 from collections.abc import Collection
@@ -26,8 +26,8 @@ logger = get_logger(__name__)
 
 def split_reward_adapters(reward_funcs) -> tuple[list, dict[int, str]]:
     """
-    Splits TRL's `reward_funcs` into a list with a stand-in for each adapter given by path or Hub id, and the adapters by
-    their index: if they share the policy's base can be known only when that is loaded.
+    Splits TRL's `reward_funcs` into a list with a stand-in for each adapter given by path or Hub id, and the adapters
+    by their index: if they share the policy's base can be known only when that is loaded.
     """
     reward_funcs = [] if reward_funcs is None else reward_funcs
     reward_funcs = list(reward_funcs) if isinstance(reward_funcs, list) else [reward_funcs]
@@ -93,7 +93,7 @@ def warn_of_other_quantization(policy: PeftModel, path: str) -> None:
 
 
 def head_names(path: str) -> list[str]:
-    """Lists the heads of a classifier (`score`, `classifier`) that an adapter in a folder or Hub repository holds whole."""
+    """Lists the heads of a classifier (`score`, `classifier`) that an adapter in a folder or on the Hub holds whole."""
     weights = load_peft_weights(path, device="cpu")
     return [
         head for head in SEQ_CLS_HEAD_NAMES if any(f".{head}." in name and "lora_" not in name for name in weights)
@@ -185,8 +185,8 @@ def reward_model_of_its_own(path: str, **model_init_kwargs) -> PeftModel:
 
 def load_adapter(model: PreTrainedModel, path: str) -> PeftModel:
     """
-    Puts an adapter on its base for inference, with the head in the precision that it was trained in, and the note of its
-    training in the config. The error for an adapter that does not fit says what to do.
+    Puts an adapter on its base for inference, with the head in the precision that it was trained in, and the note of
+    its training in the config. The error for an adapter that does not fit says what to do.
     """
     for name in SEQ_CLS_HEAD_NAMES:
         if name in model._modules:

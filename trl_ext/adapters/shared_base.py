@@ -60,7 +60,7 @@ def frozen_base(model: PeftModel) -> PreTrainedModel:
 
 def adapter_like(source: PeftModel, base: PreTrainedModel) -> PeftModel:
     """
-    Makes a new adapter on `base`, of the kind, size, scaling and layers that the active one of `source` has in its trunk.
+    Makes an adapter on `base`, of the kind, size, scaling and layers that the active one of `source` has in its trunk.
 
     Args:
         source (`PeftModel`): A model with any head.
@@ -77,8 +77,8 @@ def adapter_like(source: PeftModel, base: PreTrainedModel) -> PeftModel:
         and not isinstance(module, ParamWrapper)  # found by `target_parameters`
         and not path.startswith(tuple(within))
     }
-    # Layers go by their names, as the config of `source` may choose them by its whole model. Modules that are saved whole
-    # belong to `source`, and special starts, some of which change the base, have been made
+    # Layers go by their names, as the config of `source` may choose them by its whole model. Modules that are saved
+    # whole belong to `source`, and special starts, some of which change the base, have been made
     new = {"target_modules": list(layers), "modules_to_save": None, "task_type": None, "init_lora_weights": True}
     new["ensure_weight_tying"] = False  # to a head, which a trunk has not
     new |= dict.fromkeys(["layers_to_transform", "layers_pattern", "exclude_modules", "trainable_token_indices"])

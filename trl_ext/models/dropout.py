@@ -54,7 +54,7 @@ def _probabilities(model: nn.Module) -> Iterator[tuple[str, dict, str]]:
 
 
 def _reads_config(module: nn.Module) -> list[str]:
-    """Names of the probabilities, not 0, that a layer's forward reads off its config, as Falcon's and Persimmon's do."""
+    """Names of probabilities, not 0, that a layer's forward reads off its config, as Falcon's and Persimmon's do."""
     if isinstance(module, PreTrainedModel) or "config" not in vars(module):
         return []
     forward = inspect.unwrap(type(module).forward)
@@ -63,7 +63,7 @@ def _reads_config(module: nn.Module) -> list[str]:
 
 
 class ConfigWithoutDropout:
-    """The config that a layer sees: every probability of dropout is 0, all else is read from the real one and written to it."""
+    """The config that a layer sees: each probability of dropout is 0, all else is read from, and written to, the real one."""
 
     def __init__(self, config):
         vars(self)["config"] = config

@@ -20,8 +20,8 @@ def logits_of(model: PreTrainedModel, hidden_states: torch.Tensor) -> torch.Tens
     Returns the logits `(N, V)`, float32, of the trunk's last hidden states `(N, H)`.
 
     The model's own forward makes them, with the trunk answered: families scale, cap and cut their logits under ever new
-    names. The forward is that of the class, since one that was put on the instance (by TRL, by accelerate) stays bound to the
-    model it was put on when the model is copied.
+    names. The forward is that of the class, since one that was put on the instance (by TRL, by accelerate) stays bound
+    to that instance when the model is copied.
     """
     trunk = getattr(model, "base_model", model)
     if trunk is model:  # a model without a trunk of its own has a plain head

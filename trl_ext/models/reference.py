@@ -1,8 +1,8 @@
 """
 The reference of a policy that was given as a model and trains in full.
 
-TRL loads the reference from where the policy came from. Changes of the policy in memory since then, a resized vocabulary
-or an earlier training, are not on disk; they are copied here, so that the reference is the policy as it was given.
+TRL loads the reference from where the policy came from. Changes of the policy in memory since then, a resized
+vocabulary or an earlier training, are not on disk; they are copied here, so that the reference is the policy as given.
 """
 
 from accelerate.utils import extract_model_from_parallel

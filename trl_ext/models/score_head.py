@@ -49,9 +49,7 @@ def padded(ids: list[list[int]], pad_token_id: int) -> dict[str, torch.Tensor]:
 
 @torch.inference_mode()
 def scores_of_tokens(model: PreTrainedModel | PeftModel, sequences: list[list[int]]) -> torch.Tensor:
-    """
-    Runs a causal reward model on N sequences, and returns the score `(N, L)`, float32, of the text that each token ends.
-    """
+    """Scores the text `(N, L)`, float32, that each token of N sequences ends, by a causal reward model."""
     inputs = padded(sequences, model.config.get_text_config().pad_token_id)
     with scores_of_all_tokens(model):
         outputs = model(**{name: tensor.to(model.device) for name, tensor in inputs.items()}, use_cache=False)
@@ -66,8 +64,8 @@ def scores_of_prefixes_and_whole(
     max_length: int | None = None,
 ) -> tuple[list[torch.Tensor], torch.Tensor]:
     """
-    Scores the prompt and each prefix that a token of the completion ends, and the whole text as the model is asked about
-    it otherwise. That may hold more than the tokens that the policy chose (the end of a turn in a chat template, an end
+    Scores the prompt and each prefix that a token of the completion ends, and the whole text as the model is asked
+    about it otherwise. That may hold more than the tokens that the policy chose (the end of a turn in a chat template, an end
     that the policy has not reached) or fewer; where one is the beginning of the other, both are read off one row.
 
     Args:

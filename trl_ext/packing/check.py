@@ -1,8 +1,8 @@
 """
 The one comparison of packed rows with plain ones.
 
-Some models run packed rows wrongly: their attention takes no mask of blocks, or they make positions of their own. Before
-a model is trusted with packed rows it is run on a few sequences in both ways, once, and what it says must be the same.
+Some models run packed rows wrongly: their attention takes no mask of blocks, or they make positions of their own.
+Before a model is trusted with packed rows it is run on a few sequences in both ways, once, and must say the same.
 """
 
 from collections.abc import Callable
@@ -78,8 +78,8 @@ class PrefixCheck:
         if self.mode == "always":
             raise ValueError(f"{message}. Set `shared_prefix='auto'`, or another `attn_implementation`.")
         logger.warning(
-            f"{message}: the prompt is run again for each. Load it with `attn_implementation='sdpa'` if it has another, "
-            "or set `shared_prefix='never'` to be told no more."
+            f"{message}: the prompt is run again for each. Load it with `attn_implementation='sdpa'` if it has "
+            "another, or set `shared_prefix='never'` to be told no more."
         )
 
     @torch.no_grad()

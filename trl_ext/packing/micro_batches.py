@@ -21,7 +21,8 @@ PROMPT_TENSORS = ("prompt_ids", "prompt_mask")
 
 def sort_windows(batches: list[Batch], window: int, balance_tokens: bool = False) -> list[Batch]:
     """
-    Sorts completions by length within every `window` micro-batches, the longest first, and cuts each micro-batch by [`trim`].
+    Sorts completions by length within every `window` micro-batches, the longest first, and cuts each micro-batch by
+    [`trim`].
 
     Args:
         batches (`list`): The micro-batches of a rollout, in the order that they are trained on, equally many
