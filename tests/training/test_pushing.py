@@ -28,7 +28,8 @@ from trl_ext import (
 from trl_ext.algorithms import ALGORITHMS
 from trl_ext.hub import uploading
 from trl_ext.hub.uploading import PublishError
-from trl_ext.training.pushing import HiddenToken, checkpoint_from_hub
+from trl_ext.training.pushing import HiddenToken
+from trl_ext.training.resuming import checkpoint_from_hub
 
 
 ACTOR_CRITICS = {

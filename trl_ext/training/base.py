@@ -16,7 +16,8 @@ from ..hub.record import TrainingClock
 from ..models.companion import Companion, give_settings, split_state_dict, without_child
 from .adapters import check_something_trains, prepare_start
 from .card import write_card
-from .pushing import Pusher, hide_tokens, local_checkpoint
+from .pushing import Pusher, hide_tokens
+from .resuming import local_checkpoint
 
 
 class TrainerBase:
