@@ -10,6 +10,7 @@ from datasets import load_dataset
 from helpers import build_policy, count_good, recorded, run_script, settings
 from huggingface_hub import ModelCard
 from peft import AutoPeftModelForCausalLM, LoraConfig
+from processes import resuming
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
@@ -47,23 +48,16 @@ def assert_equal_states(first, second):
         assert same, name
 
 
-@pytest.fixture(scope="module")
-def whole_run(policy_path, tmp_path_factory):
-    output = tmp_path_factory.mktemp("whole")
-    done = run_script("resume_script.py", policy_path, output)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return output
-
-
-# After the first update of a rollout's four; at the end of an epoch, where the prompts' order is drawn anew
 @pytest.mark.slow
-@pytest.mark.parametrize("step", [5, 16])
-def test_a_killed_run_resumes_bit_for_bit(policy_path, whole_run, tmp_path, step):
-    whole, broken, last = whole_run, tmp_path / "broken", "checkpoint-18"
-    killed = run_script("resume_script.py", policy_path, broken, "--die-at", step)
-    assert killed.returncode == -signal.SIGKILL and not (broken / f"checkpoint-{step + 1}").exists()
-    resumed = run_script("resume_script.py", policy_path, broken, "--resume")
-    assert resumed.returncode == 0, resumed.stderr[-3000:]
+def test_a_run_killed_twice_resumes_bit_for_bit(policy_path, tmp_path):
+    whole, broken, last = tmp_path / "whole", tmp_path / "broken", "checkpoint-18"
+    resuming.train(policy_path, whole)
+    # After the first update of a rollout's four; at the end of an epoch, where the prompts' order is drawn anew
+    for step, flags in ((5, []), (16, ["--resume"])):
+        killed = run_script("resuming.py", policy_path, broken, step, *flags)
+        assert killed.returncode == -signal.SIGKILL, killed.stderr[-3000:]
+        assert (broken / f"checkpoint-{step}").exists() and not (broken / f"checkpoint-{step + 1}").exists()
+    resuming.train(policy_path, broken, resume=True)
     for file in ("model.safetensors", "value_head.safetensors"):
         first, second = (load_file(folder / last / file) for folder in (whole, broken))
         assert_equal_states(first, second)

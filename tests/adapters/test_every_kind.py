@@ -86,7 +86,7 @@ def reloaded(saved, tmp_path_factory):
     folder = tmp_path_factory.mktemp("reloaded")
     cases = {f"{what}-{method}": (what, method, case["folder"]) for (what, method), case in saved.items()}
     (folder / "cases.json").write_text(json.dumps(cases))
-    run = run_script("reload_script.py", folder / "cases.json", folder / "outputs.pt")
+    run = run_script("reloading.py", folder / "cases.json", folder / "outputs.pt")
     assert run.returncode == 0, run.stderr[-4000:]
     return torch.load(folder / "outputs.pt")
 

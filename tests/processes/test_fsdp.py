@@ -5,7 +5,7 @@ import torch
 from accelerate.utils import DistributedType
 from helpers import FSDP2, count_good, launch, outputs_of, settings
 from peft import AutoPeftModelForCausalLM, AutoPeftModelForSequenceClassification, LoraConfig, get_peft_model
-from processes.fsdp_script import CASES, RESUMED_FROM
+from processes.saving import CASES, RESUMED_FROM, train
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from trl_ext import PPOConfig, PPOTrainer, load_critic, tie_parameters
@@ -36,8 +36,8 @@ def folders(policy_path, reward_model_path, reward_adapter_path, tmp_path_factor
     """Outputs of one process with batch 4, and of two with batch 2, between which FSDP2 shards."""
     folders = [tmp_path_factory.mktemp(name) for name in ("whole", "sharded")]
     models = policy_path, reward_model_path, reward_adapter_path
-    launch(1, "fsdp_script.py", *models, folders[0], 4)
-    launch(2, "fsdp_script.py", *models, folders[1], 2, config_file=FSDP2)
+    train(*models, folders[0], 4)
+    launch(2, "saving.py", *models, folders[1], 2, config_file=FSDP2)
     return folders
 
 

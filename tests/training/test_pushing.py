@@ -453,7 +453,7 @@ def test_a_hub_that_is_down_when_training_begins_is_used_when_it_is_back(server,
 def test_two_processes_push_once(server, policy_path, tmp_path):
     client = environment(server, tmp_path / "home2")
     names = ("HF_ENDPOINT", "HF_HOME", "HF_HUB_OFFLINE", "HF_HUB_DISABLE_XET", "HF_TOKEN", "NO_PROXY")
-    launch(2, "push_script.py", policy_path, tmp_path / "out", **{name: client[name] for name in names})
+    launch(2, "pushing.py", policy_path, tmp_path / "out", **{name: client[name] for name in names})
     files = server.repos["model", "user/two"].at("main").files
     assert {"model.safetensors", "last-checkpoint/rollout_0.pt", "last-checkpoint/rollout_1.pt"} <= set(files)
 

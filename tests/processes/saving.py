@@ -1,6 +1,6 @@
 """
-Trains with real generation, evaluates, saves and resumes, to compare FSDP2 with one process:
-`fsdp_script.py POLICY REWARD_MODEL REWARD_ADAPTER OUTPUT BATCH`.
+Trains with real generation, evaluates, saves and resumes, in this process or, as one of several,
+`saving.py POLICY REWARD_MODEL REWARD_ADAPTER OUTPUT BATCH`.
 """
 
 import os
@@ -79,12 +79,11 @@ def why_an_adapter_critic_is_refused(output_dir, policy, rewards):
         return str(error)
 
 
-if __name__ == "__main__":
-    allow_fsdp_on_cpu()
-    policy, reward_model, reward_adapter, output_dir, batch_size = sys.argv[1:]
+def train(policy, reward_model, reward_adapter, output_dir, batch_size):
+    """Trains every case, and leaves in `output_dir` what came of it; under FSDP also of a run that is resumed."""
     for case in CASES:
         rewards = [reward_adapter if "lora" in case else reward_model, helpers.count_good]
-        inputs = policy, rewards, int(batch_size)
+        inputs = policy, rewards, batch_size
         trainer = make_trainer(case, f"{output_dir}/{case}", *inputs)
         trainer.train()
         trainer.save_model()
@@ -108,6 +107,12 @@ if __name__ == "__main__":
     if trainer.is_fsdp_enabled:
         message = why_an_adapter_critic_is_refused(output_dir, policy, rewards)
         torch.save(message, f"{output_dir}/refused_{trainer.accelerator.process_index}.pt")
+
+
+if __name__ == "__main__":
+    allow_fsdp_on_cpu()
+    *models, output_dir, batch_size = sys.argv[1:]
+    train(*models, output_dir, int(batch_size))
     # Without teardown: torch 2.13's gloo can deadlock there, joining a thread that waits for the interpreter's lock
     sys.stdout.flush()
     os._exit(0)

@@ -1,4 +1,4 @@
-"""Trains a tiny policy for the resume test: `resume_script.py MODEL OUTPUT [--resume] [--die-at STEP]`."""
+"""Trains a tiny policy, in this process or in one that is killed: `resuming.py MODEL OUTPUT STEP [--resume]`."""
 
 import os
 import signal
@@ -22,8 +22,7 @@ class DieAt(TrainerCallback):
             os.kill(os.getpid(), signal.SIGKILL)
 
 
-if __name__ == "__main__":
-    model, output_dir, *flags = sys.argv[1:]
+def train(model, output_dir, resume=False, callbacks=()):
     args = PPOConfig(
         **helpers.settings(
             output_dir,
@@ -45,7 +44,11 @@ if __name__ == "__main__":
             save_rollouts=True,
         )
     )
-    callbacks = [DieAt(int(flags[flags.index("--die-at") + 1]))] if "--die-at" in flags else []
     dataset = Dataset.from_dict({"prompt": helpers.PROMPTS})
-    trainer = PPOTrainer(model, helpers.count_good, args, dataset, eval_dataset=dataset, callbacks=callbacks)
-    trainer.train(resume_from_checkpoint="--resume" in flags or None)
+    trainer = PPOTrainer(model, helpers.count_good, args, dataset, eval_dataset=dataset, callbacks=[*callbacks])
+    trainer.train(resume_from_checkpoint=resume or None)
+
+
+if __name__ == "__main__":
+    model, output_dir, step, *flags = sys.argv[1:]
+    train(model, output_dir, "--resume" in flags, [DieAt(int(step))])

@@ -1,4 +1,4 @@
-"""Loads what the trainers saved, as a user would in a new process: `reload_script.py CASES.json OUTPUT.pt`."""
+"""Loads what the trainers saved, as a user would in a new process: `reloading.py CASES.json OUTPUT.pt`."""
 
 import json
 import sys

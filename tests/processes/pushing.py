@@ -1,15 +1,12 @@
-"""Pushes from two processes: `push_script.py MODEL OUTPUT`, with the Hub of the environment."""
+"""Pushes from two processes: `pushing.py MODEL OUTPUT`, with the Hub of the environment."""
 
 import os
 import sys
 
+import helpers
 from datasets import Dataset
 
 from trl_ext import PPOConfig, PPOTrainer
-
-
-# isort: split
-import helpers  # last, as it takes the client that is imported after it offline
 
 
 if __name__ == "__main__":
