@@ -1,6 +1,5 @@
 r"""
-How much better one model answers than another, by the judgements of both models' answers to the same prompts: what
-`rlhf.py` ends with. After
+A comparison of two models by the judgements of their answers to the same prompts, with which `rlhf.py` ends. After
 
     python recipes/sample_completions.py --dataset_name test_prompts.jsonl --output_dir outputs/evaluation \
         --model_name_or_path my-sft-model my-policy --num_completions 2

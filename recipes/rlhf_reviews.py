@@ -1,6 +1,6 @@
 """
-What `rlhf.py` works on where it is given nothing: demonstrations and prompts from the quickstart's grammar of film
-reviews, and a tiny language model with random weights.
+The data of `rlhf.py` where it is given none: demonstrations and prompts from the quickstart's grammar of film reviews,
+and a tiny language model with random weights.
 
     python recipes/rlhf_reviews.py --output_dir outputs/rlhf/data
 

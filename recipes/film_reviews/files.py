@@ -10,7 +10,6 @@ from pathlib import Path
 
 
 MAX_WORDS = 30
-
 OPENING_WORDS = 6
 
 

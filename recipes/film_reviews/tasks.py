@@ -10,7 +10,6 @@ from .judges import Judge, learned_judge, lexicon_judge
 
 
 NEGATIVE_SHARE = 0.8  # of the prompts that are ranked and trained on; those of the evaluation are all negative
-
 MIN_PROMPTS = 128  # one rollout
 
 

@@ -18,7 +18,6 @@ from .episodes import prompt_of
 
 
 FAREWELL = "I am done."
-
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<tool_call>", "</tool_call>"]
 
 

@@ -15,11 +15,8 @@ from .answers import Answers
 
 
 RESAMPLES = 10_000
-
 MAX_SHOWN = 400  # characters of a prompt or an answer
-
 COLORS = {"better": "#3b7dd8", "tied": "#c9ced6", "worse": "#d8703b"}
-
 VERBS = {"wins against": "win_rate", "ties with": "tie_rate", "loses to": "lose_rate"}
 
 

@@ -21,7 +21,6 @@ from .namespace import hub_ids
 
 # Checkpoints, recorded rollouts (a dataset of their own), what is full of this machine's paths, and what no trainer wrote
 LEFT_OUT = ("checkpoint-*", "_*", "rollouts", "runs", "training_args.bin", ".*", "*.jsonl", "*.parquet", "*.log")
-
 ADAPTER_CONFIG = "adapter_config.json"
 
 

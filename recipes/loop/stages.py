@@ -12,7 +12,7 @@ INDENT = "      "
 
 
 class LoopError(Exception):
-    """Something that the user has to mend."""
+    """An error that the user has to mend."""
 
 
 @dataclass(frozen=True)

@@ -15,9 +15,7 @@ from .stages import INDENT, RECIPES, LoopError, Stage, flags
 
 
 NOT_CONFIGURED = ("rank_completions.py", "rlhf_publish.py")  # have no section
-
 WAITS_FOR_PEOPLE = 3  # exit status
-
 ON_CPU = ["--cpu", "--num_processes", "1", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
 
 

@@ -12,7 +12,6 @@ FILES = sorted(path for folder in ("trl_ext", "recipes") for path in (ROOT / fol
 QUESTION = re.compile(r"(What|Whatever|Whether|Where|Which|Who|Whom|Whose|How|When|Why|Of|Those)\b", re.IGNORECASE)
 # Rooms whose docstrings are not all rewritten yet. This list only becomes shorter
 PENDING = {
-    "recipes",
     "trl_ext/actor_critic",
     "trl_ext/algorithms",
     "trl_ext/data",

@@ -10,7 +10,6 @@ from trl_ext.algorithms import ALGORITHMS
 
 KL_PRICE = 0.2
 END_PRICE = 1.0
-
 GROUP_SIZE = 8  # completions per prompt of the methods that compare them
 
 
@@ -48,11 +47,8 @@ class Setting:
 
 
 ON_POLICY = [Setting(rate, True) for rate in (1e-4, 3e-4, 1e-3)]
-
 EITHER = [Setting(3e-4, True), Setting(1e-3, True), Setting(3e-4, False)]
-
 LAMBDAS = [Setting(3e-4, True), Setting(1e-3, True), Setting(1e-3, True, lam=1.0)]
-
 FILTERING = [Setting(3e-4, True, 4), Setting(1e-3, True, 4), Setting(1e-3, True, 8)]
 
 
@@ -69,7 +65,6 @@ class Method:
 
 # Detached: through a trunk this small the value's gradients drown the policy's
 WITH_CRITIC = {"critic_detach": True, "critic_learning_rate": 1e-2, "vf_coef": 0.5, "kl_in_reward": KL_PRICE}
-
 OF_TRL = {"grpo": (GRPOConfig, GRPOTrainer), "rloo": (RLOOConfig, RLOOTrainer)}
 
 
