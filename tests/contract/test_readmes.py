@@ -51,6 +51,12 @@ def test_files_that_are_named_are_beside_it(readme):
     assert {file for file in named if not (readme.parent / file).is_file()} <= {"compat.py"}
 
 
+@pytest.mark.parametrize("readme", READMES, ids=name)
+def test_no_heading_stands_twice(readme):
+    headings = re.findall(r"^#+ .*$", without_code(readme.read_text(encoding="utf-8")), re.MULTILINE)
+    assert len(headings) == len({*headings})
+
+
 @pytest.mark.parametrize("readme", READMES[1:], ids=name)
 def test_each_links_to_the_top(readme):
     assert TOP in {path for path, _ in links(readme)}
