@@ -65,8 +65,8 @@ class RankingArguments:
     shared_prefix: str = field(
         default="auto",
         metadata={
-            "help": "Run the prompt once for all of its completions, see `trl_ext.packing`. 'auto': where the model gives the same scores so, "
-            "which is checked on the first batch; 'always': an error where it does not; 'never'.",
+            "help": "Run the prompt once for all of its completions, see `trl_ext.packing`. 'auto': where the model "
+            "gives the same scores so, which is checked on the first batch; 'always': an error where it does not; 'never'.",
             "choices": ["auto", "always", "never"],
         },
     )

@@ -129,23 +129,10 @@ def score_as_the_model_does(
         return []
     for scored in models:
         remove_head_scoring(scored)  # an earlier trainer's
-    inputs = {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)}
-    states = []
-    hook = base.base_model.register_forward_hook(lambda module, args, output: states.append(output.last_hidden_state))
-    was_training = model.training
-    model.eval()
-    try:
-        fused = model(**inputs, labels=input_ids, fused_lm_head=True).log_probs[0, -len(tokens) :]
-        logits = model(**inputs).logits[0, -len(tokens) - 1 : -1]
-    finally:
-        model.train(was_training)
-        hook.remove()
-
-    def of_tokens(logits: torch.Tensor) -> torch.Tensor:
-        return (logits.float() / temperature).log_softmax(dim=-1).gather(1, tokens.unsqueeze(1)).squeeze(1)
-
-    own, tolerance, name = of_tokens(logits), TOLERANCE_HALF if is_half else TOLERANCE, type(base).__name__
-    error_of_fused = (fused - own).abs().max().item()
+    fused, logits, hidden_states = both_ways(model, base, input_ids)
+    plain, name = logps_of(logits, tokens, temperature), type(base).__name__
+    tolerance = TOLERANCE_HALF if is_half else TOLERANCE
+    error_of_fused = (fused - plain).abs().max().item()
     is_right = error_of_fused <= tolerance
     if is_right and not reads_head:
         return []
@@ -155,7 +142,7 @@ def score_as_the_model_does(
             f"{error_of_fused:.2g} nats, and where weights are sharded there is no other way to score. Use DDP, or a "
             "model whose head TRL knows."
         )
-    error = (of_tokens(logits_of(base, states[-1][0, -len(tokens) - 1 : -1])) - own).abs().max().item()
+    error = (logps_of(logits_of(base, hidden_states), tokens, temperature) - plain).abs().max().item()
     if not error <= tolerance:
         raise ValueError(
             f"Log-probabilities computed from the hidden states of {name} are off by {error:.2g} nats from those of its "
@@ -170,6 +157,33 @@ def score_as_the_model_does(
         "With a model whose head TRL knows there is one."
     )
     return [HeadScoring(scored, temperature) for scored in models]
+
+
+def both_ways(model: nn.Module, base: PreTrainedModel, input_ids: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """
+    Runs a text `(1, L)` with TRL's fused LM head and without.
+
+    Returns:
+        `tuple[torch.Tensor, ...]`: Log-probabilities `(L-1,)` of its tokens by the fused head, and the logits
+        `(L-1, V)` and hidden states `(L-1, H)` before them.
+    """
+    num_tokens, states = input_ids.size(1) - 1, []
+    inputs = {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)}
+    hook = base.base_model.register_forward_hook(lambda module, args, output: states.append(output.last_hidden_state))
+    was_training = model.training
+    model.eval()
+    try:
+        fused = model(**inputs, labels=input_ids, fused_lm_head=True).log_probs[0, -num_tokens:]
+        logits = model(**inputs).logits[0, -num_tokens - 1 : -1]
+    finally:
+        model.train(was_training)
+        hook.remove()
+    return fused, logits, states[-1][0, -num_tokens - 1 : -1]
+
+
+def logps_of(logits: torch.Tensor, tokens: torch.Tensor, temperature: float) -> torch.Tensor:
+    """Returns log-probabilities `(L,)` of `tokens` `(L,)` by logits `(L, V)`."""
+    return (logits.float() / temperature).log_softmax(dim=-1).gather(1, tokens.unsqueeze(1)).squeeze(1)
 
 
 def remove_head_scoring(model: PreTrainedModel | PeftModel) -> None:
