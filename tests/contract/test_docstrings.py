@@ -14,8 +14,6 @@ QUESTION = re.compile(r"(What|Whatever|Whether|Where|Which|Who|Whom|Whose|How|Wh
 PENDING = {
     "trl_ext/actor_critic",
     "trl_ext/algorithms",
-    "trl_ext/data",
-    "trl_ext/hub",
 }
 
 

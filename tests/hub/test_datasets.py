@@ -23,12 +23,12 @@ from trl_ext import (
     RankingRewardTrainer,
     ReinforceConfig,
     ReinforceTrainer,
-    hub,
     keep_best,
     load_rollouts,
 )
-from trl_ext.hub import dataset_cards, publish_rankings, publish_rollouts, publish_samples, uploading
+from trl_ext.hub import publication, publish_rankings, publish_rollouts, publish_samples, uploading
 from trl_ext.hub.dataset_cards import describe_rankings
+from trl_ext.hub.first_row import first_row
 from trl_ext.hub.uploading import PublishError
 
 
@@ -91,7 +91,7 @@ def test_what_is_loaded_is_what_was_published(server, collected, tmp_path):
 
 
 def test_a_name_alone_is_a_list_of_one(collected, tmp_path, monkeypatch):
-    monkeypatch.setattr(hub, "upload", lambda *args, **kwargs: SimpleNamespace(commit_url=""))
+    monkeypatch.setattr(publication, "upload", lambda *args, **kwargs: SimpleNamespace(commit_url=""))
     cards = []
     for form in (str, lambda name: [name]):
         publish(collected, tmp_path, models=form("user/model"), tags=form("films"), language=form("en"))
@@ -100,7 +100,7 @@ def test_a_name_alone_is_a_list_of_one(collected, tmp_path, monkeypatch):
 
 
 def test_large_data_lies_in_several_files_and_replaces_what_was_there(server, collected, tmp_path, monkeypatch):
-    monkeypatch.setattr(hub, "SHARD_SIZE", collected.data.nbytes / 2.2)
+    monkeypatch.setattr(publication, "SHARD_SIZE", collected.data.nbytes / 2.2)
     publish(collected, tmp_path / "out")
     assert len(list((tmp_path / "out" / "data").iterdir())) == 3
     assert_loads(server, "user/films", {"train": collected}, tmp_path / "home")
@@ -256,7 +256,7 @@ def test_only_what_was_written_is_uploaded_and_what_was_withdrawn_goes(server, c
         HfApi().upload_file(path_or_fileobj=b"a", path_in_repo=name, repo_id="user/films", repo_type="dataset")
     out, repo = tmp_path / "out", server.repos["dataset", "user/films"]
     with monkeypatch.context() as patch:
-        patch.setattr(hub, "SHARD_SIZE", collected.data.nbytes / 2.2)
+        patch.setattr(publication, "SHARD_SIZE", collected.data.nbytes / 2.2)
         publish(DatasetDict(train=collected, test=collected.select([0])), out)
     kept = {".gitattributes", "LICENSE", "data/notes.txt", "README.md"}
     assert set(repo.at().files) - kept == {
@@ -360,7 +360,7 @@ def test_long_texts_do_not_make_long_cards(server, collected, samples, tmp_path,
 
 @pytest.mark.parametrize("row", [{"a": ["x" * 60] * 8} | {str(i): "y" * 500 for i in range(100)}])
 def test_a_row_of_many_columns_is_shown_more_shortly(row):
-    shown = dataset_cards._first_row(Dataset.from_list([row]))
+    shown = first_row(Dataset.from_list([row]))
     assert len(shown["first_row"]) < 20_000 and shown["limits"] == {"entries": 4, "characters": 50}
     assert json.loads(shown["first_row"])["a"] == ["x" * 50 + " ..."] * 4
 
@@ -512,7 +512,7 @@ def test_publishing_needs_no_accelerator(server, collected, tmp_path):
     collected.to_parquet(tmp_path / "rankings.parquet")
     code = f"""
         from datasets import Dataset
-        from trl_ext import uploading
+        from trl_ext.hub import uploading
         from trl_ext.hub import publish_rankings
 
         uploading.FIRST_WAIT = 0.01

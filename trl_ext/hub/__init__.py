@@ -1,4 +1,4 @@
-"""Publishing datasets and models to the Hub."""
+"""The publication of datasets and models on the Hub."""
 
 from .datasets import publish_rankings, publish_rollouts, publish_samples
 

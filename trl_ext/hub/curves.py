@@ -1,4 +1,4 @@
-"""Training curves as small multiples: the picture beside a model card."""
+"""Training curves as small multiples, the picture beside a model card."""
 
 import math
 from dataclasses import dataclass
@@ -25,10 +25,10 @@ class Panel:
     One of the small plots.
 
     Args:
-        title (`str`): What is shown.
+        title (`str`): Its heading.
         unit (`str`): Label of its axis.
-        metric (`str`): Name under which it is logged.
-        dotted (`str`, *optional*): Name of what it is to be compared to, for which the title must have a word.
+        metric (`str`): Name under which the quantity is logged.
+        dotted (`str`, *optional*): Name of a quantity to compare with, for which the title must have a word.
     """
 
     title: str
@@ -49,15 +49,15 @@ class Line:
 
 def draw_training_curves(runs: dict[str, list[dict]], panels: list[Panel], folder: str | Path) -> bool:
     """
-    Draw what was logged over the optimizer steps to `training_curves.png`.
+    Draws the logged metrics over the optimizer steps to `training_curves.png`.
 
     Args:
         runs (`dict[str, list[dict]]`): Logged entries, each with its `step`, by name: training, then evaluations.
-        panels (`list[Panel]`): Those of which nothing was logged are left out.
-        folder (`str` or `Path`): Where the file goes.
+        panels (`list[Panel]`): The small plots; those without logged values are left out.
+        folder (`str` or `Path`): Folder of the file.
 
     Returns:
-        `bool`: Whether there is a picture: not without matplotlib, nor where there is no curve yet.
+        `bool`: True if the picture was drawn; False without matplotlib or any curve.
     """
     drawn = [(panel, lines) for panel in panels if (lines := lines_of(panel, runs))]
     if not drawn:
@@ -84,7 +84,7 @@ def draw_training_curves(runs: dict[str, list[dict]], panels: list[Panel], folde
 
 
 def lines_of(panel: Panel, runs: dict[str, list[dict]]) -> list[Line]:
-    """What a panel has to show, a line for each metric and run; none where no line of its metric has two points."""
+    """Returns a line for each metric of a panel and run; none if no line of its metric has two points."""
     lines = []
     for metric in (panel.metric, panel.dotted):
         for run, entries in enumerate(runs.values()):
@@ -95,7 +95,7 @@ def lines_of(panel: Panel, runs: dict[str, list[dict]]) -> list[Line]:
 
 
 def running_mean(values: list[float], window: int) -> np.ndarray:
-    """Mean over the `window` values around each, or those of them that there are; no more than all."""
+    """Returns the mean over the `window` values around each, fewer at the ends; `window` is at most their number."""
     kernel = np.ones(window)
     return np.convolve(values, kernel, mode="same") / np.convolve(np.ones(len(values)), kernel, mode="same")
 

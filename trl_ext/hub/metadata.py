@@ -1,4 +1,4 @@
-"""Metadata of cards that the Hub refuses unless it knows them: licences and languages, checked before the upload."""
+"""Metadata of cards that the Hub refuses unless it knows them, licences and languages, checked before the upload."""
 
 import difflib
 import re
@@ -16,7 +16,7 @@ postgresql ofl-1.1 ncsa unlicense zlib pddl lgpl-lr deepfloyd-if-license fair-no
 llama3.1 llama3.2 llama3.3 llama4 grok2-community gemma unknown other
 """.split()
 LICENCE_PAGE = "https://huggingface.co/docs/hub/repositories-licenses"
-# What people write for the parts of an identifier
+# Words that people write for the parts of an identifier
 LICENCE_WORDS = {
     r"\b(the|licen[cs]e|version|public|only|or later|international|universal|deed|gnu)\b": " ",
     r"\bcreative commons\b": "cc",
@@ -57,17 +57,17 @@ uk:Ukrainian;ur:Urdu;uz:Uzbek;ve:Venda;vi:Vietnamese;vo:Volapük;wa:Walloon;wo:W
 za:Zhuang;zh:Chinese;zu:Zulu
 """.replace("\n", "").split(";")
 )
-NO_LANGUAGES = ("code", "multilingual")  # which the Hub takes in a language's place
+NO_LANGUAGES = ("code", "multilingual")  # the Hub takes these in place of a language
 
 
 def check_licence(licence: str | list[str], name: str | None, argument: str, name_argument: str) -> None:
     """
-    Raise unless the Hub takes a card with this licence.
+    Refuses a licence that the Hub would refuse in a card.
 
     Args:
-        licence (`str` or `list[str]`): Its identifier, or those of several.
-        name (`str`, *optional*): What an `"other"` licence is called.
-        argument, name_argument (`str`): What messages call the two.
+        licence (`str` or `list[str]`): Identifier of the licence, or those of several.
+        name (`str`, *optional*): Name of an `"other"` licence.
+        argument, name_argument (`str`): Names of the two in messages.
 
     Raises:
         ValueError: with the identifier that may have been meant.
@@ -88,7 +88,7 @@ def check_licence(licence: str | list[str], name: str | None, argument: str, nam
 
 
 def _similar_licence(written: str) -> str | None:
-    """The identifier that a licence's usual spelling or name stands for, if one comes near."""
+    """Returns the identifier that comes near a licence's usual spelling or name, or None."""
     text = re.sub(r"[^a-z0-9.+]+", " ", written.lower())
     for pattern, replacement in LICENCE_WORDS.items():
         text = re.sub(pattern, replacement, text)
@@ -99,12 +99,12 @@ def _similar_licence(written: str) -> str | None:
 
 def check_language(language: str | list[str], argument: str = "language") -> None:
     """
-    Raise unless the Hub takes a card with these languages.
+    Refuses languages that the Hub would refuse in a card.
 
     Args:
         language (`str` or `list[str]`): Codes of two letters (ISO 639-1) or, unchecked beyond that, of three (ISO 639-2
             and 639-3), or one of [`NO_LANGUAGES`].
-        argument (`str`, *optional*, defaults to `"language"`): What messages call it.
+        argument (`str`, *optional*, defaults to `"language"`): Name of the argument in messages.
 
     Raises:
         ValueError: with the code that may have been meant.
@@ -121,7 +121,7 @@ def check_language(language: str | list[str], argument: str = "language") -> Non
 
 
 def _similar_language(written: str) -> str | None:
-    """The code of a language that was written with a country, in capitals or by its name."""
+    """Returns the code of a language that was written with a country, in capitals or by its name, or None."""
     code = re.split("[-_]", written.strip().lower())[0]
     if code in LANGUAGES:
         return code

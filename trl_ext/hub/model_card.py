@@ -1,4 +1,4 @@
-"""Model cards: their metadata, and what the cards of all trainers say, rendered from the templates in `model_cards/`."""
+"""Model cards: the metadata and the contents that those of all trainers share. The templates are in `model_cards/`."""
 
 import os
 from dataclasses import dataclass
@@ -39,18 +39,18 @@ BADGES = {
 @dataclass
 class CardContent:
     """
-    What a kind of trainer has to say.
+    The contents of a card that differ from trainer to trainer.
 
     Args:
-        model (`PreTrainedModel` or `PeftModel`): What was trained, without distributed wrappers.
-        rows (`str`): What a row of the dataset is called.
-        metrics (`list[str]`): What the table of metrics shows, where it was logged.
+        model (`PreTrainedModel` or `PeftModel`): The trained model, without distributed wrappers.
+        rows (`str`): Name of the dataset's rows, e.g. `"prompts"`.
+        metrics (`list[str]`): Metrics of the table, each shown if it was logged.
         results (`dict[str, tuple[str, str]]`):
-            The metrics of evaluations that go into the metadata, with their type and their name there.
+            Metrics of evaluations that go into the metadata, with type and name there.
         panels (`list[Panel]`): The training curves.
         hyper_parameters (`dict[str, str]`): Names and values.
-        papers (`list[dict]`): To be cited, each as TRL's `_paper`.
-        details (`dict`): What the template has beside what all have.
+        papers (`list[dict]`): Papers to cite, each as TRL's `_paper`.
+        details (`dict`): Variables of this template, beside those of all.
     """
 
     model: PreTrainedModel | PeftModel
@@ -67,7 +67,7 @@ class CardContent:
 
 
 def hub_id(name: str | None) -> str | None:
-    """`name` if it can be of a repository of the Hub; those of local files and folders have no page to link to."""
+    """Returns `name` if a repository of the Hub can have it, else None: local files have no page to link to."""
     if not name or os.path.exists(name):
         return None
     try:
@@ -78,7 +78,7 @@ def hub_id(name: str | None) -> str | None:
 
 
 def derivation_of(model) -> dict[str, str | None]:
-    """What it was made of, and what loads it. An adapter on a quantized base is still one on that base."""
+    """Returns the base of a model and the library that loads it. An adapter on a quantized base is one on that base."""
     is_adapter, base_model = isinstance(model, PeftModel), hub_id(get_config_model_id(model.config))
     relation = "adapter" if is_adapter else "finetune"
     return {
@@ -89,7 +89,7 @@ def derivation_of(model) -> dict[str, str | None]:
 
 
 def are_of_one_source(train_dataset, eval_dataset) -> bool:
-    """Whether two datasets were loaded from the same, as far as they know."""
+    """Returns True if two datasets were loaded from the same source, as far as they know."""
     if train_dataset is None or eval_dataset is None:
         return False
     names = [dataset.info.dataset_name for dataset in (train_dataset, eval_dataset)]
@@ -97,6 +97,7 @@ def are_of_one_source(train_dataset, eval_dataset) -> bool:
 
 
 def tags_of(model, own: list[str], given: str | list[str] | None) -> list[str]:
+    """Returns the tags of a card: those of the trainer, of the model's kind, of the tracker, and those given."""
     tags = {"generated_from_trainer", *own, *([given] if isinstance(given, str) else given or [])}
     if isinstance(model, PeftModel):
         tags |= {"transformers", "lora"} if is_lora(model) else {"transformers"}
@@ -107,7 +108,7 @@ def tags_of(model, own: list[str], given: str | list[str] | None) -> list[str]:
 
 
 def tracker_links() -> dict[str, str]:
-    """The runs of the trackers that TRL's cards link to."""
+    """Returns the addresses of this run at the trackers that TRL's cards link to."""
     links = {"Trackio": get_trackio_space_url(), "Comet": get_comet_experiment_url()}
     if is_wandb_available():
         import wandb
@@ -120,42 +121,43 @@ def tracker_links() -> dict[str, str]:
 
 
 def cell(value) -> str:
-    """A value, or a name, for a table's cell."""
+    """Returns a value, or a name, as text for a table's cell."""
     if isinstance(value, Enum):
         value = value.value
     if isinstance(value, float):
         return f"{value:.0f}" if value.is_integer() else f"{value:.4g}"
-    if isinstance(value, str) and os.path.isdir(value):  # others need not know where
+    if isinstance(value, str) and os.path.isdir(value):  # a card is no place for paths of this machine
         value = Path(value).name
     return " ".join(str(value).replace("|", "\\|").replace("<", "&lt;").split())
 
 
 def shown(args, names: list[str]) -> dict[str, str]:
-    """The arguments of these names that are set."""
+    """Returns the arguments of these names that are set."""
     values = {name: getattr(args, name) for name in names}
     return {name: cell(value) for name, value in values.items() if value is not None}
 
 
 def data_in_words(dataset, rows: str) -> str | None:
-    """`8 prompts` or `a stream of prompts`; None where there was no dataset."""
+    """Returns `8 prompts` or `a stream of prompts`; None without a dataset."""
     if dataset is None:
         return None
     return f"{len(dataset)} {rows}" if isinstance(dataset, Dataset) else f"a stream of {rows}"
 
 
 def is_lora(model) -> bool:
+    """Returns True for a model with a LoRA adapter."""
     return isinstance(model, PeftModel) and model.active_peft_config.peft_type == PeftType.LORA
 
 
 def adapter_in_words(model) -> str | None:
-    """None of other models."""
+    """Returns the kind of adapter, in words; None for a model without one."""
     if not isinstance(model, PeftModel):
         return None
     return "a LoRA adapter" if is_lora(model) else f"an adapter ({cell(model.active_peft_config.peft_type)})"
 
 
 def adapter_settings(model) -> dict[str, str]:
-    """Of the adapter, and how its base is quantized; nothing of other models."""
+    """Returns the settings of an adapter and of its base's quantization; none for a model without one."""
     if not isinstance(model, PeftModel):
         return {}
     config = model.active_peft_config.to_dict()
@@ -165,7 +167,7 @@ def adapter_settings(model) -> dict[str, str]:
 
 
 def bitsandbytes_config(model) -> str | None:
-    """The code of a base's `BitsAndBytesConfig`, to load it the same way; None where there is none."""
+    """Returns the code of a base's `BitsAndBytesConfig`, to load it the same way; None for a base without one."""
     if not (quantization_of(model) or "").startswith(("4bit", "8bit")):
         return None
     config = model.config.quantization_config
@@ -177,6 +179,7 @@ def bitsandbytes_config(model) -> str | None:
 
 
 def versions_of(model) -> dict[str, str]:
+    """Returns the versions of the packages that the model needs."""
     packages = dict(PACKAGES)
     if isinstance(model, PeftModel):
         packages["PEFT"] = "peft"
@@ -186,6 +189,7 @@ def versions_of(model) -> dict[str, str]:
 
 
 def installed_version(package: str) -> str:
+    """Returns the version of a package, or says that it has none."""
     try:
         return version(package)
     except PackageNotFoundError:  # on the path, but not installed

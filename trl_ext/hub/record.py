@@ -1,4 +1,4 @@
-"""What is known of a training by now, for its model card: how long it took, on what it ran, how evaluations went."""
+"""The record of a training for its model card: its duration, its hardware, its evaluations."""
 
 import math
 import os
@@ -12,8 +12,10 @@ from transformers.trainer_callback import ExportableState
 
 class TrainingClock(TrainerCallback, ExportableState):
     """
-    Seconds of training up to the last optimizer step. A checkpoint keeps them, and a resumed training counts on from
-    there; from a checkpoint that has none it counts from its own first step on, `since_step`.
+    Counts the seconds of training up to the last optimizer step.
+
+    A checkpoint keeps them, and a resumed training counts on from there; from a checkpoint without them it counts from
+    its own first step, `since_step`.
     """
 
     def __init__(self):
@@ -38,7 +40,7 @@ class TrainingClock(TrainerCallback, ExportableState):
 
 
 def duration(seconds: float) -> str:
-    """`3 h 25 min`, `2 min 10 s` or `5.3 s`."""
+    """Returns a duration in words: `3 h 25 min`, `2 min 10 s` or `5.3 s`."""
     if seconds < 60:
         return f"{seconds:.1f} s"
     minutes, seconds = divmod(round(seconds), 60)
@@ -48,11 +50,11 @@ def duration(seconds: float) -> str:
 
 def hardware(model: nn.Module, num_processes: int) -> dict[str, str]:
     """
-    What a training runs on, as far as this process knows it.
+    Returns the devices of a training, as far as this process knows them.
 
     Args:
-        model (`nn.Module`): Which it trains here.
-        num_processes (`int`): Of the training.
+        model (`nn.Module`): The model that this process trains.
+        num_processes (`int`): Number of processes of the training.
     """
     devices = {parameter.device for parameter in model.parameters()}
     gpus = sorted((device for device in devices if device.type == "cuda"), key=str)
@@ -70,7 +72,7 @@ def hardware(model: nn.Module, num_processes: int) -> dict[str, str]:
 
 
 def training_entries(log_history: list[dict]) -> list[dict]:
-    """What was logged while training, without evaluations and the summary at the end."""
+    """Returns the entries logged while training, without evaluations and the summary at the end."""
     return [entry for entry in log_history if not any(name.endswith("_runtime") for name in entry)]
 
 
@@ -78,17 +80,17 @@ def evaluations(
     log_history: list[dict], dataset_names: list[str], best_step: int | None = None
 ) -> dict[str, list[dict]]:
     """
-    What evaluations logged, without the prefix `eval_`, in order.
+    Returns the entries logged by evaluations, in order, without the prefix `eval_`.
 
     Args:
-        log_history (`list[dict]`): Of the trainer's state.
-        dataset_names (`list[str]`): Those of an `eval_dataset` that is a dictionary, else none.
+        log_history (`list[dict]`): Entries of the trainer's state.
+        dataset_names (`list[str]`): Names in an `eval_dataset` that is a dictionary, else none.
         best_step (`int`, *optional*):
-            Step of the best checkpoint, if its weights were loaded at the end of training: only what was measured of
-            these weights is wanted.
+            Step of the best checkpoint, if its weights were loaded at the end of training: only entries that measured
+            these weights are returned.
 
     Returns:
-        `dict[str, list[dict]]`: By dataset, called "" where it has no name; only those with any evaluation.
+        `dict[str, list[dict]]`: Entries by dataset, called "" if it has no name; only datasets with any evaluation.
     """
     ends = [index for index, entry in enumerate(log_history) if "train_runtime" in entry]
     found = {}
@@ -110,7 +112,7 @@ def _without_prefix(entry: dict, prefix: str) -> dict:
 
 
 def last_values(entries: list[dict]) -> dict:
-    """The last value of each metric that has one."""
+    """Returns the last value of each metric that has one."""
     last = {}
     for entry in entries:
         last.update({name: value for name, value in entry.items() if value is not None})

@@ -1,4 +1,4 @@
-"""Uploading to the Hub: trying again where it fails for a while, and saying how to finish where it fails for good."""
+"""Uploads to the Hub: tried again if they fail for a while, and told how to finish if they fail for good."""
 
 import logging
 import re
@@ -18,13 +18,13 @@ from huggingface_hub.errors import (
 )
 
 
-logger = logging.getLogger(__name__)  # datasets are published without accelerate's state as well
+logger = logging.getLogger(__name__)  # not accelerate's, as datasets are published without its state too
 
 ATTEMPTS = 5
 FIRST_WAIT = 2.0  # seconds, doubled after each attempt
 PERMANENT = (400, 401, 402, 403, 404, 409, 410, 413, 422, 451)
 REASON_LENGTH = 600  # characters of the Hub's words that are shown
-# What a 403 is about, if not about the token
+# Words of a 403 that is about something else than the token
 NOT_THE_TOKEN = re.compile(
     r"storage|\bspace\b|quota|limit|\bplan\b|billing|\bpa(y|id)|disabled|archived|suspend|blocked|terms|contact", re.I
 )
@@ -50,22 +50,22 @@ def upload(
     begun: "Future[CommitInfo] | None" = None,
 ) -> CommitInfo:
     """
-    Upload a folder, trying again with growing pauses where the Hub or the network fails for a while.
+    Uploads a folder, trying again with growing pauses if the Hub or the network fails for a while.
 
     Args:
-        folder (`str` or `Path`): What to upload.
-        repo_id (`str`): Where to; it is created if it is not there.
+        folder (`str` or `Path`): Folder to upload.
+        repo_id (`str`): Repository that takes the files; created if it does not exist.
         repo_type (`str`): `"model"` or `"dataset"`.
-        private (`bool`, *optional*): True leaves a repository that is public alone, and creates one that is not there
-            as private. By default it is created as the namespace has it.
+        private (`bool`, *optional*): True refuses an existing public repository, and creates a new one as private. By
+            default it is created as the namespace has it.
         token (`str`, *optional*): By default the one that `hf auth login` stored.
         path_in_repo (`str`, *optional*): Folder of the repository that takes it; by default its root.
-        allow_patterns (`Sequence[str]`, *optional*): Of files that are uploaded; by default all.
-        ignore_patterns (`Sequence[str]`, *optional*): Of files that are left out.
-        delete_patterns (`Sequence[str]`, *optional*): Of files that the same commit deletes from the repository, unless
-            it uploads them.
+        allow_patterns (`Sequence[str]`, *optional*): Patterns of files that are uploaded; by default all.
+        ignore_patterns (`Sequence[str]`, *optional*): Patterns of files that are left out.
+        delete_patterns (`Sequence[str]`, *optional*): Patterns of files that the same commit deletes from the repository,
+            unless it uploads them.
         revision (`str`, *optional*): Branch that takes it; by default `main`.
-        commit_message (`str`, *optional*): Of the commit.
+        commit_message (`str`, *optional*): Message of the commit.
         begun (`Future[CommitInfo]`, *optional*): A first attempt at it, which is already under way.
 
     Returns:
@@ -98,14 +98,14 @@ def upload(
 
 def persist(attempt: Callable[[int], Any], repo_id: str, rest: str, is_begun: bool = False) -> Any:
     """
-    Try again what fails for a while.
+    Calls `attempt` again, with growing pauses, if it fails for a while.
 
     Args:
         attempt (`Callable`): Takes the attempt's number, from 1.
-        repo_id (`str`): What it is about.
-        rest (`str`): What a [`PublishError`] says after the cause.
-        is_begun (`bool`, *optional*, defaults to `False`): True if the first attempt supposes that the repository is
-            there; the later ones create it.
+        repo_id (`str`): Repository that messages name.
+        rest (`str`): Text of a [`PublishError`] after the cause.
+        is_begun (`bool`, *optional*, defaults to `False`): True if the first attempt supposes that the repository
+            exists; the later ones create it.
     """
     for number in range(1, ATTEMPTS + 1):
         try:
@@ -125,7 +125,7 @@ def persist(attempt: Callable[[int], Any], repo_id: str, rest: str, is_begun: bo
 
 def prepare_repo(api: HfApi, repo_id: str, repo_type: str, private: bool | None) -> str:
     """
-    Create a repository unless it is there, and see that it is as private as it should be.
+    Creates a repository unless it exists, and compares its visibility with the one asked for.
 
     Returns:
         `str`: Its id, with the namespace.
@@ -138,10 +138,10 @@ def prepare_repo(api: HfApi, repo_id: str, repo_type: str, private: bool | None)
 
 def compare_visibility(api: HfApi, repo_id: str, repo_type: str, private: bool) -> None:
     """
-    Say so where a repository that is there is more private than it should be.
+    Warns of an existing repository that is more private than asked for.
 
     Raises:
-        ValueError: if it should be private and is public.
+        ValueError: if the repository should be private and is public.
     """
     is_private = api.repo_info(repo_id, repo_type=repo_type).private
     settings = f"{api.endpoint}/{'datasets/' if repo_type == 'dataset' else ''}{repo_id}/settings"
@@ -156,7 +156,7 @@ def compare_visibility(api: HfApi, repo_id: str, repo_type: str, private: bool) 
 
 def full_repo_id(repo_id: str, token: str | None = None) -> str:
     """
-    The id with its namespace, which is the token's user where it has none.
+    Returns the id with its namespace, by default the token's user.
 
     Raises:
         [`PublishError`]: if the Hub does not say who that is.
@@ -168,26 +168,26 @@ def full_repo_id(repo_id: str, token: str | None = None) -> str:
 
 
 def answer_of(error: BaseException | None) -> HfHubHTTPError | None:
-    """The Hub's answer, which the client wraps where a large file failed; None if there was none."""
+    """Returns the Hub's answer, which the client wraps if a large file failed; None if there was no answer."""
     while error is not None and not isinstance(error, HfHubHTTPError):
         error = error.__cause__
     return error
 
 
 def status_of(error: BaseException | None) -> int | None:
-    """The number of the Hub's answer; None if there was none."""
+    """Returns the status of the Hub's answer; None if there was no answer."""
     answer = answer_of(error)
     return None if answer is None else answer.response.status_code
 
 
 def is_lasting(error: BaseException) -> bool:
-    """True if the same would fail again."""
+    """Returns True if the same request would fail again."""
     lasting = OfflineModeIsEnabled | FileNotFoundError | LocalTokenNotFoundError | ValueError
     return status_of(error) in PERMANENT or status_of(error) is None and isinstance(error, lasting)
 
 
 def cause_of(error: BaseException, repo_id: str) -> str:
-    """What went wrong, in the Hub's words where it has any, and how to mend it, without what the client knows of requests."""
+    """Says why an upload failed, in the Hub's words if it has any, and how to mend that, without details of requests."""
     if isinstance(error, OfflineModeIsEnabled):
         return "HF_HUB_OFFLINE is set. Unset it to publish."
     if isinstance(error, LocalTokenNotFoundError):
@@ -221,7 +221,7 @@ def how_to_finish(
     path_in_repo: str | None = None,
     revision: str | None = None,
 ) -> str:
-    """Where the files are, and the command for a shell that uploads them, with the patterns of files by its options."""
+    """Names the folder, and the command for a shell that uploads it, with the patterns of files by the command's options."""
     parts = ["hf", "upload", repo_id, str(folder), path_in_repo or ".", "--repo-type", repo_type]
     for option, given in patterns.items():
         for pattern in given:
