@@ -34,6 +34,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 import trl_ext.packing.layout
 from trl_ext import RankingDPOConfig, RankingDPOTrainer, RankingRewardConfig, RankingRewardTrainer
 from trl_ext.packing.check import PrefixCheck
+from trl_ext.packing.layout import pack_groups
 from trl_ext.packing.prefix import PADDING, attention_mask, common_prefix_length, pack, visible
 from trl_ext.preference.collator import DataCollatorForRanking
 
@@ -269,6 +270,15 @@ def test_packing_lays_completions_after_the_prefix():
     assert pack([], [[8], [9]]) == ([8, 9], [0, 0], [1, 2], [0, 1])
 
 
+def test_groups_are_packed_in_rows_of_one_length():
+    """The first of a group shares less than it has in common; the second group lies between its members."""
+    packed = pack_groups([[5, 6, 7], [9], [5, 6, 8]], [2, 0, 1], ["a", "b", "a"], pad_token_id=3, pad_to_multiple_of=4)
+    assert packed.input_ids.tolist() == [[5, 6, 7, 6, 8, 3, 3, 3], [9, 3, 3, 3, 3, 3, 3, 3]]
+    assert packed.positions.tolist() == [[0, 1, 2, 1, 2, 0, 0, 0], [0] * 8]
+    assert packed.segments.tolist() == [[0, 1, 1, 2, 2, *[PADDING] * 3], [1, *[PADDING] * 7]]
+    assert packed.origins.tolist() == [0, 8, 2]
+
+
 def test_common_prefix_length():
     assert common_prefix_length([[5, 6, 7], [5, 6, 8], [5, 6]]) == 2
     assert common_prefix_length([[5, 6], [5, 6]]) == 2
@@ -386,7 +396,7 @@ def test_other_models_are_run_row_by_row(tokenizer, rankings, tmp_path, caplog, 
     model = model(tokenizer).eval()
     trainer = reward_trainer(model, tokenizer, tmp_path, rankings)
     batch = first_batch(trainer)
-    scores, _ = trainer._scores(model, batch)
+    scores, _ = trainer._log_worths(model, batch)
     for row, rank in zip(range(len(batch["input_ids"])), batch["ranks"][batch["ranks"] >= 0], strict=True):
         ids = batch["input_ids"][row][batch["attention_mask"][row].bool()]
         torch.testing.assert_close(
