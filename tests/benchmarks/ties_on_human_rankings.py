@@ -39,6 +39,7 @@ from pathlib import Path
 
 import torch
 from datasets import Dataset, disable_progress_bars
+from gap_auc import gap_auc
 from tqdm import tqdm
 from transformers import (
     AutoModel,
@@ -53,7 +54,7 @@ from trl import RewardConfig, RewardTrainer
 
 from trl_ext import RANKING_MODELS, RankingRewardConfig, RankingRewardTrainer
 from trl_ext.ranking import wins_and_ties
-from trl_ext.ranking.metrics import gap_auc, means_of_sums, ranking_sums
+from trl_ext.ranking.metrics import means_of_sums, ranking_sums
 
 
 BASELINES = ["untrained", "trl-pairs", "trl-pairs-equal-cost"]

@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from benchmarks.gap_auc import gap_auc
 from helpers import SHARED
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -24,7 +25,6 @@ from trl_ext.ranking import (
 from trl_ext.ranking.metrics import (
     NUM_BINS,
     baseline_nll,
-    gap_auc,
     kendall_tau_b,
     means_of_sums,
     ranking_sums,

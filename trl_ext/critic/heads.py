@@ -1,5 +1,5 @@
 r"""
-The critic's heads: what is read off the hidden state h(s) of a trunk.
+The critic's heads, which read values off the hidden state h(s) of a trunk.
 
     V(s)    = w . h(s) + b                              [`ValueHead`]
     Q(s, a) = w . h(s) + b + (U h(s)) . E_a             [`ActionValueHead`], with U of shape (R, H) and E of (V, R)

@@ -29,9 +29,9 @@ def critic_as_adapter(
 
     Args:
         model (`PeftModel`): The policy.
-        path (`str`, *optional*): What it starts from, in place of V = 0: the folder or Hub id of a trained policy with
-            such a critic beside it, or of a reward adapter on the same base, whose score head becomes the value head.
-        reward_weight (`float`, *optional*, defaults to `1.0`): What a reward model's score is worth, see
+        path (`str`, *optional*): Folder or Hub id of the start, in place of V = 0: a trained policy with such a critic
+            beside it, or a reward adapter on the same base, whose score head becomes the value head.
+        reward_weight (`float`, *optional*, defaults to `1.0`): Factor of a reward model's score, see
             [`critic_from_model`].
     """
     if not isinstance(model, PeftModel) or model.active_peft_config.is_prompt_learning:
@@ -105,11 +105,11 @@ def critic_from_model(
 
     Args:
         source (`str` or `PreTrainedModel`): The model.
-        dtype (`torch.dtype`): The critic's.
-        trust_remote_code (`bool`, *optional*, defaults to `False`): Whether code in its repository may be run.
+        dtype (`torch.dtype`): Type of the critic's weights.
+        trust_remote_code (`bool`, *optional*, defaults to `False`): True lets code in its repository run.
         reward_weight (`float`, *optional*, defaults to `1.0`):
-            What a reward model's score Phi(s) is worth: V starts at this times Phi. Under `prefix_rewards` Phi has been
-            paid by the time s is reached, and what is still to come starts at Phi(s) - Phi(s) = 0.
+            Factor of a reward model's score Phi(s): V starts at this times Phi. Under `prefix_rewards` Phi has been paid
+            by the time s is reached, and the rewards still to come start at Phi(s) - Phi(s) = 0.
     """
     model_init_kwargs = {"dtype": dtype, "trust_remote_code": trust_remote_code}
     if isinstance(source, PreTrainedModel):
@@ -171,7 +171,7 @@ def load_critic(model: PreTrainedModel | PeftModel, path: str) -> Critic:
 
     Raises:
         FileNotFoundError: when no critic lies there.
-        ValueError: when it does not fit `model`.
+        ValueError: when the critic does not fit `model`.
     """
     keep_4bit_unpacked(model)
     folder = local_folder(path)

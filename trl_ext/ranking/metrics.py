@@ -55,7 +55,7 @@ def ranking_sums(
         - `log_likelihood`, `log_likelihood_pairs`: of judgements as pairs, in nats, and their number; without the ties
           if the model gives ties no probability.
     """
-    scores, wins, ties = _checked(scores, wins, ties)
+    scores, wins, ties = checked_judgements(scores, wins, ties)
     diff = scores.unsqueeze(2) - scores.unsqueeze(1)
     outcomes, is_predicted = _predictions(scores, wins, ties, model, log_tie)
     p_tie = outcomes[1]
@@ -125,7 +125,7 @@ def kendall_tau_b(scores: torch.Tensor, wins: torch.Tensor, ties: torch.Tensor) 
     over the pairs that were judged: n_strict times not as a tie, n_apart times with different scores; nan where either
     is 0. For a complete ranking this is Kendall's (1945, https://doi.org/10.1093/biomet/33.3.239).
     """
-    scores, wins, ties = _checked(scores, wins, ties)
+    scores, wins, ties = checked_judgements(scores, wins, ties)
     order = (scores.unsqueeze(2) - scores.unsqueeze(1)).sign()
     num_strict = wins.sum(dim=(1, 2))
     num_apart = ((wins + ties / 2) * order.abs()).sum(dim=(1, 2))
@@ -138,21 +138,6 @@ def baseline_nll(
     """Returns [`ranking_nll`] with all scores 0, `(B,)` in nats: that of a model which knows only how often items tie."""
     dtype = torch.float32 if log_tie is None else torch.promote_types(log_tie.dtype, torch.float32)
     return ranking_nll(torch.zeros(ranks.shape, dtype=dtype, device=ranks.device), ranks, model, log_tie)
-
-
-def gap_auc(scores: torch.Tensor, wins: torch.Tensor, ties: torch.Tensor) -> float:
-    """
-    Measures how well the gap |s_i - s_j| tells strict pairs from ties: the probability that a random strict pair has a
-    wider gap than a random tied one, equal gaps counting 1/2 (the area under the ROC curve, Hanley and McNeil 1982).
-    Chance is 0.5; nan without both kinds. Pairs are compared across prompts: give a whole evaluation at once.
-    """
-    scores, wins, ties = (x.detach().cpu().double() for x in _checked(scores, wins, ties))
-    gaps = (scores.unsqueeze(2) - scores.unsqueeze(1)).abs()
-    values, index = gaps.flatten().unique(return_inverse=True)  # ascending
-    strict = torch.zeros_like(values).index_add(0, index, wins.flatten())
-    tied = torch.zeros_like(values).index_add(0, index, ties.flatten() / 2)
-    tied_below = tied.cumsum(0) - tied
-    return ((strict * (tied_below + tied / 2)).sum() / (strict.sum() * tied.sum())).item()
 
 
 def _predictions(scores, wins, ties, model, log_tie) -> tuple[torch.Tensor, torch.Tensor]:
@@ -171,7 +156,9 @@ def _predictions(scores, wins, ties, model, log_tie) -> tuple[torch.Tensor, torc
     return outcomes, (num_judged <= MAX_ENUMERATED).to(scores)[:, None, None]
 
 
-def _checked(scores, wins, ties) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def checked_judgements(
+    scores: torch.Tensor, wins: torch.Tensor, ties: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Returns all three in fp32 or better, with score 0 for items without a judgement. Refuses shapes that do not fit."""
     if not wins.shape == ties.shape == (*scores.shape, scores.size(-1)):
         shapes = f"{tuple(scores.shape)}, {tuple(wins.shape)} and {tuple(ties.shape)}"
