@@ -38,6 +38,7 @@ model, then the checkpoint).
 of adapters: `add_adapter("ref", ...)` of the one called `default`, and `lm_head.bias`, in `__init__` and the fused forward.
 """
 
+import functools
 import inspect
 import warnings
 from collections.abc import Callable, Iterator
@@ -149,6 +150,7 @@ __all__ = [
     "use_adapter",
     "without_loading_report",
     "without_loading_warnings",
+    "scoring_answered",
 ]
 
 
@@ -178,6 +180,73 @@ class OneGeneration(int):
 
     def __lt__(self, other):
         return False
+
+
+# --- Swaps: something of TRL's or transformers' that is set for a while, and set back ---
+
+
+@contextmanager
+def _swapped(owner, name: str, value) -> Iterator[None]:
+    """Within the context the attribute `name` of the object itself is `value`."""
+    had, before = name in vars(owner), vars(owner).get(name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        if had:
+            setattr(owner, name, before)
+        else:
+            vars(owner).pop(name, None)
+
+
+@contextmanager
+def scoring_answered(trainer, answer: Callable) -> Iterator[None]:
+    """
+    Within the context the first scoring pass that TRL's trainer makes is answered by `answer`, which is given the
+    arguments of `_get_per_token_logps_and_entropies` and returns what that returns. Other passes are made.
+
+    Raises:
+        RuntimeError: if TRL made no pass.
+    """
+    former, is_asked = trainer._get_per_token_logps_and_entropies, False
+
+    def score(*args, **kwargs):
+        nonlocal is_asked
+        if is_asked:
+            return former(*args, **kwargs)
+        is_asked = True
+        return answer(*args, **kwargs)
+
+    with _swapped(trainer, "_get_per_token_logps_and_entropies", score):
+        yield
+    if not is_asked:
+        raise RuntimeError("TRL made no scoring pass where one was to be answered: its trainer has changed.")
+
+
+def generating_by(model, generate: Callable):
+    """Within the context `model.generate` is `generate`, which is given the former one and the arguments."""
+    former = model.generate
+    return _swapped(model, "generate", functools.wraps(former)(functools.partial(generate, former)))
+
+
+def rewarded_by(trainer, reward_funcs: list):
+    """Within the context TRL's trainer asks these functions in place of its own, one for each."""
+    return _swapped(trainer, "reward_funcs", reward_funcs)
+
+
+def without_kl_in_loss(trainer):
+    """Within the context TRL's loss has no KL term."""
+    return _swapped(trainer, "beta", 0.0)
+
+
+def without_masking_cut(trainer):
+    """Within the context TRL leaves completions that were cut as they are."""
+    return _swapped(trainer, "mask_truncated_completions", False)
+
+
+def with_reference(args):
+    """Within the context TRL's trainer, when it is made, prepares a reference if the KL is used anywhere."""
+    return _swapped(args, "beta", args.beta or args.kl_in_reward)
 
 
 # --- 4 bits on CPU ---

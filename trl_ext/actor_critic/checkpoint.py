@@ -23,11 +23,7 @@ class StartOfTraining(TrainerCallback):
         self.trainer = trainer
 
     def on_train_begin(self, args, state, control, **kwargs):
-        self.trainer._step, self.trainer._buffered_inputs = 0, None
-        self.trainer._epochs_ended = False
-        self.trainer._is_first_update = state.global_step == 0
-        self.trainer._window_kl.zero_()
-        self.trainer._begin_recording(state.global_step)
+        self.trainer.begin_training(state.global_step)
 
     def on_epoch_begin(self, args, state, control, **kwargs):
         if self.trainer._train_sampler is not None and args.shuffle_dataset:
@@ -65,7 +61,7 @@ class CheckpointingMixin:
         rollout = {
             "layout": self._rollout_layout,
             "step": self._step,
-            "epochs_ended": self._epochs_ended,
+            "epochs_ended": self.trust_region.has_ended,
             "buffered_inputs": self._buffered_inputs if in_rollout else None,
         }
         torch.save(rollout, self._rollout_file(output_dir))
@@ -86,5 +82,5 @@ class CheckpointingMixin:
             # A rollout is cut for one layout; under another the next step samples anew
             if rollout["layout"] == self._rollout_layout:
                 self._step = rollout["step"]
-                self._epochs_ended = rollout["epochs_ended"]
+                self.trust_region.has_ended = rollout["epochs_ended"]
                 self._buffered_inputs = send_to_device(rollout["buffered_inputs"], self.accelerator.device)

@@ -7,13 +7,33 @@ from collections.abc import Callable, Iterable, Mapping, Set
 import torch
 from datasets import Dataset
 from peft import PeftModel
-from transformers import AutoConfig
+from transformers import AutoConfig, PreTrainedModel
 
 from ..adapters.shared_base import base_of_adapter, is_adapter
-from ..compat import is_async_callable
+from ..compat import get_config_model_id, is_async_callable
 from ..models.quantization import is_quantized
 from ..models.score_head import has_score_head
 from .dense import described, is_finite
+
+
+def check_critic_model(args, critic_model: PreTrainedModel | None) -> None:
+    """Refuses a start of the critic where none is asked for, or another is."""
+    if critic_model is not None and (args.critic != "separate" or args.critic_model_name_or_path is not None):
+        raise ValueError(
+            "`critic_model` is the start of a separate critic. Set `critic='separate'`, and do not set "
+            "`critic_model_name_or_path` as well."
+        )
+
+
+def check_reference(args, model, peft_config) -> None:
+    """Refuses a KL to a reference that nobody could load."""
+    needs_reference = args.beta != 0.0 or args.kl_in_reward != 0.0
+    is_full_model = isinstance(model, PreTrainedModel) and peft_config is None
+    if needs_reference and is_full_model and not get_config_model_id(model.config):
+        raise ValueError(
+            "The KL penalty needs a reference, which is loaded from where `model` came from, but `model` was built "
+            "in memory. Save it with `model.save_pretrained(path)` and pass the path."
+        )
 
 
 def check_base_for_vllm(model, args, quantization_config) -> None:

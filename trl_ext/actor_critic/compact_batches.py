@@ -67,7 +67,7 @@ class CompactBatchesMixin:
 
     def _say_not_by_length(self, reason: str) -> None:
         for option in ("length_batches", *(["balance_tokens"] if self.args.balance_tokens else [])):
-            self._say_unused(
+            self.notices(
                 option,
                 reason,
                 "completions of different lengths lie in one micro-batch, and more of what is computed is padding",
@@ -104,7 +104,7 @@ class CompactBatchesMixin:
         """What is scored with in place of `model`."""
         if not self._scores_compactly(kwargs):
             if self.args.compact_scoring:
-                self._say_unused(
+                self.notices(
                     "compact_scoring",
                     self._why_not_compactly(kwargs),
                     "each prompt is run once for each of its completions, and padding with them",
@@ -115,7 +115,7 @@ class CompactBatchesMixin:
         ways = [CompactScoring(model, unwrapped, completion_length, way) for way in ("rows", "packed")]
         # Of a mixture of experts, the balancing loss counts prompts as often as they are run
         if kwargs.get("compute_aux_loss") and self.args.shared_prefix == "auto" and self.num_generations > 1:
-            self._say_unused(
+            self.notices(
                 "shared_prefix",
                 "the loss that balances experts (`output_router_logits` of the model) counts prompts as often as they "
                 "are run",

@@ -26,6 +26,46 @@ def check_context(max_prompt_length: int | None, max_completion_length: int) -> 
         )
 
 
+class Prompts:
+    """
+    Keeps prompts within the model's context.
+
+    Args:
+        max_length (`int`, *optional*): Tokens that the context leaves to a prompt; unbounded by default.
+        bos_token_id (`int`, *optional*): Of a token that stays in front of what is cut.
+        is_cut (`bool`, *optional*, defaults to `True`): False where prompts hold images, whose tokens cannot be cut.
+    """
+
+    def __init__(self, max_length: int | None, bos_token_id: int | None = None, is_cut: bool = True):
+        self.max_length, self.bos_token_id, self.is_cut = max_length, bos_token_id, is_cut
+        self.num_too_long = 0  # of the rollout under way
+
+    def check(
+        self, name: str, datasets: Any, lengths_of: Callable[[list], list[int]] | None, has_template: bool
+    ) -> None:
+        """
+        Refuses what can be seen to be unusable before anything is generated of it.
+
+        Args:
+            name (`str`): What errors call the datasets.
+            datasets: One dataset, or a dict of them.
+            lengths_of (`Callable`, *optional*): Counts the tokens of each of several prompts.
+            has_template (`bool`): True where conversations are tokenized by the chat template.
+        """
+        for dataset_name, dataset in named_datasets(name, datasets):
+            is_text = "prompt" in dataset.column_names and len(dataset) > 0 and isinstance(dataset[0]["prompt"], str)
+            can_count = is_text or has_template
+            check_prompts(dataset, dataset_name, lengths_of if can_count else None, self.max_length)
+
+    def cut(self, prompt_ids: list[list[int]]) -> list[list[int]]:
+        """Returns prompts that the context has room for, and counts those that were too long."""
+        check_prompt_ids(prompt_ids)
+        self.num_too_long = sum(self.max_length is not None and len(ids) > self.max_length for ids in prompt_ids)
+        if self.num_too_long and self.is_cut:
+            prompt_ids = [cut_to_context(ids, self.max_length, self.bos_token_id) for ids in prompt_ids]
+        return prompt_ids
+
+
 def named_datasets(name: str, datasets: Any) -> Iterator[tuple[str, Dataset]]:
     """Those that can be looked at, of one dataset or a dict of them, with what errors call them."""
     if isinstance(datasets, Dataset):

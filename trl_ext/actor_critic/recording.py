@@ -18,13 +18,13 @@ import pyarrow.parquet as pq
 import torch
 from datasets import Dataset, Features, Json, List, Value
 
-from .. import token_mdp
-from ..compat import strip_images_from_messages
 from ..data.rollouts import FOLDER, NUMBERS_OF_TOKENS, files_of
+from ..token_mdp import kl_estimate
+from .rollout import Rollout
 
 
 def rollout_features(row: dict[str, Any]) -> Features:
-    """Of a row, whose prompt and completion are texts or lists of messages."""
+    """Returns the types of a row's columns, whose prompt and completion are texts or lists of messages."""
     text = Value("string") if isinstance(row["prompt"], str) else List(Json())
     number = Value("float32")
     return Features(
@@ -43,14 +43,66 @@ def rollout_features(row: dict[str, Any]) -> Features:
     )
 
 
-class Recording:
-    """The rows of what one process sampled at once, until all is known of them and they are written to `file`."""
+class Recorder:
+    """
+    Keeps of each rollout what the reward functions, the estimator and the policy say of it, and writes it when the last
+    of them has: within the optimizer step that follows, whatever is trained on it afterwards.
 
-    def __init__(self, file: Path, rows: list[dict[str, Any]]):
-        self.file, self.rows = file, rows
+    Args:
+        output_dir (`str`): The folder of the training.
+        process_index (`int`): Number of this process.
+    """
 
-    def add(self, indices: torch.Tensor, **columns: torch.Tensor | None) -> None:
-        """What is now known of the rows `indices` `(B,)`: columns `(B,)`, or `(B, T)` of which each keeps its tokens."""
+    def __init__(self, output_dir: str, process_index: int):
+        self.folder, self.process_index = Path(output_dir) / FOLDER, process_index
+        self.rows: list[dict[str, Any]] = []  # of the rollout under way, until they are written
+        self.file: Path | None = None
+        self.evaluation = "eval"  # the split of the evaluation under way
+        self.batches = {}  # of each split: the step of its last batch, and how many it had at this step
+
+    def begin(self, step: int, moves_files: bool) -> None:
+        """Prepares for a training from `step` on; what an earlier one left of it and of later steps is put aside."""
+        self.rows, self.batches = [], {}
+        if moves_files:  # other processes write their first file after a reward that they gather with this one
+            set_aside(self.folder, step)
+
+    def begin_evaluation(self, metric_key_prefix: str) -> None:
+        """Names the split of an evaluation after its metrics."""
+        name = re.sub(r"\W", "_", metric_key_prefix)
+        self.evaluation = name if name.startswith("eval") else f"eval_{name}"
+        self.batches[self.evaluation] = (None, 0)
+
+    def begin_rollout(self, rows: list[dict[str, Any]], step: int, is_training: bool) -> None:
+        """Takes the rows of a rollout, with what its rewards are."""
+        split = "train" if is_training else self.evaluation
+        last_step, count = self.batches.get(split, (None, 0))
+        number = count if last_step == step else 0
+        self.batches[split] = (step, number + 1)
+        name = f"step-{step:08d}-batch-{number:05d}-process-{self.process_index:05d}.parquet"
+        self.file, self.rows = self.folder / split / name, rows
+
+    def add_credit(self, rollout: Rollout, rewards: torch.Tensor) -> None:
+        """Adds what the estimator took, `rewards` `(B, T)`, and gave."""
+        if self.rows:
+            mask, credit = rollout.chosen, rollout.credit
+            columns = {"rewards": rewards, **vars(credit)}
+            columns = {name: None if x is None else torch.where(mask, x, 0) for name, x in columns.items()}
+            self._add(rollout.index, own=mask, terminated=rollout.terminated, **columns)
+
+    def add_logps(self, rollout: Rollout, logps: torch.Tensor) -> None:
+        """Adds log-probabilities by the policy that sampled; with those of the last rows, writes the file."""
+        if not self.rows:
+            return
+        mask, kl = rollout.chosen, None
+        if rollout.ref_logps is not None:
+            kl = torch.where(mask, kl_estimate(logps, rollout.ref_logps, "k1"), 0)
+        self._add(rollout.index, logps=torch.where(mask, logps, 0), kl=kl)
+        if all("logps" in row for row in self.rows):
+            write(self.file, self.rows)
+            self.rows = []
+
+    def _add(self, indices: torch.Tensor, **columns: torch.Tensor | None) -> None:
+        """Adds columns `(B,)`, or `(B, T)` of which each row keeps its tokens, to the rows `indices` `(B,)`."""
         columns = {name: None if column is None else column.detach().cpu() for name, column in columns.items()}
         for position, index in enumerate(indices.tolist()):
             row = self.rows[index]
@@ -62,100 +114,22 @@ class Recording:
                     entry = torch.nn.functional.pad(entry[:length], (0, max(length - len(entry), 0)))
                 row[name] = None if entry is None else entry.tolist()
 
-    @property
-    def is_complete(self) -> bool:
-        return all("logps" in row for row in self.rows)
 
-    def write(self) -> None:
-        features = rollout_features(self.rows[0])
-        rows = [_encoded({name: row[name] for name in features}) for row in self.rows]
-        table = Dataset.from_list(rows, features=features).data.table
-        self.file.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = self.file.with_suffix(".tmp")
-        pq.write_table(table, unfinished)
-        os.replace(unfinished, self.file)
+def write(file: Path, rows: list[dict[str, Any]]) -> None:
+    """Writes the rows of a rollout to a file that appears whole."""
+    features = rollout_features(rows[0])
+    rows = [_encoded({name: row[name] for name in features}) for row in rows]
+    table = Dataset.from_list(rows, features=features).data.table
+    file.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = file.with_suffix(".tmp")
+    pq.write_table(table, unfinished)
+    os.replace(unfinished, file)
 
 
 def _encoded(row: dict[str, Any]) -> dict[str, Any]:
-    """With messages as JSON, which `datasets` would write with numbers rounded to 10 digits."""
+    """Returns a row with messages as JSON, which `datasets` would write with numbers rounded to 10 digits."""
     texts = {name: row[name] for name in ("prompt", "completion") if not isinstance(row[name], str)}
     return row | {name: [json.dumps(m, ensure_ascii=False) for m in messages] for name, messages in texts.items()}
-
-
-class RecordingMixin:
-    """
-    With `save_rollouts`, keeps of each rollout what the reward functions, the estimator and the policy say of it, and
-    writes it when the last of them has: within the optimizer step that follows, whatever is trained on it afterwards.
-    """
-
-    _recording = None  # of the rollout under way, until it is written
-    _evaluated = "eval"  # the split of the evaluation under way
-    _batches = {}  # of each split: the step of its last batch, and how many it had at this step
-
-    def _begin_recording(self, step: int) -> None:
-        """Before training from `step` on. What an earlier training left of it and of later steps goes aside."""
-        self._recording, self._batches = None, {}
-        if self.args.save_rollouts and self.args.should_save:
-            # Other processes write their first file after a reward that they gather with this one
-            set_aside(Path(self.args.output_dir) / FOLDER, step)
-
-    def evaluation_loop(self, *args, metric_key_prefix="eval", **kwargs):
-        name = re.sub(r"\W", "_", metric_key_prefix)
-        self._evaluated = name if name.startswith("eval") else f"eval_{name}"
-        self._batches = self._batches | {self._evaluated: (None, 0)}
-        return super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
-
-    def _next_file(self) -> Path:
-        split, step = "train" if self.model.training else self._evaluated, self.state.global_step
-        last_step, count = self._batches.get(split, (None, 0))
-        number = count if last_step == step else 0
-        self._batches = self._batches | {split: (step, number + 1)}
-        name = f"step-{step:08d}-batch-{number:05d}-process-{self.accelerator.process_index:05d}.parquet"
-        return Path(self.args.output_dir) / FOLDER / split / name
-
-    def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
-        rewards_per_func = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
-        if self.args.save_rollouts:
-            rewards = self._own_rewards(rewards_per_func)
-            rows = [
-                {
-                    "step": self.state.global_step,
-                    "prompt": strip_images_from_messages(prompt),
-                    "completion": strip_images_from_messages(completion),
-                    "completion_ids": ids,
-                    "tokens": self._tokenizer.convert_ids_to_tokens(ids),
-                    **own,
-                }
-                for prompt, completion, ids, own in zip(
-                    prompts, completions, completion_ids_list, rewards, strict=True
-                )
-            ]
-            self._recording = Recording(self._next_file(), rows)
-        return rewards_per_func
-
-    def _record_credit(self, batch, mask: torch.Tensor, logps: torch.Tensor | None, **columns) -> None:
-        """What the estimator took and gave, `(B, T)` each."""
-        if self._recording is None:
-            return
-        columns = {name: None if x is None else torch.where(mask, x, 0) for name, x in columns.items()}
-        self._recording.add(batch["completion_index"], own=mask, terminated=batch["terminated"], **columns)
-        if logps is not None:
-            self._record_logps(batch, mask, logps)
-
-    def _record_logps(self, batch, mask: torch.Tensor, logps: torch.Tensor) -> None:
-        kl = None
-        if batch.get("ref_per_token_logps") is not None:
-            kl = torch.where(mask, token_mdp.kl_estimate(logps, batch["ref_per_token_logps"], "k1"), 0)
-        self._recording.add(batch["completion_index"], logps=torch.where(mask, logps, 0), kl=kl)
-        if self._recording.is_complete:
-            self._recording.write()
-            self._recording = None
-
-    def _compute_loss(self, model, inputs):
-        loss = super()._compute_loss(model, inputs)
-        if self._recording is not None:  # where no estimator needs them, the training forward is the first to know
-            self._record_logps(inputs, self._own_tokens(inputs), self._passes[-1][0])
-        return loss
 
 
 def set_aside(folder: Path, step: int) -> None:

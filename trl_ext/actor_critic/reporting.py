@@ -1,13 +1,19 @@
-"""What [`ActorCriticTrainer`] logs: metrics over all processes, and the columns of TRL's completions table."""
+"""
+Metrics of rollouts and updates, as functions that decide nothing: each takes what a stage has found, over the chosen
+tokens of all processes, and returns what is to be logged of it. `README.md` beside this file says what each metric
+means and what to do when it looks bad.
+"""
 
 import math
 import time
 
 import torch
+from accelerate import Accelerator
 from accelerate.logging import get_logger
 from accelerate.utils import gather_object
 
-from .. import token_mdp
+from ..token_mdp import combine_moments, explained_share, first_own_token, kl_estimate, masked_moments
+from .rollout import Credit, Rollout
 
 
 logger = get_logger(__name__)
@@ -18,179 +24,207 @@ MAX_FIRST_RATIO_DEVIATION = 0.05
 MAX_FIRST_KL = 0.01
 
 
-class ReportingMixin:
+def moments_of_all(x: torch.Tensor, mask: torch.Tensor, accelerator: Accelerator):
+    """Returns count, mean and variance of `x` `(B, T)` where `mask` is true, over all processes."""
+    return combine_moments(accelerator.gather(masked_moments(x, mask).unsqueeze(0)))
+
+
+# --- A rollout ---
+
+
+def kl_sums(rollout: Rollout, logps: torch.Tensor, accelerator: Accelerator) -> dict[str, float]:
     """
-    Adds to TRL's metrics. Each is taken over the own tokens of all processes: those of a rollout, or those of a
-    micro-batch for what an update measures (and for everything, where the training forward gives the values). As
-    TRL's, they are then averaged over the logging interval.
+    Sums up the KL to the reference.
 
-    | metric | meaning |
-    | --- | --- |
-    | `kl/k1`, `kl/k2`, `kl/k3` | estimates of the KL to the reference per token, nats ([`token_mdp.kl_estimate`]) |
-    | `kl/coef` | present coefficient of the KL in the reward |
-    | `returns/mean`, `values/mean` | what the critic should and does say |
-    | `advantages/mean`, `advantages/std` | before whitening |
-    | `explained_variance` | share of the returns' variance that the critic explains; 1 is perfect, 0 a constant |
-    | `value_loss`, `value_clip_ratio` | half the squared error per token; share of tokens beyond `cliprange_value` |
-    | `ratio/mean`, `ratio/max` | of the policy to the one that sampled; 1 in the first update on a rollout |
-    | `approx_kl` | k3 of the KL between the same two, per token |
-    | `target_kl_exceeded` | 1 where `target_kl` ended the epochs |
-    | `first_step/ratio_deviation`, `first_step/kl` | mean of abs(ratio - 1), and k3 to the reference, before any update |
-    | `prompts/clipped_ratio` | share of prompts too long for the context, once there was one |
-    | `tokens_per_second` | completion tokens of a rollout over the time until the next one |
+    Returns:
+        `dict[str, float]`: Sums of the estimates by name, in nats, and of `tokens` and `completions`.
+    """
+    mask = rollout.chosen
+    estimates = [kl_estimate(logps, rollout.ref_logps, name) for name in KL_ESTIMATORS]
+    sums = [torch.where(mask, estimate, 0).sum() for estimate in estimates]
+    local = torch.stack([*sums, mask.sum(), mask.any(dim=1).sum()])
+    names = [*KL_ESTIMATORS, "tokens", "completions"]
+    return dict(zip(names, accelerator.reduce(local, reduction="sum").tolist(), strict=True))
 
-    TRL's `frac_reward_zero_std` is dropped for single completions, whose groups have no spread.
+
+def kl_metrics(sums: dict[str, float]) -> dict[str, float]:
+    """Returns the means per token of what [`kl_sums`] has summed up."""
+    return {f"kl/{name}": sums[name] / max(sums["tokens"], 1) for name in KL_ESTIMATORS}
+
+
+def credit_metrics(credit: Credit, mask: torch.Tensor, accelerator: Accelerator) -> dict[str, float]:
+    """Returns what advantages, returns and values are like, before whitening."""
+    _, mean, var = moments_of_all(credit.advantages, mask, accelerator)
+    metrics = {"advantages/mean": mean.item(), "advantages/std": var.sqrt().item()}
+    _, mean, var_returns = moments_of_all(credit.returns, mask, accelerator)
+    metrics["returns/mean"] = mean.item()
+    if credit.values is not None:
+        metrics["values/mean"] = moments_of_all(credit.values, mask, accelerator)[1].item()
+        _, _, var_errors = moments_of_all(credit.returns - credit.values, mask, accelerator)
+        metrics["explained_variance"] = explained_share(var_errors, var_returns, mean).item()
+    return metrics
+
+
+class Throughput:
+    """Measures completion tokens of a rollout over the time until the next one."""
+
+    def __init__(self):
+        self.last = None  # time and number of tokens
+
+    def at_rollout(self, num_tokens: float) -> dict[str, float]:
+        """Returns the metric of the rollout before this one, which has `num_tokens`."""
+        now, last = time.perf_counter(), self.last
+        self.last = (now, num_tokens)
+        return {} if last is None else {"tokens_per_second": last[1] / (now - last[0])}
+
+
+class CutPrompts:
+    """
+    Counts the prompts that were too long for the model's context, from the first one on, and warns of that one.
+
+    Args:
+        max_length (`int`, *optional*): Tokens of a prompt that the context has room for.
+        is_cut (`bool`): True where their first tokens are left out; images cannot be.
     """
 
-    def _log_rollout(self, batch, mode: str) -> None:
-        """Open the batch's rows in the completions table and measure throughput."""
-        self._log_cut_prompts(len(batch["scores"]), mode)
-        if (self.num_generations if mode == "train" else self.num_generations_eval) == 1:
-            self._metrics[mode].pop("frac_reward_zero_std", None)
-        num_rows = len(batch["scores"]) * self.accelerator.num_processes
-        self._logs["extra"]["value"].extend([math.nan] * num_rows)
-        self._logs["extra"]["decisive_token"].extend([""] * num_rows)
-        self._first_logged_row = len(self._logs["advantages"]) - num_rows
-        if mode == "train":
-            now = time.perf_counter()
-            if self._last_rollout is not None:
-                started, tokens = self._last_rollout
-                self._metrics[mode]["tokens_per_second"].append(tokens / (now - started))
-            self._last_rollout = (now, batch["num_items_in_batch"].item())
+    def __init__(self, max_length: int | None, is_cut: bool):
+        self.max_length, self.is_cut, self.has_any = max_length, is_cut, False
 
-    def _log_cut_prompts(self, num_prompts: int, mode: str) -> None:
-        """Count the prompts that were too long for the context, from the first one on, and warn of that one."""
-        counts = self.accelerator.reduce(
-            torch.tensor([self._num_cut_prompts, num_prompts], device=self._scores.device)
-        )
-        num_cut, num_prompts = counts.tolist()
-        if num_cut and not self._has_cut_prompts:
-            self._has_cut_prompts = True
-            what = "go on beyond it, for they hold images" if self._is_vlm else "lost their first tokens"
+    def at_rollout(self, num_cut: int, num_prompts: int, accelerator: Accelerator) -> dict[str, float]:
+        """Returns the metric of a rollout, of which this process has `num_prompts`."""
+        local = torch.tensor([num_cut, num_prompts], device=accelerator.device)
+        num_cut, num_prompts = accelerator.reduce(local).tolist()
+        if num_cut and not self.has_any:
+            self.has_any = True
+            what = "lost their first tokens" if self.is_cut else "go on beyond it, for they hold images"
             logger.warning(
-                f"{num_cut} of {num_prompts} prompts of a rollout have more than the {self.max_prompt_length} tokens that "
+                f"{num_cut} of {num_prompts} prompts of a rollout have more than the {self.max_length} tokens that "
                 f"the model's context less `max_completion_length` leaves, and {what}: the policy answers what it did "
                 "not read whole. Filter or shorten the prompts, or lower `max_completion_length`. "
                 "`prompts/clipped_ratio` counts them from now on."
             )
-        if self._has_cut_prompts:
-            self._metrics[mode]["prompts/clipped_ratio"].append(num_cut / num_prompts)
+        return {"prompts/clipped_ratio": num_cut / num_prompts} if self.has_any else {}
 
-    def _log_kl(self, logps: torch.Tensor, ref_logps: torch.Tensor, mask: torch.Tensor, mode: str) -> None:
-        estimates = [token_mdp.kl_estimate(logps, ref_logps, name) for name in KL_ESTIMATORS]
-        sums = [torch.where(mask, estimate, 0).sum() for estimate in estimates]
-        local = torch.stack([*sums, mask.sum(), mask.any(dim=1).sum()])
-        *sums, tokens, completions = self.accelerator.reduce(local, reduction="sum").tolist()
-        for name, total in zip(KL_ESTIMATORS, sums, strict=True):
-            self._metrics[mode][f"kl/{name}"].append(total / max(tokens, 1))
-        if self.args.kl_in_reward:
-            self._metrics[mode]["kl/coef"].append(self.kl_controller.coef)
-        if mode == "train" and not self._in_critic_warmup:
-            self.kl_controller.observe(sums[0], int(completions))
 
-    def _log_advantages(self, batch, advantages, returns, values, mask, mode: str) -> None:
-        metrics = self._metrics[mode]
-        _, mean, var = self._global_moments(advantages, mask)
-        metrics["advantages/mean"].append(mean.item())
-        metrics["advantages/std"].append(var.sqrt().item())
-        _, mean, var_returns = self._global_moments(returns, mask)
-        metrics["returns/mean"].append(mean.item())
-        if values is not None:
-            metrics["values/mean"].append(self._global_moments(values, mask)[1].item())
-            _, _, var_errors = self._global_moments(returns - values, mask)
-            explained = token_mdp.explained_share(var_errors, var_returns, mean)
-            metrics["explained_variance"].append(explained.item())
-        self._log_completions_table(batch, advantages, values, mask)
+# --- TRL's table of completions ---
 
-    def _log_completions_table(self, batch, advantages, values, mask) -> None:
-        """
-        One row per completion: its mean advantage, V of its prompt, and the token with the largest advantage in size.
-        Rows are found by index, for the batch may have been shuffled and split since they were opened.
-        """
-        if not self.log_completions:
-            return
-        means = torch.where(mask, advantages, 0).sum(dim=1) / mask.sum(dim=1).clamp(min=1)
-        starts = token_mdp.first_own_token(values, mask) if values is not None else torch.full_like(means, math.nan)
-        largest = torch.where(mask, advantages, 0).abs().argmax(dim=1, keepdim=True)
-        tokens = self._tokenizer.convert_ids_to_tokens(batch["completion_ids"].gather(1, largest).squeeze(1).tolist())
-        credits = advantages.gather(1, largest).squeeze(1).tolist()
-        rows_per_process = len(self._logs["advantages"]) - self._first_logged_row
-        offset = self.accelerator.process_index * (rows_per_process // self.accelerator.num_processes)
+
+class CompletionsTable:
+    """
+    Adds to TRL's table of a rollout what is credited to each completion: its mean advantage in place of the group's,
+    `value`, V of its prompt, and `decisive_token`, with the largest advantage in size.
+
+    Args:
+        logs (`dict`): TRL's columns.
+        num_rows (`int`): Number of completions on all processes, which TRL has just added.
+    """
+
+    def __init__(self, logs: dict, num_rows: int):
+        self.logs = logs
+        self.first_row = len(logs["advantages"]) - num_rows
+        logs["extra"]["value"].extend([math.nan] * num_rows)
+        logs["extra"]["decisive_token"].extend([""] * num_rows)
+
+    def add(self, rollout: Rollout, tokenizer, accelerator: Accelerator) -> None:
+        """Fills in rows by their index: the rollout may have been shuffled and split since it was sampled."""
+        credit, mask = rollout.credit, rollout.chosen
+        advantages = torch.where(mask, credit.advantages, 0)
+        means = advantages.sum(dim=1) / mask.sum(dim=1).clamp(min=1)
+        starts = torch.full_like(means, math.nan) if credit.values is None else first_own_token(credit.values, mask)
+        largest = advantages.abs().argmax(dim=1, keepdim=True)
+        tokens = tokenizer.convert_ids_to_tokens(rollout.completion_ids.gather(1, largest).squeeze(1).tolist())
+        credits = credit.advantages.gather(1, largest).squeeze(1).tolist()
+        rows_per_process = (len(self.logs["advantages"]) - self.first_row) // accelerator.num_processes
         rows = zip(
-            (batch["completion_index"] + offset).tolist(),
+            (rollout.index + accelerator.process_index * rows_per_process).tolist(),
             means.tolist(),
             starts.tolist(),
             [f"{token!r} {credit:+.2f}" for token, credit in zip(tokens, credits, strict=True)],
             strict=True,
         )
         for row, mean, start, token in gather_object(list(rows)):
-            position = self._first_logged_row + row
+            position = self.first_row + row
             if position >= 0:  # an evaluation batch may be longer than the table
-                self._logs["advantages"][position] = mean
-                self._logs["extra"]["value"][position] = f"{start:.2f}"
-                self._logs["extra"]["decisive_token"][position] = token
+                self.logs["advantages"][position] = mean
+                self.logs["extra"]["value"][position] = f"{start:.2f}"
+                self.logs["extra"]["decisive_token"][position] = token
 
-    def _log_update(self, inputs, logps, values, per_token_value_loss, mask) -> None:
-        """Metrics of one micro-batch's forward; `values` and `per_token_value_loss` are None without a critic."""
-        mode = "train" if self.model.training else "eval"
-        if mode == "train" and self._is_first_update:
-            self._is_first_update = False
-            self._check_first_update(inputs, logps, mask)
-        old_logps = inputs.get("old_per_token_logps")
-        old_logps = logps if old_logps is None else old_logps
-        ratio = torch.where(mask, (logps - old_logps).exp(), 1)
-        approx_kl = torch.where(mask, token_mdp.kl_estimate(old_logps, logps, "k3"), 0).sum()
-        zero = torch.zeros_like(approx_kl)
-        value_loss = value_clipped = zero
-        if values is not None:
-            value_loss = per_token_value_loss.detach().sum()
-            if self.args.cliprange_value is not None:
-                value_clipped = (((values - inputs["values"]).abs() > self.args.cliprange_value) & mask).sum()
-        if mode == "train":
-            self._window_kl += torch.stack([approx_kl, mask.sum()])
-        local = torch.stack([mask.sum(), torch.where(mask, ratio, 0).sum(), approx_kl, value_loss, value_clipped])
-        tokens, *sums = self.accelerator.reduce(local, reduction="sum").tolist()
-        if tokens == 0:
-            return
-        ratio_mean, approx_kl, value_loss, value_clipped = (x / tokens for x in sums)
-        metrics = self._metrics[mode]
-        metrics["ratio/mean"].append(ratio_mean)
-        metrics["ratio/max"].append(self.accelerator.gather(ratio.max()).max().item())
-        metrics["approx_kl"].append(approx_kl)
-        if values is not None:
-            metrics["value_loss"].append(value_loss)
-            if self.args.cliprange_value is not None:
-                metrics["value_clip_ratio"].append(value_clipped)
 
-    def _check_first_update(self, inputs, logps, mask) -> None:
-        """
-        Before its first update a policy is the one that sampled, so the ratio is 1, and mostly its own reference, so the
-        KL is 0. Where the forwards that should agree do not, gradients are of something else than the policy.
-        """
-        old_logps, ref_logps = inputs.get("old_per_token_logps"), inputs.get("ref_per_token_logps")
-        deviation = kl = torch.zeros_like(logps)
-        if old_logps is not None:
-            deviation = ((logps - old_logps).exp() - 1).abs()
-        if ref_logps is not None:
-            kl = token_mdp.kl_estimate(logps, ref_logps, "k3")
-        local = torch.stack([torch.where(mask, x, 0).sum() for x in (deviation, kl)] + [mask.sum()])
-        *sums, tokens = self.accelerator.reduce(local, reduction="sum").tolist()
-        checks = [
-            ("ratio_deviation", old_logps, MAX_FIRST_RATIO_DEVIATION, "the policy that sampled"),
-            ("kl", ref_logps, MAX_FIRST_KL, "the reference"),
-        ]
-        for total, (name, other, limit, other_name) in zip(sums, checks, strict=True):
-            if other is None:
-                continue
-            value = total / max(tokens, 1)
-            self._metrics["train"][f"first_step/{name}"].append(value)
-            if value > limit:
-                dropout = (
-                    "" if self.args.disable_dropout else "dropout (set `disable_dropout=True`, and `lora_dropout=0`), "
-                )
-                logger.warning(
-                    f"Before the first update the policy differs from {other_name}: `first_step/{name}` is {value:.3g} "
-                    f"per token, and rounding explains no more than {limit}. Usual causes: {dropout}randomness of the "
-                    "model's own (the jitter of a router, set to 0 in its config), a policy that was trained further than "
-                    "its reference, or weights in a lower precision than `bf16` computes in."
-                )
+# --- An update ---
+
+
+def update_sums(
+    rollout: Rollout,
+    logps: torch.Tensor,
+    values: torch.Tensor | None,
+    value_losses: torch.Tensor | None,
+    cliprange_value: float | None,
+) -> dict[str, torch.Tensor]:
+    """
+    Sums up one micro-batch's forward over this process's chosen tokens.
+
+    Args:
+        rollout ([`Rollout`]): The micro-batch.
+        logps (`torch.Tensor` of shape `(B, T)`): Log-probabilities by the policy.
+        values, value_losses (`torch.Tensor` of shape `(B, T)`, *optional*): Of the critic; None without one.
+        cliprange_value (`float`, *optional*): The range beyond which values are clipped.
+    """
+    mask = rollout.chosen
+    old_logps = logps if rollout.old_logps is None else rollout.old_logps
+    ratio = torch.where(mask, (logps - old_logps).exp(), 1)
+    sums = {
+        "tokens": mask.sum(),
+        "ratio/mean": torch.where(mask, ratio, 0).sum(),
+        "approx_kl": torch.where(mask, kl_estimate(old_logps, logps, "k3"), 0).sum(),
+    }
+    if values is not None:
+        sums["value_loss"] = value_losses.detach().sum()
+        if cliprange_value is not None:
+            sums["value_clip_ratio"] = (((values - rollout.credit.values).abs() > cliprange_value) & mask).sum()
+    return sums | {"ratio/max": ratio.max()}
+
+
+def update_metrics(sums: dict[str, torch.Tensor], accelerator: Accelerator) -> dict[str, float]:
+    """Returns the means per token of [`update_sums`] over all processes; nothing where no token is chosen."""
+    sums = dict(sums)
+    largest = sums.pop("ratio/max")
+    tokens, *means = accelerator.reduce(torch.stack(list(sums.values())), reduction="sum").tolist()
+    if tokens == 0:
+        return {}
+    metrics = {name: mean / tokens for name, mean in zip(list(sums)[1:], means, strict=True)}
+    return metrics | {"ratio/max": accelerator.gather(largest).max().item()}
+
+
+def first_update_metrics(rollout: Rollout, logps: torch.Tensor, accelerator: Accelerator, has_dropout: bool) -> dict:
+    """
+    Compares the policy before its first update with the one that sampled, and with its reference.
+
+    Before it the ratio is 1 and the KL mostly 0. Where the forwards that should agree do not, gradients are of something
+    else than the policy, and a warning says so.
+    """
+    mask = rollout.chosen
+    deviation = kl = torch.zeros_like(logps)
+    if rollout.old_logps is not None:
+        deviation = ((logps - rollout.old_logps).exp() - 1).abs()
+    if rollout.ref_logps is not None:
+        kl = kl_estimate(logps, rollout.ref_logps, "k3")
+    local = torch.stack([torch.where(mask, x, 0).sum() for x in (deviation, kl)] + [mask.sum()])
+    *sums, tokens = accelerator.reduce(local, reduction="sum").tolist()
+    comparisons = [
+        ("ratio_deviation", rollout.old_logps, MAX_FIRST_RATIO_DEVIATION, "the policy that sampled"),
+        ("kl", rollout.ref_logps, MAX_FIRST_KL, "the reference"),
+    ]
+    metrics = {}
+    for total, (name, other, limit, other_name) in zip(sums, comparisons, strict=True):
+        if other is None:
+            continue
+        value = metrics[f"first_step/{name}"] = total / max(tokens, 1)
+        if value > limit:
+            dropout = "dropout (set `disable_dropout=True`, and `lora_dropout=0`), " if has_dropout else ""
+            logger.warning(
+                f"Before the first update the policy differs from {other_name}: `first_step/{name}` is {value:.3g} "
+                f"per token, and rounding explains no more than {limit}. Usual causes: {dropout}randomness of the "
+                "model's own (the jitter of a router, set to 0 in its config), a policy that was trained further than "
+                "its reference, or weights in a lower precision than `bf16` computes in."
+            )
+    return metrics

@@ -6,6 +6,7 @@ or by a penalty on what was said before, samples from another one, and an estima
 samples is off-policy by a ratio that nobody computes.
 """
 
+import warnings
 from typing import Any
 
 
@@ -69,6 +70,25 @@ def altered(settings: dict[str, Any], temperature: float) -> dict[str, Any]:
     if settings.get("temperature") not in (None, temperature):
         found["temperature"] = settings["temperature"]
     return found
+
+
+def warn_of_altered(
+    settings: dict[str, Any], temperature: float, given: dict[str, Any], use_vllm: bool, is_corrected: bool
+) -> None:
+    """
+    Warns of an engine that samples from another distribution than the one that is trained.
+
+    Args:
+        settings (`dict`): Of the engine, by name.
+        temperature (`float`): Of the log-probabilities that are trained.
+        given (`dict`): What the user has set of them, where the model's generation config has the others.
+        use_vllm (`bool`): vLLM samples, which asks no generation config.
+        is_corrected (`bool`): True where the engine's log-probabilities of what it sampled are corrected for.
+    """
+    options = altered(settings, temperature)
+    if options:
+        own = {name for name in options if not use_vllm and given.get(name) is None}
+        warnings.warn(warning_of(options, temperature, own, is_corrected), stacklevel=5)
 
 
 def warning_of(options: dict[str, Any], temperature: float, own: set[str], is_corrected: bool) -> str:

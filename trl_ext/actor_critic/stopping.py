@@ -1,16 +1,16 @@
-"""Where completions end, for the engine that samples them: at its end tokens, and with its stop strings."""
+"""
+Where completions end, for the engine that samples them: at its end tokens, and with its stop strings.
 
-import functools
-import warnings
-from contextlib import contextmanager
+TRL knows only the end tokens of the model and the tokenizer, so what pads a completion after any other end would be
+trained as the policy's own, and count as cut.
+"""
+
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from torch.nn.functional import pad
 from transformers import PreTrainedTokenizerBase, StopStringCriteria
-
-from ..models.decoding import DEFAULTS, settings_of
-from .sampling import altered, warning_of
 
 
 NO_TOKEN = 2**31 - 1  # which `StopStringCriteria` takes for one that is in no string
@@ -40,137 +40,83 @@ class StopStrings:
         return int(met.int().argmax()) + 1 if met.any() else None
 
     def is_last(self, prompt_ids: list[int], completion_ids: list[int]) -> bool:
-        """True where the last token completes a stop string."""
+        """Returns True where the last token completes a stop string."""
         return bool(self._met(prompt_ids, completion_ids, 1))
 
     def _met(self, prompt_ids: list[int], completion_ids: list[int], num_tokens: int) -> torch.Tensor:
-        """`(num_tokens,)` bool: which of the last tokens complete a stop string."""
+        """Returns `(num_tokens,)` bool: which of the last tokens complete a stop string."""
         width = self.criterion.maximum_token_len
         ids = pad(torch.tensor([*prompt_ids[-width:], *completion_ids]), (width, 0), value=NO_TOKEN)
         return self.criterion(ids.unfold(0, width, 1)[-num_tokens:], None)
 
 
-class StoppingMixin:
+class Stopping:
     """
-    Ends completions where the engine does: the parent knows only the end tokens of the model and the tokenizer, so
-    what pads a completion after any other end would be trained as the policy's own, and count as cut.
+    Tells where and how completions end, by the settings of the engine that samples them.
+
+    Args:
+        tokenizer (`PreTrainedTokenizerBase`): The policy's.
+        end_tokens (`list[int]`): With one of these a completion ends; a padding token at its end counts as one, as in
+            TRL.
+        strings (`str` or `list[str]`, *optional*): Stop strings.
     """
 
-    _stop_strings: StopStrings | None = None
-    _ended_by_string: list[bool] | None = None  # of the completions of the present rollout
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, end_tokens: list[int], strings: str | list[str] | None = None
+    ):
+        self.end_tokens = {*end_tokens, tokenizer.pad_token_id}
+        self.strings = StopStrings(tokenizer, strings) if strings else None
 
-    def _set_up_sampling(self) -> None:
-        """Reads the engine's settings. To be called when the parent's `__init__` has prepared model and engine."""
-        settings = self._engine_settings()
-        ends = settings.get("eos_token_id", self.eos_token_ids)
-        if isinstance(ends, list) and None in ends and self.rollout_func is None and not self.use_vllm:
-            raise ValueError(
-                "The policy's tokenizer has no end-of-sequence token to end completions with. Set `tokenizer.eos_token`, "
-                "or name the tokens to stop at: `generation_kwargs={'eos_token_id': [...]}`."
-            )
-        self.eos_token_ids = [*([ends] if isinstance(ends, int) else ends), *settings.get("stop_token_ids", [])]
-        strings = settings.get("stop") if self.use_vllm else settings.get("stop_strings")
-        if strings:
-            self._stop_strings = StopStrings(self._tokenizer, strings)
-        if self.rollout_func is None and self.accelerator.is_main_process:
-            self._warn_of_altered_sampling(settings)
+    @classmethod
+    def of(
+        cls, settings: dict[str, Any], tokenizer: PreTrainedTokenizerBase, end_tokens: list[int], use_vllm: bool
+    ) -> "Stopping":
+        """
+        Reads an engine's settings.
 
-    def _engine_settings(self) -> dict[str, Any]:
-        """Options that the engine samples with, those at None left out."""
-        given = self.args.generation_kwargs or {}
-        if self.use_vllm:
-            names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
-            structure = {"structured_outputs": self.args.vllm_structured_outputs_regex}
-            settings = structure | {name: getattr(self, name) for name in names} | given
-        elif self.use_transformers_continuous_batching:  # which asks the model's generation config for nothing
-            settings = self.generation_config.to_dict()
-        else:
-            settings = DEFAULTS | settings_of(self.model, self.generation_config)
-        if self._is_vlm and "suppress_tokens" not in given:
-            settings.pop("suppress_tokens", None)  # the parent's: a token in place of which there is an image
-        return {name: value for name, value in settings.items() if value is not None}
+        Args:
+            settings (`dict`): Of the engine, by name.
+            tokenizer (`PreTrainedTokenizerBase`): The policy's.
+            end_tokens (`list[int]`): Of the model and the tokenizer, for an engine that names none.
+            use_vllm (`bool`): Whose names these are.
+        """
+        ends = settings.get("eos_token_id", end_tokens)
+        ends = [*([ends] if isinstance(ends, int) else ends), *settings.get("stop_token_ids", [])]
+        return cls(tokenizer, ends, settings.get("stop") if use_vllm else settings.get("stop_strings"))
 
-    def _warn_of_altered_sampling(self, settings: dict[str, Any]) -> None:
-        options = altered(settings, self.temperature)
-        if options:
-            own = {name for name in options if not self.use_vllm and self.generation_kwargs.get(name) is None}
-            warnings.warn(warning_of(options, self.temperature, own, self._corrects_sampling), stacklevel=4)
-
-    # --- Ends ---
-
-    def _generate_single_turn(self, prompt_ids, *args, **kwargs):
-        if self._stop_strings is None:
-            return super()._generate_single_turn(prompt_ids, *args, **kwargs)
-        with self._tokenizer_for_generate():
-            completion_ids, logprobs = super()._generate_single_turn(prompt_ids, *args, **kwargs)
-        lengths = [self._stop_strings.length(*ids) for ids in zip(prompt_ids, completion_ids, strict=True)]
+    def cut(self, prompt_ids: list[list[int]], completion_ids: list[list[int]], logps: list[list[float]] | None):
+        """Returns completions, and their log-probabilities, without what an engine has put after a stop string."""
+        if self.strings is None:
+            return completion_ids, logps
+        lengths = [self.strings.length(*ids) for ids in zip(prompt_ids, completion_ids, strict=True)]
         completion_ids = [ids[:length] for ids, length in zip(completion_ids, lengths, strict=True)]
-        if logprobs is not None:
-            logprobs = [of_row[: len(ids)] for of_row, ids in zip(logprobs, completion_ids, strict=True)]
-        return completion_ids, logprobs
+        if logps is not None:
+            logps = [of_row[: len(ids)] for of_row, ids in zip(logps, completion_ids, strict=True)]
+        return completion_ids, logps
 
-    @contextmanager
-    def _tokenizer_for_generate(self):
-        """`generate` reads stop strings with a tokenizer, which the parent does not give it."""
-        own = vars(self._policy).get("generate")
-        self._policy.generate = functools.partial(self._policy.generate, tokenizer=self._tokenizer)
-        try:
-            yield
-        finally:
-            del self._policy.generate
-            if own is not None:
-                self._policy.generate = own
+    def have_ended(self, prompt_ids: list[list[int]], completion_ids: list[list[int]]) -> list[bool]:
+        """Returns True for each completion whose last token ends it, or completes a stop string."""
+        return [
+            ids[-1] in self.end_tokens or (self.strings is not None and self.strings.is_last(prompt, ids))
+            for prompt, ids in zip(prompt_ids, completion_ids, strict=True)
+        ]
 
-    def _generate(self, prompts):
-        outputs = super()._generate(prompts)
-        if self._stop_strings is not None:
-            prompt_ids, completion_ids, tool_mask, *_ = outputs
-            pairs = list(zip(prompt_ids, completion_ids, strict=True))
-            self._ended_by_string = [self._stop_strings.is_last(*ids) for ids in pairs]
-            self._count_as_ended(completion_ids, tool_mask or [[1] * len(ids) for ids in completion_ids])
-        return outputs
 
-    def _count_as_ended(self, completion_ids: list[list[int]], tool_mask: list[list[int]]) -> None:
-        """The parent's metrics have just counted as clipped what ended with a stop string."""
-        device = self.accelerator.device
-        ends = {*self.eos_token_ids, self._tokenizer.pad_token_id}
-        ended = [ids[-1] in ends or met for ids, met in zip(completion_ids, self._ended_by_string, strict=True)]
-        ended = self.accelerator.gather(torch.tensor(ended, device=device))
-        lengths = self.accelerator.gather(torch.tensor([float(sum(own)) for own in tool_mask], device=device))
-        of_ended = lengths[ended] if ended.any() else lengths.new_zeros(1)
-        metrics = self._metrics["train" if self.model.training else "eval"]
-        metrics["completions/clipped_ratio"][-1] = 1 - ended.float().mean().item()
-        for name in ("mean", "min", "max"):
-            metrics[f"completions/{name}_terminated_length"][-1] = getattr(of_ended, name)().item()
+def ended_metrics(has_ended: list[bool], is_chosen: list[list[int]], accelerator: Accelerator) -> dict[str, float]:
+    """Returns TRL's metrics of completions that have ended, which counts those that end with a stop string as cut."""
+    has_ended = accelerator.gather(torch.tensor(has_ended, device=accelerator.device))
+    lengths = [float(sum(row)) for row in is_chosen]
+    lengths = accelerator.gather(torch.tensor(lengths, device=accelerator.device))
+    of_ended = lengths[has_ended] if has_ended.any() else lengths.new_zeros(1)
+    metrics = {"completions/clipped_ratio": 1 - has_ended.float().mean().item()}
+    for name in ("mean", "min", "max"):
+        metrics[f"completions/{name}_terminated_length"] = getattr(of_ended, name)().item()
+    return metrics
 
-    def _generate_and_score_completions(self, inputs):
-        if self._stop_strings is None or not self.mask_truncated_completions:
-            return super()._generate_and_score_completions(inputs)
-        # The parent would mask what ended with a stop string, too
-        self.mask_truncated_completions = False
-        try:
-            batch = super()._generate_and_score_completions(inputs)
-        finally:
-            self.mask_truncated_completions = True
-        has_ended = self._terminated(batch).unsqueeze(1)
-        masks = [name for name in ("completion_mask", "tool_mask") if name in batch]
-        batch |= {name: batch[name] * has_ended for name in masks}
-        own = torch.stack([batch[name] for name in masks]).prod(dim=0)
-        batch["num_items_in_batch"] = self.accelerator.gather(own.sum()).sum()
-        return batch
 
-    def _terminated(self, batch) -> torch.Tensor:
-        """`(B,)`: [`_have_ended`] of a batch."""
-        lengths = batch["completion_mask"].sum(dim=1).clamp(min=1).tolist()
-        rows = [ids[:length] for ids, length in zip(batch["completion_ids"].tolist(), lengths, strict=True)]
-        return torch.tensor(self._have_ended(rows), device=batch["completion_ids"].device)
-
-    def _have_ended(self, completion_ids: list[list[int]]) -> list[bool]:
-        """
-        True where the completion ended by itself: its last token is an eos (or pad) id, TRL's notion, or completes a
-        stop string, and does not end a call that was not answered.
-        """
-        ends = {*self.eos_token_ids, self._tokenizer.pad_token_id}
-        by_string = self._ended_by_string or [False] * len(completion_ids)
-        rows = zip(completion_ids, by_string, self._awaits_answer, strict=True)
-        return [(ids[-1] in ends or met) and not awaits for ids, met, awaits in rows]
+def without_cut(batch: dict[str, Any], has_ended: torch.Tensor, accelerator: Accelerator) -> dict[str, Any]:
+    """Returns TRL's batch without the tokens of completions that have not ended `(B,)`, as `truncation='mask'` asks."""
+    masks = [name for name in ("completion_mask", "tool_mask") if name in batch]
+    batch |= {name: batch[name] * has_ended.unsqueeze(1) for name in masks}
+    chosen = torch.stack([batch[name] for name in masks]).prod(dim=0)
+    return batch | {"num_items_in_batch": accelerator.gather(chosen.sum()).sum()}

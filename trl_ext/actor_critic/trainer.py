@@ -6,56 +6,87 @@ error to the lambda-return. With r_t from [`~trl_ext.token_mdp`] and A, G from g
 
     L = L_surrogate(pi, A) + vf_coef * mean_t (V(s_t) - G_t)^2 / 2
 
-The path of a batch:
-
-1. TRL generates and scores; `_calculate_rewards` keeps the local scores.
-2. Where one update follows on the whole rollout, or several of which the first is of the whole, the training forward
-   gives the old log-probabilities and the values, and no pass is made for them. Where several minibatches follow, the
-   pass in which TRL scores the rollout gives both. Only when the advantages' statistics span several micro-batches of
-   one on-policy update is a pass of our own needed.
-3. `_add_advantages` turns scores, values and log-probabilities into `advantages`, `returns` and `values`, `(B, T)`.
-4. `_compute_loss` adds the value loss to TRL's.
+The trainer's methods stand in the order in which TRL calls them. A batch is one [`~rollout.Rollout`]: completed by
+`_generate`, rewarded by `_calculate_rewards`, credited with advantages and returns as soon as a forward has given what
+they take, and then trained on by `_compute_loss`. [`~forward.ForwardPlan`] says which forward that is.
 """
 
 import math
 import textwrap
 import warnings
-from contextlib import contextmanager
+from contextlib import nullcontext
+from dataclasses import replace
 
 import torch
 from accelerate.logging import get_logger
 from datasets import Dataset
 from transformers import PreTrainedModel
-from transformers.integrations import is_deepspeed_zero3_enabled
 from trl import GRPOTrainer
 
 from .. import token_mdp
-from ..adapters.reward_adapters import RewardAdapterMixin, split_reward_adapters
+from ..adapters.precision import trainables_kept
+from ..adapters.reward_adapters import load_reward_adapter, split_reward_adapters
 from ..adapters.reward_models import with_loaded_reward_models
-from ..compat import enable_checkpointing, get_config_model_id, paying_environments
+from ..compat import (
+    MULTIMODAL_KEYS,
+    disable_gradient_checkpointing,
+    enable_checkpointing,
+    generating_by,
+    paying_environments,
+    rewarded_by,
+    scoring_answered,
+    strip_images_from_messages,
+    with_reference,
+    without_kl_in_loss,
+    without_masking_cut,
+)
 from ..critic.critic import Critic
-from ..critic.files import CRITIC_NAME, VALUE_HEAD_FILE, local_folder
+from ..critic.files import CRITIC_NAME, VALUE_HEAD_FILE
 from ..critic.heads import ValueHead
-from ..critic.start import check_vocabulary, critic_as_adapter, critic_from_model, critic_from_policy, shared_critic
-from ..models.dropout import active_dropout, stop_dropout
-from ..models.quantization import is_quantized
+from ..critic.start import start_critic
+from ..models.dropout import stop_dropout, warn_of_dropout
 from ..models.reference import take_up_start
-from ..token_mdp import KLController, value_loss
 from ..training.arguments import checked_args
+from ..training.head_scoring import COMPARED_TEXT, score_as_the_model_does
 from ..training.base import TrainerBase
 from .card import policy_card
 from .checkpoint import CheckpointingMixin, StartOfTraining
-from .checks import check_base_for_vllm, check_dataset_size, check_prefix_rewards, check_turn_rewards, checked_rollout
+from .checks import (
+    check_base_for_vllm,
+    check_completion_ids,
+    check_critic_model,
+    check_dataset_size,
+    check_prefix_rewards,
+    check_reference,
+    check_turn_rewards,
+    checked_rollout,
+)
 from .compact_batches import CompactBatchesMixin
 from .config import ActorCriticConfig
-from .generation import PolicyGenerationMixin
+from .credit import bootstrap_values, token_rewards
+from .forward import Forward, ForwardPlan
+from .generation import Generation, engine_settings
 from .notices import Notices
-from .passes import PassesMixin
-from .prompts import check_context
-from .recording import RecordingMixin
-from .reporting import ReportingMixin
-from .rewards import RewardsMixin, distinct_names
-from .stopping import StoppingMixin
+from .prompts import Prompts, check_context, refuse_missing_prompt
+from .recording import Recorder
+from .reporting import (
+    CompletionsTable,
+    CutPrompts,
+    Throughput,
+    credit_metrics,
+    first_update_metrics,
+    kl_metrics,
+    kl_sums,
+    moments_of_all,
+    update_metrics,
+    update_sums,
+)
+from .rewards import Rewards, distinct_names, ready_reward_models
+from .rollout import Completed, Credit, Rewarded, Rollout
+from .sampling import warn_of_altered
+from .stopping import Stopping, ended_metrics, without_cut
+from .trust_region import TrustRegion
+from .turns import Turns
 
 
 logger = get_logger(__name__)
@@ -63,14 +94,7 @@ logger = get_logger(__name__)
 
 class ActorCriticTrainer(
     CheckpointingMixin,
-    ReportingMixin,
-    PolicyGenerationMixin,
-    StoppingMixin,
-    PassesMixin,
     CompactBatchesMixin,
-    RecordingMixin,
-    RewardsMixin,
-    RewardAdapterMixin,
     TrainerBase,
     GRPOTrainer,
 ):
@@ -82,7 +106,7 @@ class ActorCriticTrainer(
     - the critic's loss is added to the policy's, and the critic is saved beside the policy and restored with it;
     - the KL to the reference may be taken off the reward (`kl_in_reward`) instead of added to the loss;
     - padding, repeated prompts, positions without a token and completions that have ended are not run
-      ([`CompactBatchesMixin`], [`decoding`]);
+      ([`packing`], [`~models.decoding`]);
     - a reward model may be an adapter, by path or Hub id; it shares the policy's base if both were trained on the same
       and FSDP does not shard it.
 
@@ -113,77 +137,62 @@ class ActorCriticTrainer(
     _pipeline_tag = "text-generation"
     _template_file = "policy.md"
     _saved_beside_model = (VALUE_HEAD_FILE, CRITIC_NAME)
-    # Until `__init__` has made or read them
+    _has_critic = True
+    _reads_head = False  # True for an algorithm that computes logits from hidden states itself
+    # Until `__init__` has made it, or an evaluation begins
     critic: Critic | None = None
-    turn_rewards = False
+    _evaluated_dataset = None
+    completed: Completed  # of the rollout under way
+    rewarded: Rewarded
+    table: CompletionsTable
 
     def __init__(
         self, model, reward_funcs=None, args=None, *other_args, critic_model: PreTrainedModel | None = None, **kwargs
     ):
         args = checked_args(args, type(self), model)
-        if critic_model is not None and (args.critic != "separate" or args.critic_model_name_or_path is not None):
-            raise ValueError(
-                "`critic_model` is the start of a separate critic. Set `critic='separate'`, and do not set "
-                "`critic_model_name_or_path` as well."
-            )
-        reward_funcs, reward_adapters = split_reward_adapters(reward_funcs)
-        self._num_given_rewards = (
-            len(reward_funcs) if isinstance(reward_funcs, list) else int(reward_funcs is not None)
-        )
+        check_critic_model(args, critic_model)
+        check_reference(args, model, kwargs.get("peft_config"))
         if args.use_vllm:
             check_base_for_vllm(model, args, kwargs.get("quantization_config"))
         if kwargs.get("rollout_func") is not None:
             kwargs["rollout_func"] = checked_rollout(kwargs["rollout_func"])
-        needs_reference = args.beta != 0.0 or args.kl_in_reward != 0.0
-        is_full_model = isinstance(model, PreTrainedModel) and kwargs.get("peft_config") is None
-        if needs_reference and is_full_model and not get_config_model_id(model.config):
-            raise ValueError(
-                "The KL penalty needs a reference, which is loaded from where `model` came from, but `model` was built "
-                "in memory. Save it with `model.save_pretrained(path)` and pass the path."
-            )
-
+        reward_funcs, reward_adapters = split_reward_adapters(reward_funcs)
         reward_funcs, other_args, kwargs = with_loaded_reward_models(reward_funcs, args, other_args, kwargs)
-
-        # The parent prepares the reference if `args.beta` is not 0, wherever the KL is used afterwards
-        beta, args.beta = args.beta, args.beta or args.kl_in_reward
-        try:
+        with with_reference(args):
             super().__init__(model, reward_funcs, args, *other_args, **kwargs)
-        finally:
-            args.beta = beta
-        take_up_start(self.ref_model, model, self.is_fsdp_enabled or self.is_deepspeed_enabled)
+        self._policy = self._model  # before any distributed wrapper
+        is_sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        take_up_start(self.ref_model, model, is_sharded)
+        self._stop_dropout()
         self._set_up_sampling()
 
-        self._stop_dropout()
-        for func in self.reward_funcs:
-            if isinstance(func, torch.nn.Module):
-                func.eval()  # one built in memory may come in training mode
-        self.reward_func_names = distinct_names(self.reward_func_names)
-        self._paying_environments = paying_environments(self)  # classes, in the order of their rewards
-
+        # Prompts and rewards
         text_config = self.model.config.get_text_config()
         context = getattr(text_config, "max_position_embeddings", None)  # absent where positions are unbounded
-        self.max_prompt_length = None if context is None else context - (self.max_completion_length or 1)
-        check_context(self.max_prompt_length, self.max_completion_length or 1)
+        max_prompt_length = None if context is None else context - (self.max_completion_length or 1)
+        check_context(max_prompt_length, self.max_completion_length or 1)
+        self.prompts = Prompts(max_prompt_length, self._tokenizer.bos_token_id, is_cut=not self._is_vlm)
         if isinstance(self.train_dataset, Dataset):
             check_dataset_size(self.train_dataset, args.generation_batch_size // args.num_generations)
         self._check_prompts("train_dataset", self.train_dataset)
         self._check_prompts("eval_dataset", self.eval_dataset)
+        self.rewards = self._make_rewards(reward_adapters)
+        self.turns = Turns(
+            self.rewards.environment_classes, vars(self).get("async_loop")
+        )  # which is made with environments
 
-        self.kl_controller = KLController(args.kl_in_reward, args.kl_target, args.kl_horizon)
-        self._policy = self.model  # before any distributed wrapper
-        self._say_unused = Notices()
+        # The critic
         Critic.detach_from(self._policy)  # an earlier trainer's
-        self._reward_adapters = reward_adapters  # paths by their index in `reward_funcs`
-        for index, path in reward_adapters.items():
-            self._load_reward_adapter(index, path)
-        self._set_up_reward_models()
-        self.turn_rewards = args.turn_rewards
-        if self.turn_rewards:
-            check_turn_rewards(self._paying_environments, self.rollout_func)
-        if args.prefix_rewards:
-            check_prefix_rewards(self.reward_funcs, self.reward_processing_classes, self._tokenizer)
-        self.critic = self._make_critic(critic_model)
-        if self.critic is not None:
+        if self._has_critic:
+            self.critic = start_critic(
+                self._policy,
+                args,
+                critic_model,
+                self.reward_funcs,
+                reward_adapters,
+                self.reward_weights,
+                self.is_fsdp_enabled,
+            )
             self._set_head(self.critic)
             self.critic.attach_to(self._policy)
             if self.critic.trunk is not None and args.gradient_checkpointing:
@@ -192,94 +201,112 @@ class ActorCriticTrainer(
             if self.optimizer is not None:
                 self.optimizer.param_groups[-1]["params"].extend(self.critic.own_parameters())
 
+        # What outlives a rollout
+        self.notices = Notices()
+        self.generation = Generation(
+            self._policy,
+            args,
+            self.notices,
+            use_vllm=self.use_vllm,
+            has_rollout_func=self.rollout_func is not None,
+            is_vlm=self._is_vlm,
+            is_sharded=is_sharded,
+        )
+        self.forward_plan = ForwardPlan.of(
+            args,
+            corrects_sampling=self._corrects_sampling,
+            takes_forward=self.critic is not None or args.kl_in_reward != 0.0,
+            has_batch_statistics=self._has_batch_statistics,
+        )
+        self.kl_controller = token_mdp.KLController(args.kl_in_reward, args.kl_target, args.kl_horizon)
+        self.trust_region = TrustRegion(args.target_kl, self.accelerator.device)
+        self.recorder = Recorder(args.output_dir, self.accelerator.process_index)
+        self.throughput = Throughput()
+        self.cut_prompts = CutPrompts(max_prompt_length, is_cut=not self._is_vlm)
         self.add_callback(StartOfTraining(self))
-        self._scores = None  # (B,), of the completions being scored; nan where no reward function applies
-        self._token_rewards = None  # (B, T), of the same; None if no reward is dense
-        self._dense_totals = None  # (B,), what those are in the score
-        self._reward_prefix_checks = {}  # by reward model
-        self._records_values = False  # in the next pass
-        self._skips_pass = False  # the next one, which the first epoch makes anyway
-        self._passes = []  # (log-probabilities, values) of each scoring forward of the present batch
-        self._awaiting = None  # batch whose advantages the forward under way will give
-        self._epochs_ended = False  # by `target_kl`, until the next rollout
-        self._is_first_update = False  # of a training, until it begins
-        self._window_kl = torch.zeros(2, device=self.accelerator.device)  # sum and count within the optimizer step
         self._set_up_compact_batches()
-        self._compare_heads()
-        self._last_rollout = None  # time of its start and its number of completion tokens
+        self._head_scoring = None  # until heads are compared
+        if self._is_vlm or not is_sharded:
+            self._compare_heads(self._tokenizer(COMPARED_TEXT)["input_ids"])
 
     def _stop_dropout(self) -> None:
-        """TRL stops modules of one kind; where it is to stay, say what that means."""
+        """Stops dropout everywhere, where TRL stops modules of one kind; warns where it is to stay."""
         if self.args.disable_dropout:
             stop_dropout(self.model)
             if self.ref_model is not None:
                 stop_dropout(self.ref_model)
-        elif active := active_dropout(self.model):
-            name, probability = next(iter(active.items()))
-            logger.warning(
-                f"`disable_dropout=False`, and the policy has dropout ({len(active)} probabilities, such as `{name}` = "
-                f"{probability}): gradients are then of another policy than the one that sampled, drawn anew in each "
-                "forward, and no clipping or correction knows of it. Set `disable_dropout=True`."
-            )
-
-    # --- Critic ---
-
-    def _make_critic(self, critic_model: PreTrainedModel | None) -> Critic | None:
-        path = self.args.critic_model_name_or_path
-        if self.args.critic == "shared":
-            critic = shared_critic(self._policy, detach=self.args.critic_detach)
-            if path is not None:
-                critic.take_up_head(local_folder(path))
-            return critic
-        if self.args.critic == "adapter":
-            if self.is_fsdp_enabled or is_deepspeed_zero3_enabled():
-                raise ValueError(
-                    "`critic='adapter'` shares the policy's frozen base, whose weights FSDP and DeepSpeed ZeRO-3 split "
-                    "over the processes and gather only where the policy itself runs. Use DDP (or ZeRO-2), or "
-                    "`critic='shared'` or 'separate'."
-                )
-            weight = 0.0 if self.args.prefix_rewards else 1.0
-            if path == "reward_model":
-                index, path = next(iter(self._reward_adapters.items()), (0, None))
-                weight *= self.reward_weights[index].item()
-                if path is None:
-                    raise ValueError(
-                        "`critic_model_name_or_path='reward_model'` takes the critic from a reward adapter in "
-                        "`reward_funcs`, given by its path or Hub id, and there is none. Pass one, or leave it unset."
-                    )
-            critic = critic_as_adapter(self._policy, path, weight)
-            if self.args.disable_dropout:
-                stop_dropout(critic)
-            return critic
-        source, weight = critic_model or path, 0.0 if self.args.prefix_rewards else 1.0
-        if source == "reward_model":
-            index, source = next(
-                ((i, f) for i, f in enumerate(self.reward_funcs) if isinstance(f, PreTrainedModel)), (0, None)
-            )
-            weight *= self.reward_weights[index].item()
-            if source is None:
-                raise ValueError(
-                    "`critic_model_name_or_path='reward_model'` takes the critic from a model in `reward_funcs`, but "
-                    "none of them is a plain transformers model. Pass a path, or leave it unset to copy the policy."
-                )
-        if source is not None:
-            # A policy in 4 bits is no model for the dtype of what is to be trained
-            dtype = torch.float32 if is_quantized(self._policy) else self._policy.dtype
-            critic = critic_from_model(source, dtype, self.args.trust_remote_code, weight)
-            check_vocabulary(critic, self._policy)
-        elif is_quantized(self._policy) or is_deepspeed_zero3_enabled():
-            raise ValueError(
-                "A separate critic cannot be copied from a policy that is quantized or sharded by ZeRO-3. Set "
-                "`critic_model_name_or_path` to what it should start from, or use `critic='shared'`."
-            )
         else:
-            critic = critic_from_policy(self._policy)
-        if self.args.disable_dropout:
-            stop_dropout(critic)
-        return critic.requires_grad_(True)
+            warn_of_dropout(self.model)
+        for func in self.reward_funcs:
+            if isinstance(func, torch.nn.Module):
+                func.eval()  # one built in memory may come in training mode
+
+    def _set_up_sampling(self) -> None:
+        """Reads where the engine ends completions, and warns of what it does to the policy's distribution."""
+        settings = engine_settings(self)
+        ends = settings.get("eos_token_id", self.eos_token_ids)
+        if isinstance(ends, list) and None in ends and self.rollout_func is None and not self.use_vllm:
+            raise ValueError(
+                "The policy's tokenizer has no end-of-sequence token to end completions with. Set `tokenizer.eos_token`, "
+                "or name the tokens to stop at: `generation_kwargs={'eos_token_id': [...]}`."
+            )
+        self.eos_token_ids = [*([ends] if isinstance(ends, int) else ends), *settings.get("stop_token_ids", [])]
+        strings = settings.get("stop") if self.use_vllm else settings.get("stop_strings")
+        self.stopping = Stopping(self._tokenizer, self.eos_token_ids, strings)
+        if self.rollout_func is None and self.accelerator.is_main_process:
+            self._warn_of_altered_sampling(settings)
+
+    def _warn_of_altered_sampling(self, settings: dict) -> None:
+        given = {} if self.use_vllm else self.generation_kwargs
+        warn_of_altered(settings, self.temperature, given, self.use_vllm, self._corrects_sampling)
+
+    @property
+    def _corrects_sampling(self) -> bool:
+        """True if the parent compares log-probabilities of the engine that sampled with the policy's."""
+        return self.use_vllm and self.vllm_importance_sampling_correction
+
+    def _check_prompts(self, name: str, datasets) -> None:
+        """Refuses what can be seen to be unusable before anything is generated of it."""
+
+        def lengths_of(prompts):
+            return [len(ids) for ids in super(ActorCriticTrainer, self)._tokenize_prompts(prompts)[0]]
+
+        # An environment adds to the prompt, images are tokens, and `rollout_func` may do without a template
+        can_count = not self._is_vlm and self.environment_factories is None
+        self.prompts.check(name, datasets, lengths_of if can_count else None, self.rollout_func is None)
+
+    def _make_rewards(self, reward_adapters: dict[int, str]) -> Rewards:
+        self.reward_func_names = distinct_names(self.reward_func_names)
+        environment_classes = paying_environments(self)  # in the order of their rewards, which come last
+        for index, path in reward_adapters.items():
+            self.reward_funcs[index], self.reward_processing_classes[index] = load_reward_adapter(
+                self.model,
+                path,
+                self.reward_processing_classes[index],
+                self.args,
+                self.accelerator,
+                self.is_fsdp_enabled,
+            )
+        if self.args.turn_rewards:
+            check_turn_rewards(environment_classes, self.rollout_func)
+        rewards = Rewards(
+            self.reward_funcs,
+            self.reward_func_names,
+            self.reward_weights,
+            ready_reward_models(self, set(reward_adapters)),
+            environment_classes if self.args.turn_rewards else [],
+            self.args,
+            self.accelerator,
+            self._tokenizer,
+            self.chat_template_kwargs,
+        )
+        rewards.check_dataset(self.train_dataset)
+        if self.args.prefix_rewards:
+            check_prefix_rewards(self.reward_funcs, self.reward_processing_classes, self._tokenizer)
+        return rewards
 
     def _set_head(self, critic: Critic) -> None:
-        """Give the critic the head that this algorithm needs."""
+        """Gives the critic the head that this algorithm needs."""
         if not isinstance(critic.value_head, ValueHead):
             raise ValueError(
                 f"`critic_model_name_or_path={self.args.critic_model_name_or_path!r}` holds a critic of Q(s, a), and "
@@ -287,8 +314,23 @@ class ActorCriticTrainer(
             )
 
     @property
-    def _in_critic_warmup(self) -> bool:
-        return self.state.global_step < self.args.critic_warmup_steps
+    def _has_batch_statistics(self) -> bool:
+        """True if a completion's advantages depend on other completions of the generation batch."""
+        return self.args.whiten_advantages
+
+    def _compare_heads(self, ids: list[int]) -> None:
+        """Has the model's own LM head score where TRL's fused one gives other log-probabilities of a text."""
+        self._head_scoring = []
+        if not self._is_vlm:
+            self._head_scoring = score_as_the_model_does(
+                self.model,
+                [self._policy] if self.ref_model is None else [self._policy, self.ref_model],
+                ids,
+                temperature=self.temperature,
+                is_half=self.args.bf16 or self.args.fp16 or self._policy.dtype != torch.float32,
+                is_sharded=self.is_fsdp_enabled or self.is_deepspeed_enabled,
+                reads_head=self._reads_head,
+            )
 
     @property
     def companion(self):
@@ -298,58 +340,235 @@ class ActorCriticTrainer(
     def _companion_settings(self):
         return {"lr": self.args.critic_learning_rate}
 
-    def _card_content(self):
-        return policy_card(self)
+    def begin_training(self, step: int) -> None:
+        """Resets what outlives a rollout, before training from `step` on; a checkpoint may restore some of it."""
+        self._step, self._buffered_inputs = 0, None
+        self.trust_region = TrustRegion(self.args.target_kl, self.accelerator.device)
+        self.recorder.begin(step, moves_files=self.args.save_rollouts and self.args.should_save)
 
-    # --- Rollout ---
+    @property
+    def _mode(self) -> str:
+        return "train" if self.model.training else "eval"
+
+    def _log_all(self, metrics: dict[str, float]) -> None:
+        for name, value in metrics.items():
+            self._metrics[self._mode][name].append(value)
+
+    # --- Evaluation ---
+
+    def evaluate(self, eval_dataset=None, *args, **kwargs):
+        self._check_prompts("eval_dataset", eval_dataset)
+        return super().evaluate(eval_dataset, *args, **kwargs)
+
+    def get_eval_dataloader(self, eval_dataset=None):
+        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
+        self._evaluated_dataset = self.eval_dataset[dataset] if isinstance(dataset, str) else dataset
+        return super().get_eval_dataloader(eval_dataset)
+
+    def evaluation_loop(self, *args, metric_key_prefix="eval", **kwargs):
+        self.recorder.begin_evaluation(metric_key_prefix)
+        return super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+
+    # --- A rollout ---
 
     def _generate_and_score_completions(self, inputs):
-        mode = "train" if self.model.training else "eval"
-        self._check_reward_models(inputs[0])
-        if mode == "train":
-            self._epochs_ended = False
+        is_training, is_first = self.model.training, self._is_first_update
+        self._check_rows(inputs)
+        if is_training:
+            self.trust_region.begin_rollout()
             self.kl_controller.update()
-        self._passes = []
-        # The first rollout of all has its pass, which shows if the policy differs from what it trains as
-        self._skips_pass = mode == "train" and self._first_epoch_scores and not self._is_first_update
-        self._records_values = self._parent_scores and not self._skips_pass
-        batch = super()._generate_and_score_completions(inputs)
-        batch["scores"] = self._scores
+        forward = None
+
+        def score(*args, **kwargs):
+            nonlocal forward
+            if not self.forward_plan.trl_may_score(is_training, is_first):
+                return None, None, None
+            forward = self.forward(*args, **kwargs)
+            return forward.for_trl
+
+        scoring = scoring_answered(self, score) if self.forward_plan.trl_scores else nullcontext()
+        # The parent would mask what ended with a stop string, too
+        masking = without_masking_cut(self) if self._masks_cut else nullcontext()
+        with scoring, masking:
+            batch = super()._generate_and_score_completions(inputs)
+        rollout = self._rewarded_rollout(batch)
+        if forward is None and self.forward_plan.statistics_take_pass and is_training:
+            forward = self._scored(batch)
+        if forward is not None or not self.forward_plan.credit_takes_forward:
+            rollout = self.credited(rollout, forward)
+        return rollout.into(batch)
+
+    @property
+    def _masks_cut(self) -> bool:
+        """True if completions that were cut are masked here, as the parent does not know which ended with a string."""
+        return self.mask_truncated_completions and self.stopping.strings is not None
+
+    def _check_rows(self, inputs: list[dict]) -> None:
+        if not all(example.get("prompt", True) for example in inputs):  # of a stream: others were looked at before
+            is_training = self.model.training
+            dataset = self.train_dataset if is_training else self._evaluated_dataset
+            refuse_missing_prompt(dataset, "`train_dataset`" if is_training else "`eval_dataset`")
+        self.rewards.check_row(inputs[0])
+
+    def _generate(self, prompts):
+        self.turns.begin(len(prompts))
+        # The generation engine is sent the policy's weights: those of the critic would be unknown to it
+        with self._without_companion(), self._merged_adapter():
+            outputs = super()._generate(prompts)
+            prompt_ids, completion_ids, tool_mask, completions, *_ = outputs
+            if self._head_scoring is None:
+                self._compare_heads(prompt_ids[0] + completion_ids[0])
+        self.turns.ask(self.environments)
+        is_chosen = tool_mask or [[1] * len(ids) for ids in completion_ids]
+        has_ended = self.stopping.have_ended(prompt_ids, completion_ids)
+        if self.stopping.strings is not None:
+            for name, value in ended_metrics(has_ended, is_chosen, self.accelerator).items():
+                self._metrics[self._mode][name][-1] = value
+        # A call that was not answered ends nothing
+        awaits_answer = [bool(self.tools) and bool(messages[-1].get("tool_calls")) for messages in completions]
+        has_ended = [ended and not awaits for ended, awaits in zip(has_ended, awaits_answer, strict=True)]
+        self.completed = Completed(prompt_ids, has_ended, is_chosen, self.turns.totals)
+        return outputs
+
+    def _merged_adapter(self):
+        """Within the context, where completions are sampled, the adapter is merged into its base if it can be."""
+        return self.generation.merged_adapter()
+
+    def _tokenize_prompts(self, prompts):
+        prompt_ids, images, fields = super()._tokenize_prompts(prompts)
+        return self.prompts.cut(prompt_ids), images, fields
+
+    def _generate_single_turn(self, prompt_ids, *args, **kwargs):
+        self.turns.ask(self.environments)
+        # For continuous batching the parent casts the model, and leaves it so
+        keeping = trainables_kept(self.model) if self.use_transformers_continuous_batching else nullcontext()
+        with keeping, self.generation.compact(), self._generate_knows_tokenizer():
+            completion_ids, logps = super()._generate_single_turn(prompt_ids, *args, **kwargs)
+        completion_ids, logps = self.stopping.cut(prompt_ids, completion_ids, logps)
+        check_completion_ids(completion_ids, "The generation engine")
+        return completion_ids, logps
+
+    def _generate_knows_tokenizer(self):
+        """Within the context `generate` has the tokenizer by which it reads stop strings, which the parent does not give."""
+        if self.stopping.strings is None:
+            return nullcontext()
+        return generating_by(
+            self._policy, lambda generate, *args, **kwargs: generate(*args, tokenizer=self._tokenizer, **kwargs)
+        )
+
+    def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
+        asked, dense = self.rewards.asked_by_trl(completions, completion_ids_list, self.completed)
+        with rewarded_by(self, asked):
+            rewards_per_func = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+        self.rewarded = self.rewards.rewarded(rewards_per_func, dense)
+        if self.args.save_rollouts:
+            rows = [
+                {
+                    "step": self.state.global_step,
+                    "prompt": strip_images_from_messages(prompt),
+                    "completion": strip_images_from_messages(completion),
+                    "completion_ids": ids,
+                    "tokens": self._tokenizer.convert_ids_to_tokens(ids),
+                    **rewards,
+                }
+                for prompt, completion, ids, rewards in zip(
+                    prompts, completions, completion_ids_list, self.rewarded.named(self.rewards.names), strict=True
+                )
+            ]
+            self.recorder.begin_rollout(rows, self.state.global_step, self.model.training)
+        return rewards_per_func
+
+    def _rewarded_rollout(self, batch: dict) -> Rollout:
+        """Makes a rollout of TRL's batch, and of what is known of its completions besides."""
+        rewarded, device = self.rewarded, batch["completion_ids"].device
+        terminated = torch.tensor(self.completed.has_ended, device=device)
+        if self._masks_cut:
+            batch |= without_cut(batch, terminated, self.accelerator)
+        rewards, token_rewards = rewarded.rewards, rewarded.token_rewards
         if not self.args.uses_raw_rewards:
-            batch["scores"] = batch["advantages"].masked_fill(self._scores.isnan(), math.nan)
-        if self._token_rewards is not None:
-            missing = batch["completion_ids"].size(1) - self._token_rewards.size(1)
-            batch["token_rewards"] = torch.nn.functional.pad(self._token_rewards, (0, missing))
-        batch["terminated"] = self._terminated(batch)
-        batch["completion_index"] = torch.arange(len(inputs), device=self._scores.device)
-        self._log_rollout(batch, mode)
-        if self.args.truncation == "bootstrap" and self._metrics[mode]["completions/clipped_ratio"][-1] == 1.0:
+            rewards = batch["advantages"].masked_fill(rewards.isnan(), math.nan)
+        if token_rewards is not None:
+            missing = batch["completion_ids"].size(1) - token_rewards.size(1)
+            token_rewards = torch.nn.functional.pad(token_rewards, (0, missing))
+        rollout = Rollout(
+            completion_ids=batch["completion_ids"],
+            completion_mask=batch["completion_mask"],
+            tool_mask=batch.get("tool_mask"),
+            rewards=rewards,
+            token_rewards=token_rewards,
+            terminated=terminated,
+            index=torch.arange(len(rewards), device=device),
+            ref_logps=batch.get("ref_per_token_logps"),
+            old_logps=batch.get("old_per_token_logps"),
+            credit=None,
+        )
+        self._log_rollout(rollout, batch["num_items_in_batch"])
+        return rollout
+
+    def _log_rollout(self, rollout: Rollout, num_tokens: torch.Tensor) -> None:
+        metrics, num_rows = self._metrics[self._mode], len(rollout.rewards)
+        self._log_all(self.cut_prompts.at_rollout(self.prompts.num_too_long, num_rows, self.accelerator))
+        if (self.num_generations if self.model.training else self.num_generations_eval) == 1:
+            metrics.pop("frac_reward_zero_std", None)  # groups of one have no spread
+        self.table = CompletionsTable(self._logs, num_rows * self.accelerator.num_processes)
+        if self.model.training:
+            self._log_all(self.throughput.at_rollout(num_tokens.item()))
+        if self.args.truncation == "bootstrap" and metrics["completions/clipped_ratio"][-1] == 1.0:
             warnings.warn(
                 "Every completion of this rollout was cut. With `truncation='bootstrap'` none of them earns its score, "
                 "so nothing is learned from the reward. Raise `max_completion_length`, or use `truncation='penalty'`.",
                 stacklevel=2,
             )
 
-        old_logps = batch.get("old_per_token_logps")
-        logps, values = next((p for p in self._passes if p[0] is old_logps), (None, None))
-        if logps is None and old_logps is not None:
-            raise RuntimeError("TRL no longer passes on the log-probabilities of its scoring pass as they were.")
-        if logps is None and self._needs_pass:
-            spans_micro_batches = mode == "train" and self.args.steps_per_generation > 1
-            if not (spans_micro_batches and self._has_batch_statistics):
-                batch["advantages"] = None  # the training forward gives them
-                return batch
-            logps, values = self._score_rollout(batch)
-        self._add_advantages(batch, logps, values)
-        return batch
+    # --- Forwards ---
 
-    @staticmethod
-    def _own_tokens(batch) -> torch.Tensor:
-        """`(B, T)` bool: the tokens the policy chose, of completions that have a score."""
-        mask = batch["completion_mask"].bool() & ~batch["scores"].isnan().unsqueeze(1)
-        return mask & batch["tool_mask"].bool() if "tool_mask" in batch else mask
+    def forward(self, model, input_ids, attention_mask, logits_to_keep, batch_size=None, **kwargs) -> Forward:
+        """Runs the policy, with the critic, on completions; the arguments are those of TRL's scoring pass."""
+        order = self._scoring_order(input_ids, attention_mask, logits_to_keep, batch_size, kwargs)
+        # Values before each of the T tokens, and after the last one
+        recording = nullcontext([]) if self.critic is None else self.critic.recording(num_states=logits_to_keep + 1)
+        with recording as values:
+            logps, entropies, aux_loss = self._get_per_token_logps_and_entropies(
+                model, input_ids[order], attention_mask[order], logits_to_keep, batch_size, **kwargs
+            )
+        back = order.argsort()
+        return Forward(
+            logps=logps[back],
+            entropies=None if entropies is None else entropies[back],
+            aux_loss=aux_loss,
+            values=torch.cat(values)[back] if values else None,
+        )
 
-    # --- Advantages ---
+    def _get_per_token_logps_and_entropies(
+        self, model, input_ids, attention_mask, logits_to_keep, batch_size=None, *args, **kwargs
+    ):
+        """Makes the parent's scoring pass without what need not be computed; the reference's, too."""
+        order = self._scoring_order(input_ids, attention_mask, logits_to_keep, batch_size, kwargs)
+        input_ids, attention_mask = input_ids[order], attention_mask[order]
+        scoring = self._compact_scoring(model, input_ids, attention_mask, logits_to_keep, batch_size, kwargs)
+        logps, entropies, aux_loss = super()._get_per_token_logps_and_entropies(
+            scoring, input_ids, attention_mask, logits_to_keep, batch_size, *args, **kwargs
+        )
+        back = order.argsort()
+        return logps[back], None if entropies is None else entropies[back], aux_loss
+
+    def _forward_of(self, model, inputs: dict, **kwargs) -> Forward:
+        """Runs the policy on TRL's batch."""
+        return self.forward(
+            model,
+            torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1),
+            torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1),
+            inputs["completion_ids"].size(1),
+            **kwargs,
+            **{key: inputs[key] for key in MULTIMODAL_KEYS if key in inputs},
+        )
+
+    def _scored(self, inputs: dict) -> Forward:
+        """Makes a pass of our own over a rollout, as the parent does."""
+        with torch.no_grad(), disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs):
+            return self._forward_of(self.model, inputs, batch_size=self.args.per_device_train_batch_size)
+
+    # --- Credit ---
 
     def compute_advantages(
         self,
@@ -372,95 +591,121 @@ class ActorCriticTrainer(
         )
 
     @torch.no_grad()
-    def _add_advantages(self, batch, logps: torch.Tensor | None, values: torch.Tensor | None) -> None:
-        """
-        Fill in `advantages`, `returns` and `values`, from what the critic said: `values` `(B, T+1, ...)` ends with that
-        of the final state.
-        """
-        mode = "train" if self.model.training else "eval"
-        mask = self._own_tokens(batch)
-        scores, cut = batch["scores"].nan_to_num(), ~batch["terminated"]
-        bootstrap = None
+    def credited(self, rollout: Rollout, forward: Forward | None) -> Rollout:
+        """Returns the rollout with its [`Credit`], from a forward of the policy if that takes one."""
+        logps, values = (None, None) if forward is None else (forward.logps, forward.values)
+        mask, bootstrap = rollout.chosen, None
         if self.args.truncation == "bootstrap":
-            lengths = batch["completion_mask"].sum(dim=1, keepdim=True)
-            final = self._state_values(values).gather(1, lengths).squeeze(1)
-            bootstrap = torch.where(cut, final, 0)
-            scores = torch.where(cut, 0, scores)
-        elif self.args.truncation == "penalty":
-            scores = scores - self.args.missing_eos_penalty * cut
-        rewards = token_mdp.place_on_last_token(scores, mask)
-        if "token_rewards" in batch:
-            rewards = rewards + token_mdp.carry_to_own_token(batch["token_rewards"], mask)
-        if batch.get("ref_per_token_logps") is not None and logps is not None:
-            ref_logps = batch["ref_per_token_logps"]
-            rewards = token_mdp.kl_penalized(rewards, logps, ref_logps, mask, self.kl_controller.coef)
-            self._log_kl(logps, ref_logps, mask, mode)
+            bootstrap = bootstrap_values(rollout, self._state_values(values))
+        rewards = token_rewards(rollout, self.args.truncation, self.args.missing_eos_penalty)
+        if rollout.ref_logps is not None and logps is not None:
+            rewards = token_mdp.kl_penalized(rewards, logps, rollout.ref_logps, mask, self.kl_controller.coef)
+            self._observe_kl(rollout, logps)
 
         # Detached: a view, kept in the rollout, would keep the forward's graph
         values = None if values is None else values[:, :-1].detach()
         advantages, returns = self.compute_advantages(rewards, values, mask, bootstrap)
-        values = None if values is None else self._fitted(values)
-        self._log_advantages(batch, advantages, returns, values, mask, mode)
-        credit = {"rewards": rewards, "advantages": advantages, "returns": returns, "values": values}
-        self._record_credit(batch, mask, logps, **credit)
+        credit = Credit(advantages, returns, None if values is None else self._fitted(values))
+        rollout = replace(rollout, credit=credit)
+        self._log_all(credit_metrics(credit, mask, self.accelerator))
+        if self.log_completions:
+            self.table.add(rollout, self._tokenizer, self.accelerator)
+        self.recorder.add_credit(rollout, rewards)
+        if logps is not None:
+            self.recorder.add_logps(rollout, logps)
         if self.args.whiten_advantages:
             _, mean, var = self._global_moments(advantages, mask)
-            advantages = token_mdp.masked_whiten(advantages, mask, mean, var)
-        batch["advantages"], batch["returns"], batch["values"] = advantages, returns, values
+            credit = replace(credit, advantages=token_mdp.masked_whiten(advantages, mask, mean, var))
+        return replace(rollout, credit=credit)
+
+    def _observe_kl(self, rollout: Rollout, logps: torch.Tensor) -> None:
+        sums = kl_sums(rollout, logps, self.accelerator)
+        self._log_all(kl_metrics(sums))
+        if self.args.kl_in_reward:
+            self._log_all({"kl/coef": self.kl_controller.coef})
+        if self.model.training and not self._in_critic_warmup:
+            self.kl_controller.observe(sums["k1"], int(sums["completions"]))
 
     @staticmethod
     def _state_values(values: torch.Tensor) -> torch.Tensor:
-        """V(s_t), `(B, T+1)`, from what the critic said."""
+        """Returns V(s_t), `(B, T+1)`, of what the critic said."""
         return values
 
     @staticmethod
     def _fitted(values: torch.Tensor) -> torch.Tensor:
-        """What is fitted to the returns, `(B, T)`, from what the critic said."""
+        """Returns what is fitted to the returns, `(B, T)`, of what the critic said."""
         return values
 
     def _global_moments(self, x: torch.Tensor, mask: torch.Tensor):
-        """Count, mean and variance over the own tokens of all processes."""
-        moments = self.accelerator.gather(token_mdp.masked_moments(x, mask).unsqueeze(0))
-        return token_mdp.combine_moments(moments)
+        """Returns count, mean and variance of `x` `(B, T)` over the chosen tokens of all processes."""
+        return moments_of_all(x, mask, self.accelerator)
 
-    # --- Update ---
+    # --- An update ---
+
+    @property
+    def _is_first_update(self) -> bool:
+        """True until a training has made its first forward with gradient."""
+        return self.is_in_train and self.model.training and self.state.global_step == 0 and self._step == 0
+
+    @property
+    def _in_critic_warmup(self) -> bool:
+        return self.state.global_step < self.args.critic_warmup_steps
+
+    def training_step(self, model, inputs, num_items_in_batch):
+        rollout_is_due = self._step % (self.args.steps_per_generation * self.num_iterations) == 0
+        if self.trust_region.has_ended and not rollout_is_due:
+            self._step += 1
+            return torch.zeros((), device=self.accelerator.device)
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        if self._in_critic_warmup:
+            # Without a gradient the optimizer passes them over; zeros would still decay weights and count as steps
+            for name, parameter in self._policy.named_parameters():
+                if not name.startswith(f"{CRITIC_NAME}."):
+                    parameter.grad = None
+        if self.args.target_kl is not None and self.accelerator.sync_gradients:
+            if self.trust_region.at_step(self.accelerator):
+                model.zero_grad()  # nor is the update made that was about to be (DeepSpeed has made it)
+            self._log_all({"target_kl_exceeded": float(self.trust_region.has_ended)})
+        return loss
 
     def _compute_loss(self, model, inputs):
-        if "scores" not in inputs:  # of no rollout of this trainer's: the surrogate alone
+        if not Rollout.is_in(inputs):  # of no rollout of this trainer's: the surrogate alone
             return super()._compute_loss(model, inputs)
-        self._passes, self._records_values = [], True
-        self._awaiting = inputs if inputs["advantages"] is None else None
-        in_warmup = self._in_critic_warmup and self.model.training
+        rollout, in_warmup = Rollout.of(inputs), self._in_critic_warmup and self.model.training
         if self.critic is not None:
             self.critic.detach = self.args.critic_detach or in_warmup
-        with self._kl_only_in_reward():
+        forward = self._forward_of(model, inputs, compute_entropy=True, compute_aux_loss=self.aux_loss_enabled)
+        if rollout.credit is None:
+            rollout = self.credited(rollout, forward)
+            rollout.into(inputs)
+        kl_in_loss = without_kl_in_loss(self) if self.args.kl_in_reward else nullcontext()
+        with scoring_answered(self, lambda *args, **kwargs: forward.for_trl), kl_in_loss:
             loss = super()._compute_loss(model, inputs)
-        logps, values = self._passes[-1]
-        mask = self._own_tokens(inputs)
         if in_warmup:
             loss = 0 * loss
-        if self.critic is not None:
-            values = self._fitted(values[:, :-1])
-            per_token_loss = value_loss(values, inputs["returns"], inputs["values"], self.args.cliprange_value)
-            per_token_loss = torch.where(mask, per_token_loss, 0)
-            loss = loss + self.args.vf_coef * per_token_loss.sum() / self._tokens_per_window(inputs)
-        else:
-            per_token_loss = None
-        self._log_update(inputs, logps.detach(), values, per_token_loss, mask)
+        loss, value_losses = self._with_critic_loss(loss, rollout, forward, self._tokens_per_window(inputs))
+        self._end_update(rollout, forward, value_losses)
         if self.num_iterations > 1 and self.model.training:  # for the epochs to come, if the first one scores
-            inputs.setdefault("old_per_token_logps", logps.detach())
+            inputs.setdefault("old_per_token_logps", forward.logps.detach())
         self._check_finite(loss, inputs)
         return loss
 
-    @contextmanager
-    def _kl_only_in_reward(self):
-        """The parent's loss without its KL term, where the KL is already in the reward."""
-        beta = self.beta
-        self.beta = 0.0 if self.args.kl_in_reward else beta
-        try:
-            yield
-        finally:
-            self.beta = beta
+    def _with_critic_loss(
+        self, loss: torch.Tensor, rollout: Rollout, forward: Forward, num_tokens: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """
+        Adds the critic's loss to the policy's.
+
+        Returns:
+            `tuple[torch.Tensor, torch.Tensor]`: The sum, and the critic's loss `(B, T)` by itself, 0 where no token was
+            chosen; None without a critic.
+        """
+        if self.critic is None:
+            return loss, None
+        values, credit = self._fitted(forward.values[:, :-1]), rollout.credit
+        losses = token_mdp.value_loss(values, credit.returns, credit.values, self.args.cliprange_value)
+        losses = torch.where(rollout.chosen, losses, 0)
+        return loss + self.args.vf_coef * losses.sum() / num_tokens, losses
 
     def _tokens_per_window(self, inputs) -> torch.Tensor:
         """
@@ -472,6 +717,19 @@ class ActorCriticTrainer(
             tokens = tokens * self.current_gradient_accumulation_steps / self.args.steps_per_generation
         return tokens
 
+    def _end_update(self, rollout: Rollout, forward: Forward, value_losses: torch.Tensor | None) -> None:
+        """Observes, logs and records what a forward with gradient has shown."""
+        logps = forward.logps.detach()
+        values = None if self.critic is None else self._fitted(forward.values[:, :-1])
+        if self._is_first_update:
+            has_dropout = not self.args.disable_dropout
+            self._log_all(first_update_metrics(rollout, logps, self.accelerator, has_dropout))
+        sums = update_sums(rollout, logps, values, value_losses, self.args.cliprange_value)
+        if self.model.training:
+            self.trust_region.observe(sums["approx_kl"], sums["tokens"])
+        self._log_all(update_metrics(sums, self.accelerator))
+        self.recorder.add_logps(rollout, logps)  # where no estimator took them
+
     def _check_finite(self, loss: torch.Tensor, inputs) -> None:
         if loss.isfinite():
             return
@@ -482,22 +740,7 @@ class ActorCriticTrainer(
             + "; ".join(repr(prompt[:80]) for prompt in prompts)
         )
 
-    def training_step(self, model, inputs, num_items_in_batch):
-        rollout_is_due = self._step % (self.args.steps_per_generation * self.num_iterations) == 0
-        if self._epochs_ended and not rollout_is_due:
-            self._step += 1
-            return torch.zeros((), device=self.accelerator.device)
-        loss = super().training_step(model, inputs, num_items_in_batch)
-        if self._in_critic_warmup:
-            # Without a gradient the optimizer passes them over; zeros would still decay weights and count as steps
-            for name, parameter in self._policy.named_parameters():
-                if not name.startswith(f"{CRITIC_NAME}."):
-                    parameter.grad = None
-        if self.args.target_kl is not None and self.accelerator.sync_gradients:
-            kl_sum, count = self.accelerator.reduce(self._window_kl, reduction="sum").tolist()
-            self._window_kl.zero_()
-            if kl_sum > 1.5 * self.args.target_kl * max(count, 1):
-                self._epochs_ended = True
-                model.zero_grad()  # nor is the update made that was about to be (DeepSpeed has made it)
-            self._metrics["train"]["target_kl_exceeded"].append(float(self._epochs_ended))
-        return loss
+    # --- The card ---
+
+    def _card_content(self):
+        return policy_card(self)

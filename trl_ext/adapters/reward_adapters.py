@@ -5,6 +5,7 @@ from collections.abc import Collection
 from pathlib import Path
 
 import torch
+from accelerate import Accelerator
 from accelerate.logging import get_logger
 from accelerate.utils import patch_environment
 from peft import PeftConfig, PeftModel, load_peft_weights
@@ -42,38 +43,47 @@ def split_reward_adapters(reward_funcs) -> tuple[list, dict[int, str]]:
     return reward_funcs, adapters
 
 
-class RewardAdapterMixin:
-    """Loads the reward models among `reward_funcs` that are adapters, once the policy is there."""
+def load_reward_adapter(policy, path: str, tokenizer, args, accelerator: Accelerator, is_fsdp: bool) -> tuple:
+    """
+    Loads a reward model that is an adapter, on the policy's base where that is its own.
 
-    def _load_reward_adapter(self, index: int, path: str) -> None:
-        if is_deepspeed_zero3_enabled():
-            raise ValueError(
-                f"The reward model {path} is an adapter, and DeepSpeed ZeRO-3 splits its base over the processes. Merge "
-                "it into its base first (`merge_adapter`), or use ZeRO-2 or DDP."
-            )
-        has_base = isinstance(self.model, PeftModel)
-        shares = has_base and not self.is_fsdp_enabled
-        reward_model = reward_model_on_base(self.model, path) if shares else None
-        if reward_model is not None:
-            logger.info(f"The reward adapter {path} shares the policy's base.")
-            warn_of_other_quantization(self.model, path)
-        else:
-            reason = ", as FSDP shards the policy's" if has_base and self.is_fsdp_enabled else ""
-            name, _ = base_of_adapter(path)
-            logger.info(f"The reward adapter {path} is loaded on a base of its own, {name}{reason}.")
-            kwargs = {"trust_remote_code": self.args.trust_remote_code} | (self.args.model_init_kwargs or {})
-            # Not by the first process alone, which would send it to the others only if it trained
-            with patch_environment(FSDP_CPU_RAM_EFFICIENT_LOADING="false"):
-                reward_model = reward_model_of_its_own(path, **kwargs)
-            if not is_quantized(reward_model):
-                reward_model.to(self.accelerator.device)
-        tokenizer = self.reward_processing_classes[index]
-        if tokenizer is None:
-            tokenizer = tokenizer_of_adapter(path, self.args.trust_remote_code)
-        self.reward_funcs[index] = self.accelerator.prepare_model(
-            reward_model, device_placement=False, evaluation_mode=True
+    Args:
+        policy (`PreTrainedModel` or `PeftModel`): The policy, perhaps in a distributed wrapper.
+        path (`str`): Folder or Hub id of the adapter.
+        tokenizer (`PreTrainedTokenizerBase`, *optional*): Its tokenizer; by default that beside it.
+        args ([`~trl.GRPOConfig`]): The configuration of the trainer.
+        accelerator (`Accelerator`): Of the processes.
+        is_fsdp (`bool`): FSDP shards the policy.
+
+    Returns:
+        `tuple`: The model, prepared for evaluation, and its tokenizer.
+
+    Raises:
+        ValueError: under DeepSpeed ZeRO-3, and for an adapter without a head.
+    """
+    if is_deepspeed_zero3_enabled():
+        raise ValueError(
+            f"The reward model {path} is an adapter, and DeepSpeed ZeRO-3 splits its base over the processes. Merge "
+            "it into its base first (`merge_adapter`), or use ZeRO-2 or DDP."
         )
-        self.reward_processing_classes[index] = tokenizer
+    has_base = isinstance(policy, PeftModel)
+    reward_model = reward_model_on_base(policy, path) if has_base and not is_fsdp else None
+    if reward_model is not None:
+        logger.info(f"The reward adapter {path} shares the policy's base.")
+        warn_of_other_quantization(policy, path)
+    else:
+        reason = ", as FSDP shards the policy's" if has_base and is_fsdp else ""
+        name, _ = base_of_adapter(path)
+        logger.info(f"The reward adapter {path} is loaded on a base of its own, {name}{reason}.")
+        kwargs = {"trust_remote_code": args.trust_remote_code} | (args.model_init_kwargs or {})
+        # Not by the first process alone, which would send it to the others only if it trained
+        with patch_environment(FSDP_CPU_RAM_EFFICIENT_LOADING="false"):
+            reward_model = reward_model_of_its_own(path, **kwargs)
+        if not is_quantized(reward_model):
+            reward_model.to(accelerator.device)
+    if tokenizer is None:
+        tokenizer = tokenizer_of_adapter(path, args.trust_remote_code)
+    return accelerator.prepare_model(reward_model, device_placement=False, evaluation_mode=True), tokenizer
 
 
 UNKNOWN = object()

@@ -55,7 +55,8 @@ class CompletionSampler(ReinforceTrainer):
         rewards_per_func = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
         if self._samples is None:  # an evaluation of the user's own
             return rewards_per_func
-        for example, completion, rewards in zip(inputs, completions, self._own_rewards(rewards_per_func), strict=True):
+        named = self.rewarded.named(self.rewards.names)
+        for example, completion, rewards in zip(inputs, completions, named, strict=True):
             self._samples.append(
                 {ROW: example[INPUT_ROW], "prompt": example["prompt"], "completion": completion, **rewards}
             )

@@ -17,16 +17,16 @@ Departures from the paper's own implementation (RL4LMs):
 Reference: Ramamurthy et al. 2023, https://huggingface.co/papers/2210.01241, section 4 and algorithm 1.
 """
 
-import functools
 import os
 import textwrap
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 
 import torch
 from peft import PeftModel
 from transformers import LogitsProcessorList
 
+from ..compat import generating_by
 from .masking_policy import Mask, MaskedScoring, MaskingProcessor, refresh, snapshot, trained_weights
 from .ppo import PPOConfig, PPOTrainer
 
@@ -166,27 +166,17 @@ class NLPOTrainer(PPOTrainer):
             return super()._merged_adapter()
         # The masking policy runs on the same base, which must stay as it is meanwhile
         if self.args.generate_merged:
-            self._say_not_merged("NLPO's masking policy runs on the same base while the policy samples")
+            self.generation.say_not_merged("NLPO's masking policy runs on the same base while the policy samples")
         return nullcontext()
 
-    @contextmanager
     def _masked_generate(self):
-        """The policy's `generate` samples within the mask: the parent passes it no logits processors."""
-        own = vars(self._policy).get("generate")
-        generate = self._policy.generate
+        """Within the context the policy's `generate` samples within the mask: TRL passes it no logits processors."""
 
-        @functools.wraps(generate)
-        def masked(*args, attention_mask, **kwargs):
+        def masked(generate, *args, attention_mask, **kwargs):
             processors = LogitsProcessorList([MaskingProcessor(self._mask, attention_mask)])
             return generate(*args, attention_mask=attention_mask, logits_processor=processors, **kwargs)
 
-        self._policy.generate = masked
-        try:
-            yield
-        finally:
-            del self._policy.generate
-            if own is not None:
-                self._policy.generate = own
+        return generating_by(self._policy, masked)
 
     # --- Update ---
 

@@ -19,7 +19,7 @@ References: Sutton et al. 1999, Policy gradient methods for reinforcement learni
 """
 
 import textwrap
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from transformers import TrainerCallback
@@ -171,15 +171,16 @@ class QActorCriticTrainer(ActorCriticTrainer):
             advantages = advantages - values[..., Estimate.V]
         return torch.where(mask, advantages, 0), returns
 
-    def _add_advantages(self, batch, logps, values):
-        super()._add_advantages(batch, logps, values)
-        if self.args.policy_gradient == "all_actions":  # logged, but not followed
-            batch["advantages"] = torch.zeros_like(batch["advantages"])
+    def credited(self, rollout, forward):
+        rollout = super().credited(rollout, forward)
+        if self.args.policy_gradient != "all_actions":
+            return rollout
+        # Logged, but not followed
+        return replace(rollout, credit=replace(rollout.credit, advantages=torch.zeros_like(rollout.credit.advantages)))
 
-    def _compute_loss(self, model, inputs):
-        loss = super()._compute_loss(model, inputs)
+    def _with_critic_loss(self, loss, rollout, forward, num_tokens):
+        loss, value_losses = super()._with_critic_loss(loss, rollout, forward, num_tokens)
         if self.args.policy_gradient == "all_actions" and not (self._in_critic_warmup and self.model.training):
-            values = self._passes[-1][1][:, :-1, Estimate.V]
-            mean_value = torch.where(self._own_tokens(inputs), values, 0).sum() / self._tokens_per_window(inputs)
-            loss = loss - mean_value
-        return loss
+            values = forward.values[:, :-1, Estimate.V]
+            loss = loss - torch.where(rollout.chosen, values, 0).sum() / num_tokens
+        return loss, value_losses

@@ -92,8 +92,9 @@ class ReinforceTrainer(ActorCriticTrainer):
     )
     config_class = ReinforceConfig
 
-    def _make_critic(self, critic_model):
-        return super()._make_critic(critic_model) if self.args.baseline == "value" else None
+    @property
+    def _has_critic(self):
+        return self.args.baseline == "value"
 
     @property
     def _has_batch_statistics(self):

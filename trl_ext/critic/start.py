@@ -7,13 +7,103 @@ import torch
 from huggingface_hub import snapshot_download
 from peft import PeftModel, load_peft_weights
 from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification, PreTrainedModel
+from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.modeling_layers import GenericForSequenceClassification
 
 from ..adapters.reward_adapters import reward_model_on_base
 from ..adapters.shared_base import adapter_like, frozen_base
 from ..compat import keep_4bit_unpacked
+from ..models.dropout import stop_dropout
+from ..models.quantization import is_quantized
 from .critic import Critic, hidden_size_of
 from .files import ADAPTER_CONFIG, ADAPTER_FILES, ADAPTER_NAME, CRITIC_NAME, VALUE_HEAD_FILE, local_folder
+
+
+def start_critic(
+    policy: PreTrainedModel | PeftModel,
+    args,
+    critic_model: PreTrainedModel | None,
+    reward_funcs: list,
+    reward_adapters: dict[int, str],
+    reward_weights: torch.Tensor,
+    is_fsdp: bool = False,
+) -> Critic:
+    """
+    Makes the critic that a configuration asks for.
+
+    Args:
+        policy (`PreTrainedModel` or `PeftModel`): The policy.
+        args ([`ActorCriticConfig`]): The configuration; `critic`, and `critic_model_name_or_path`, say what is made.
+        critic_model (`PreTrainedModel`, *optional*): The start of a separate critic.
+        reward_funcs (`list`): Functions and models, one of which may be the start.
+        reward_adapters (`dict[int, str]`): Folders or Hub ids of those that are adapters, by their index.
+        reward_weights (`torch.Tensor` of shape `(N,)`): Weights of `reward_funcs`.
+        is_fsdp (`bool`, *optional*, defaults to `False`): FSDP shards the policy.
+
+    Raises:
+        ValueError: for a start that is not there, or from which no critic can be made.
+    """
+    path = args.critic_model_name_or_path
+    # With `prefix_rewards` the rewards that are left sum to no score, and the critic starts at 0
+    weight = 0.0 if args.prefix_rewards else 1.0
+    if args.critic == "shared":
+        critic = shared_critic(policy, detach=args.critic_detach)
+        if path is not None:
+            critic.take_up_head(local_folder(path))
+        return critic
+    if args.critic == "adapter":
+        if is_fsdp or is_deepspeed_zero3_enabled():
+            raise ValueError(
+                "`critic='adapter'` shares the policy's frozen base, whose weights FSDP and DeepSpeed ZeRO-3 split "
+                "over the processes and gather only where the policy itself runs. Use DDP (or ZeRO-2), or "
+                "`critic='shared'` or 'separate'."
+            )
+        if path == "reward_model":
+            if not reward_adapters:
+                raise ValueError(
+                    "`critic_model_name_or_path='reward_model'` takes the critic from a reward adapter in "
+                    "`reward_funcs`, given by its path or Hub id, and there is none. Pass one, or leave it unset."
+                )
+            index, path = next(iter(reward_adapters.items()))
+            weight *= reward_weights[index].item()
+        critic = critic_as_adapter(policy, path, weight)
+    else:
+        source = critic_model or path
+        if source == "reward_model":
+            models = [(i, func) for i, func in enumerate(reward_funcs) if isinstance(func, PreTrainedModel)]
+            if not models:
+                raise ValueError(
+                    "`critic_model_name_or_path='reward_model'` takes the critic from a model in `reward_funcs`, but "
+                    "none of them is a plain transformers model. Pass a path, or leave it unset to copy the policy."
+                )
+            index, source = models[0]
+            weight *= reward_weights[index].item()
+        critic = separate_critic(policy, source, weight, args.trust_remote_code)
+    if args.disable_dropout:
+        stop_dropout(critic)
+    return critic
+
+
+def separate_critic(
+    policy: PreTrainedModel | PeftModel,
+    source: PreTrainedModel | str | None,
+    reward_weight: float = 1.0,
+    trust_remote_code: bool = False,
+) -> Critic:
+    """Makes a critic with a trunk of its own, from `source` (see [`critic_from_model`]) or as a copy of the policy."""
+    if source is not None:
+        # A policy in 4 bits is no model for the dtype of what is to be trained
+        dtype = torch.float32 if is_quantized(policy) else policy.dtype
+        critic = critic_from_model(source, dtype, trust_remote_code, reward_weight)
+        check_vocabulary(critic, policy)
+    elif is_quantized(policy) or is_deepspeed_zero3_enabled():
+        raise ValueError(
+            "A separate critic cannot be copied from a policy that is quantized or sharded by ZeRO-3. Set "
+            "`critic_model_name_or_path` to what it should start from, or use `critic='shared'`."
+        )
+    else:
+        critic = critic_from_policy(policy)
+    return critic.requires_grad_(True)
 
 
 def shared_critic(model: PreTrainedModel | PeftModel, detach: bool = False) -> Critic:

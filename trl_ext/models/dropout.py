@@ -10,9 +10,12 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
+from accelerate.logging import get_logger
 from torch import nn
 from transformers import PreTrainedModel
 
+
+logger = get_logger(__name__)
 
 NAMES = re.compile(r"dropout|pdrop|layerdrop|drop_prob|drop_path|drop_rate")
 
@@ -34,6 +37,17 @@ def active_dropout(model: nn.Module) -> dict[str, float]:
         for key in _reads_config(module)
     )
     return {name: holder[key] for name, holder, key in (*_probabilities(model), *in_config)}
+
+
+def warn_of_dropout(model: nn.Module) -> None:
+    """Says what dropout means for policy gradients, if a model has any."""
+    if active := active_dropout(model):
+        name, probability = next(iter(active.items()))
+        logger.warning(
+            f"`disable_dropout=False`, and the policy has dropout ({len(active)} probabilities, such as `{name}` = "
+            f"{probability}): gradients are then of another policy than the one that sampled, drawn anew in each "
+            "forward, and no clipping or correction knows of it. Set `disable_dropout=True`."
+        )
 
 
 def _is_probability(value: Any) -> bool:

@@ -1,0 +1,65 @@
+"""Rewards of turns: what an environment says before the first turn and after each."""
+
+import asyncio
+import inspect
+from collections.abc import Callable
+
+from ..token_mdp import rewards_of_turns
+from .dense import described, number_of
+from .rollout import Completed
+
+
+class Turns:
+    """
+    Asks the environments of a rollout what their reward would be, turn by turn.
+
+    Args:
+        environment_classes (`list[type]`): Those that have rewards.
+        async_loop (`asyncio.AbstractEventLoop`, *optional*): Where coroutines run.
+    """
+
+    def __init__(self, environment_classes: list[type], async_loop=None):
+        self.environment_classes, self.async_loop = environment_classes, async_loop
+        self.totals: list[list[float | None]] = []
+
+    def begin(self, num_completions: int) -> None:
+        """Forgets the last rollout."""
+        self.totals = [[] for _ in range(num_completions)]
+
+    def ask(self, environments: list | None) -> None:
+        """
+        Asks each environment, before a turn or after the last one.
+
+        Raises:
+            TypeError: for a reward that is no number.
+        """
+        if not self.environment_classes:
+            return
+        for environment, totals in zip(environments, self.totals, strict=True):
+            if type(environment) not in self.environment_classes:
+                continue
+            total = environment.get_reward()
+            if inspect.isawaitable(total):
+                total = asyncio.run_coroutine_threadsafe(total, self.async_loop).result()
+            try:
+                totals.append(None if total is None else number_of(total))
+            except TypeError:
+                raise TypeError(
+                    f"`get_reward` of the environment {type(environment).__name__} returned {described(total)}. With "
+                    "`turn_rewards` it is asked before the first turn and after each, and must return a number: the "
+                    "reward up to then, or None while there is none."
+                ) from None
+
+
+def turn_reward(environment_class: type, completed: Completed) -> Callable:
+    """Makes a reward function that pays what each turn adds to what environments of this class say."""
+
+    def reward(environments, **kwargs):
+        return [
+            rewards_of_turns(totals, mask)
+            if type(environment) is environment_class and totals[-1] is not None
+            else None
+            for environment, totals, mask in zip(environments, completed.turn_totals, completed.is_chosen, strict=True)
+        ]
+
+    return reward
