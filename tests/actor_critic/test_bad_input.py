@@ -389,7 +389,7 @@ def test_rewards_of_every_kind_that_trl_takes_are_taken(policy, tokenizer, tmp_p
                 for trainer_class in (A2CTrainer, GRPOTrainer)
             )
             assert torch.equal(ours.nan_to_num(99), theirs.nan_to_num(99)), rewards
-            assert trainer._token_rewards is None
+            assert trainer.rewarded.token_rewards is None
     for rewards in (column.numpy(), [np.array(x) for x in numbers]):  # which TRL does not take
         assert rewards_by(trainer, returning(rewards)).flatten().tolist() == numbers
 
@@ -402,7 +402,7 @@ def test_tensors_of_several_elements_are_dense(policy, tokenizer, tmp_path, dens
     trainer = make(policy, tokenizer, tmp_path)
     expected = [0.25, 0.0, 1.0] if len(dense) == 3 else [0.25, 1.0, 0.0]
     assert rewards_by(trainer, returning([dense, 0.5, None, dense])).nansum() == 3.0
-    assert trainer._token_rewards.tolist() == [expected, [0.0] * 3, [0.0] * 3, expected]
+    assert trainer.rewarded.token_rewards.tolist() == [expected, [0.0] * 3, [0.0] * 3, expected]
 
 
 def test_what_is_no_reward_names_the_function_and_the_mend(policy, tokenizer, tmp_path):

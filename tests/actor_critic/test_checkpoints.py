@@ -238,7 +238,7 @@ def test_training_again_starts_a_new_rollout(policy_path, prompts, tmp_path):
     args = PPOConfig(**settings(tmp_path, num_iterations=4, max_steps=2, learning_rate=5e-2, target_kl=1e-3))
     trainer = recorded(PPOTrainer)(policy_path, count_good, args, prompts)
     trainer.train()
-    assert trainer._epochs_ended
+    assert trainer.trust_region.has_ended
     trainer.train()
     assert len(trainer.rollouts) == 2
 

@@ -110,14 +110,11 @@ def test_the_critic_sees_the_image(seeing, pictures, tmp_path, critic):
         inputs = trainer.processing_class(
             images=pictures[row]["image"], text="<image> the film was good", return_tensors="pt"
         )
-        trainer._records_values = True
         with torch.no_grad():
-            trainer._get_per_token_logps_and_entropies(
-                trainer.model.eval(), **inputs, num_images=[1], logits_to_keep=2
-            )
+            forward = trainer.forward(trainer.model.eval(), **inputs, num_images=[1], logits_to_keep=2)
             layout = last_states(**inputs, num_states=3)
             states = policy.base_model(**inputs).last_hidden_state if saved.reads_policy else None
             from_disk.append(saved(policy, states, layout))
-        in_training.append(trainer._passes[-1][1])
+        in_training.append(forward.values)
     torch.testing.assert_close(in_training, from_disk, atol=1e-5, rtol=1e-4)
     assert (from_disk[0] - from_disk[1]).abs().max() > 1e-3

@@ -86,7 +86,7 @@ def test_a_training_in_bfloat16_shares_prompts(path, prompts, tmp_path, attn_imp
     )
     trainer = PPOTrainer(path, count_good, args, prompts)
     trainer.train()
-    assert trainer._prefix_check.verdict is True
+    assert trainer.compact.prefix_check.verdict is True
     assert all(torch.isfinite(weight).all() for weight in trainer.model.parameters())
 
 

@@ -106,9 +106,9 @@ def test_every_option_is_in_use(tokenizer, prompts, tmp_path, caplog, family):
     ):
         trainer.train()
     assert decode.call_count == 2 and not generate.called  # compact_generation, a rollout for each step
-    assert trainer._merges is True  # generate_merged
-    assert trainer._prefix_check.verdict is True  # shared_prefix, and so compact_scoring
-    assert [check.verdict for check in trainer._reward_prefix_checks.values()] == [True]
+    assert trainer.generation.merges is True  # generate_merged
+    assert trainer.compact.prefix_check.verdict is True  # shared_prefix, and so compact_scoring
+    assert [check.verdict for check in trainer.rewards.prefix_checks.values()] == [True]
     assert rows[-1] == 1  # the last update ran its four completions in one row
     lengths = [batch["completion_mask"].sum(dim=1) for batch in trainer._buffered_inputs]
     widths = [batch["completion_ids"].size(1) for batch in trainer._buffered_inputs]
@@ -166,10 +166,10 @@ def test_what_is_on_and_not_in_use_says_so_once(
 @pytest.mark.parametrize("shards", ["is_fsdp_enabled", "is_deepspeed_enabled"])
 def test_generation_of_sharded_policies_says_so_once(tokenizer, prompts, tmp_path, caplog, shards):
     trainer = make(tokenizer, tmp_path, prompts, build(tokenizer, "llama"))
-    setattr(trainer, shards, True)
+    trainer.generation.is_sharded = True
     with caplog.at_level(logging.WARNING):
         for _ in range(2):
-            with trainer._compact_generate():
+            with trainer.generation.compact():
                 pass
     (message,) = [message for message in caplog.messages if "`compact_generation` is on but" in message]
     assert "FSDP or DeepSpeed" in message

@@ -133,8 +133,8 @@ def test_values_of_states_are_means_over_the_models_own_distribution(tokenizer, 
     torch.nn.init.normal_(head.embedding, std=1.0)
     trainer.train()
     (batch,) = trainer.rollouts
-    estimates = trainer._passes[-1][1]
     update = trainer.updates[-1]
+    estimates = trainer._forward_of(trainer.model, update).values
     for row in range(len(update["completion_ids"])):
         tokens, policy = own_distribution(model, update, row, 0.7)
         prompt = update["prompt_ids"][row][update["prompt_mask"][row].bool()]

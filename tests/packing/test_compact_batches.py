@@ -1,6 +1,7 @@
 """What is left out of a batch (padding, repeated prompts, unscored positions) changes nothing that is computed."""
 
 import itertools
+from dataclasses import replace
 from unittest.mock import patch
 
 import pytest
@@ -38,6 +39,7 @@ from trl_ext import (
     ReinforceConfig,
     ReinforceTrainer,
 )
+from trl_ext.actor_critic.forward import ForwardPlan
 from trl_ext.packing.layout import packed_layout, rows_layout
 from trl_ext.packing.micro_batches import by_length, join, select, sizes_by_tokens, sort_windows, trim
 
@@ -95,7 +97,7 @@ def by_row(prompts, trainer):
 def test_an_update_is_what_it_is_without(policy_path, prompts, tmp_path, case):
     plain = train(case, policy_path, tmp_path, prompts, **OFF)
     compact = train(case, policy_path, tmp_path, prompts)
-    assert plain._prefix_check.verdict is None and compact._prefix_check.verdict is True
+    assert plain.compact.prefix_check.verdict is None and compact.compact.prefix_check.verdict is True
     steps = [[entry for entry in t.state.log_history if "grad_norm" in entry] for t in (plain, compact)]
     for before, after in zip(*steps, strict=True):
         assert after["grad_norm"] == pytest.approx(before["grad_norm"], rel=1e-4)
@@ -142,7 +144,7 @@ def test_experts_are_balanced_over_the_tokens_that_trl_balances(tokenizer, promp
     args = ReinforceConfig(**settings(tmp_path, shared_prefix="always"))
     with pytest.raises(ValueError, match="the loss that balances experts.*Set `shared_prefix='auto'`"):
         ReinforceTrainer(model, length, args, prompts, processing_class=tokenizer)
-    assert plain.aux_loss_enabled and routers and compact._prefix_check.verdict is None  # never asked
+    assert plain.aux_loss_enabled and routers and compact.compact.prefix_check.verdict is None  # never asked
     for name in routers:
         expected, actual = (trainer.model.get_parameter(name) for trainer in found)
         torch.testing.assert_close(actual, expected, atol=2e-5, rtol=1e-4)
@@ -152,9 +154,9 @@ def test_experts_are_balanced_over_the_tokens_that_trl_balances(tokenizer, promp
 def test_the_first_epoch_scores_what_a_pass_would(policy_path, prompts, tmp_path, case, monkeypatch):
     own = {"gradient_accumulation_steps": 1, "num_iterations": 3, "max_steps": 6}
     without = train(case, policy_path, tmp_path, prompts, **own)
-    assert without._first_epoch_scores
-    trainer_class = CASES[case][0]
-    monkeypatch.setattr(trainer_class, "_first_epoch_scores", False)
+    assert without.forward_plan.first_update_scores
+    plan = ForwardPlan.of
+    monkeypatch.setattr(ForwardPlan, "of", lambda *args, **kw: replace(plan(*args, **kw), first_update_scores=False))
     with_pass = train(case, policy_path, tmp_path, prompts, **own)
     for name, weight in with_pass.model.named_parameters():
         torch.testing.assert_close(without.model.get_parameter(name), weight, atol=2e-5, rtol=1e-4)
@@ -172,7 +174,7 @@ def test_the_first_epoch_scores_what_a_pass_would(policy_path, prompts, tmp_path
 )
 def test_minibatches_and_whitening_over_micro_batches_need_their_pass(policy_path, prompts, tmp_path, own, expected):
     args = PPOConfig(**settings(tmp_path, **{"num_iterations": 2, "whiten_advantages": True} | own))
-    assert PPOTrainer(policy_path, length, args, prompts)._first_epoch_scores == expected
+    assert PPOTrainer(policy_path, length, args, prompts).forward_plan.first_update_scores == expected
 
 
 # --- What is run ---
@@ -181,7 +183,7 @@ def test_minibatches_and_whitening_over_micro_batches_need_their_pass(policy_pat
 def test_the_trunk_runs_prompts_once_and_the_head_tokens_alone(policy_path, prompts, tmp_path):
     args = A2CConfig(**settings(tmp_path, num_generations=4, per_device_train_batch_size=4, max_steps=1))
     trainer = A2CTrainer(policy_path, length, args, prompts, rollout_func=by_row)
-    trainer._prefix_check.verdict = True  # the comparison would be counted, too
+    trainer.compact.prefix_check.verdict = True  # the comparison would be counted, too
     positions, scored = [], []
     trainer.model.model.register_forward_hook(
         lambda module, args, kwargs, output: positions.append(kwargs["input_ids"].numel()), with_kwargs=True
@@ -333,7 +335,7 @@ def test_a_model_that_cannot_be_packed_is_run_in_rows(tokenizer, prompts, tmp_pa
     args = {"num_generations": 4, "max_steps": 2, "compact_generation": False}
     trainer = A2CTrainer(str(tmp_path / "mamba"), count_good, A2CConfig(**settings(tmp_path, **args)), prompts)
     trainer.train()
-    assert trainer._prefix_check.verdict is False and "the prompt is run again for each" in caplog.text
+    assert trainer.compact.prefix_check.verdict is False and "the prompt is run again for each" in caplog.text
     trainer = A2CTrainer(
         str(tmp_path / "mamba"), count_good, A2CConfig(**settings(tmp_path, shared_prefix="always", **args)), prompts
     )
@@ -346,10 +348,10 @@ def test_a_batch_in_which_nothing_is_shared_shows_nothing(policy_path, prompts, 
     trainer = A2CTrainer(policy_path, length, args, prompts)
     ids, mask, num_completion = batch_of([ROWS[0], ROWS[1]])
     trainer._get_per_token_logps_and_entropies(trainer.model, ids, mask, num_completion)
-    assert trainer._prefix_check.verdict is None
+    assert trainer.compact.prefix_check.verdict is None
     ids, mask, num_completion = batch_of([ROWS[0], ROWS[2]])
     trainer._get_per_token_logps_and_entropies(trainer.model, ids, mask, num_completion)
-    assert trainer._prefix_check.verdict is True
+    assert trainer.compact.prefix_check.verdict is True
 
 
 def test_what_a_batch_has_shown_is_not_asked_again(policy_path, prompts, tmp_path):
@@ -379,7 +381,9 @@ def test_a_critic_of_another_kind_is_checked_too(policy_path, tokenizer, prompts
         trainer = PPOTrainer(policy_path, length, args, prompts, critic_model=critic, rollout_func=by_row)
         trainer.train()
         trainers.append(trainer)
-    assert trainers[0]._prefix_check.verdict is True and trainers[0]._critic_prefix_check.verdict is False
+    assert (
+        trainers[0].compact.prefix_check.verdict is True and trainers[0].compact.critic_prefix_check.verdict is False
+    )
     for name, weight in trainers[1].model.named_parameters():
         torch.testing.assert_close(trainers[0].model.get_parameter(name), weight, atol=5e-5, rtol=1e-3)
 
@@ -406,10 +410,9 @@ def test_the_critic_runs_with_the_policy_and_not_with_its_reference(policy_path,
 
 
 def test_tokens_are_not_balanced_across_processes(policy_path, prompts, tmp_path, monkeypatch):
-    trainer = PPOTrainer(policy_path, length, PPOConfig(**settings(tmp_path, balance_tokens=True)), prompts)
-    monkeypatch.setattr(type(trainer.accelerator), "num_processes", 2)
+    monkeypatch.setattr(PPOConfig, "world_size", 2)
     with pytest.raises(ValueError, match="train in one process"):
-        trainer._set_up_compact_batches()
+        PPOTrainer(policy_path, length, PPOConfig(**settings(tmp_path, balance_tokens=True)), prompts)
 
 
 def test_an_unknown_way_is_refused(tmp_path):

@@ -224,7 +224,7 @@ def rewards_of(reward_model, tokenizer, policy_path, folder, **overrides):
     prompts = Dataset.from_dict({"prompt": PROMPTS})
     trainer = Keep(policy_path, reward_model, args, prompts, reward_processing_classes=tokenizer)
     trainer.train()
-    return torch.cat(seen), [check.verdict for check in trainer._reward_prefix_checks.values()]
+    return torch.cat(seen), [check.verdict for check in trainer.rewards.prefix_checks.values()]
 
 
 def test_a_training_has_the_rewards_of_the_model(policy_path, tokenizer, tmp_path):

@@ -53,6 +53,15 @@ def check_base_for_vllm(model, args, quantization_config) -> None:
         )
 
 
+def check_balance_tokens(args) -> None:
+    """Refuses micro-batches of different sizes in several processes."""
+    if args.balance_tokens and args.world_size > 1:
+        raise ValueError(
+            "`balance_tokens=True` gives micro-batches of different numbers of completions, and TRL gathers metrics "
+            "of equally many from each process. Leave it out, or train in one process."
+        )
+
+
 def check_dataset_size(dataset: Dataset, prompts_per_rollout: int) -> None:
     """Refuse a dataset smaller than one rollout: incomplete rollouts are dropped, so it would train on nothing."""
     if len(dataset) < prompts_per_rollout:

@@ -50,8 +50,9 @@ from ..training.arguments import checked_args
 from ..training.head_scoring import COMPARED_TEXT, score_as_the_model_does
 from ..training.base import TrainerBase
 from .card import policy_card
-from .checkpoint import CheckpointingMixin, StartOfTraining
+from .checkpoint import StartOfTraining, load_state, save_state
 from .checks import (
+    check_balance_tokens,
     check_base_for_vllm,
     check_completion_ids,
     check_critic_model,
@@ -61,11 +62,12 @@ from .checks import (
     check_turn_rewards,
     checked_rollout,
 )
-from .compact_batches import CompactBatchesMixin
+from .compact import CompactForwards
 from .config import ActorCriticConfig
 from .credit import bootstrap_values, token_rewards
 from .forward import Forward, ForwardPlan
 from .generation import Generation, engine_settings
+from .length_batches import LengthBatches
 from .notices import Notices
 from .prompts import Prompts, check_context, refuse_missing_prompt
 from .recording import Recorder
@@ -92,12 +94,7 @@ from .turns import Turns
 logger = get_logger(__name__)
 
 
-class ActorCriticTrainer(
-    CheckpointingMixin,
-    CompactBatchesMixin,
-    TrainerBase,
-    GRPOTrainer,
-):
+class ActorCriticTrainer(TrainerBase, GRPOTrainer):
     """
     [`~trl.GRPOTrainer`] with a critic. What changes with respect to the parent:
 
@@ -151,6 +148,7 @@ class ActorCriticTrainer(
     ):
         args = checked_args(args, type(self), model)
         check_critic_model(args, critic_model)
+        check_balance_tokens(args)
         check_reference(args, model, kwargs.get("peft_config"))
         if args.use_vllm:
             check_base_for_vllm(model, args, kwargs.get("quantization_config"))
@@ -224,7 +222,13 @@ class ActorCriticTrainer(
         self.throughput = Throughput()
         self.cut_prompts = CutPrompts(max_prompt_length, is_cut=not self._is_vlm)
         self.add_callback(StartOfTraining(self))
-        self._set_up_compact_batches()
+        self.length_batches = LengthBatches(
+            args, self.notices, self.pad_to_multiple_of, self._loss_depends_on_micro_batches
+        )
+        self.compact = CompactForwards(
+            self._policy, self.critic, args, self.accelerator, self.notices, self.num_generations, self._is_vlm
+        )
+        self.compact.check_always(balances_experts=self.aux_loss_enabled)
         self._head_scoring = None  # until heads are compared
         if self._is_vlm or not is_sharded:
             self._compare_heads(self._tokenizer(COMPARED_TEXT)["input_ids"])
@@ -318,6 +322,12 @@ class ActorCriticTrainer(
         """True if a completion's advantages depend on other completions of the generation batch."""
         return self.args.whiten_advantages
 
+    @property
+    def _loss_depends_on_micro_batches(self) -> bool:
+        """True if the parent takes means, or quantiles, over the tokens of a micro-batch."""
+        is_of_entropy = self._entropy_bonus_enabled or self.top_entropy_quantile < 1.0
+        return self.loss_type == "bnpo" or is_of_entropy or self.aux_loss_enabled
+
     def _compare_heads(self, ids: list[int]) -> None:
         """Has the model's own LM head score where TRL's fused one gives other log-probabilities of a text."""
         self._head_scoring = []
@@ -346,6 +356,10 @@ class ActorCriticTrainer(
         self.trust_region = TrustRegion(self.args.target_kl, self.accelerator.device)
         self.recorder.begin(step, moves_files=self.args.save_rollouts and self.args.should_save)
 
+    def _get_train_sampler(self, dataset=None):
+        self.train_sampler = super()._get_train_sampler(dataset)
+        return self.train_sampler
+
     @property
     def _mode(self) -> str:
         return "train" if self.model.training else "eval"
@@ -370,6 +384,14 @@ class ActorCriticTrainer(
         return super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
 
     # --- A rollout ---
+
+    def _prepare_inputs(self, generation_batch):
+        earlier = self._buffered_inputs
+        inputs = super()._prepare_inputs(generation_batch)
+        if self.model.training and self._buffered_inputs is not earlier:  # a new rollout
+            self._buffered_inputs = self.length_batches.arranged(self._buffered_inputs)
+            inputs = self._buffered_inputs[self._step % self.args.steps_per_generation]
+        return inputs
 
     def _generate_and_score_completions(self, inputs):
         is_training, is_first = self.model.training, self._is_first_update
@@ -524,7 +546,7 @@ class ActorCriticTrainer(
 
     def forward(self, model, input_ids, attention_mask, logits_to_keep, batch_size=None, **kwargs) -> Forward:
         """Runs the policy, with the critic, on completions; the arguments are those of TRL's scoring pass."""
-        order = self._scoring_order(input_ids, attention_mask, logits_to_keep, batch_size, kwargs)
+        order = self.compact.order(input_ids, attention_mask, logits_to_keep, batch_size, kwargs)
         # Values before each of the T tokens, and after the last one
         recording = nullcontext([]) if self.critic is None else self.critic.recording(num_states=logits_to_keep + 1)
         with recording as values:
@@ -543,9 +565,9 @@ class ActorCriticTrainer(
         self, model, input_ids, attention_mask, logits_to_keep, batch_size=None, *args, **kwargs
     ):
         """Makes the parent's scoring pass without what need not be computed; the reference's, too."""
-        order = self._scoring_order(input_ids, attention_mask, logits_to_keep, batch_size, kwargs)
+        order = self.compact.order(input_ids, attention_mask, logits_to_keep, batch_size, kwargs)
         input_ids, attention_mask = input_ids[order], attention_mask[order]
-        scoring = self._compact_scoring(model, input_ids, attention_mask, logits_to_keep, batch_size, kwargs)
+        scoring = self.compact.standing_for(model, input_ids, attention_mask, logits_to_keep, batch_size, kwargs)
         logps, entropies, aux_loss = super()._get_per_token_logps_and_entropies(
             scoring, input_ids, attention_mask, logits_to_keep, batch_size, *args, **kwargs
         )
@@ -740,7 +762,16 @@ class ActorCriticTrainer(
             + "; ".join(repr(prompt[:80]) for prompt in prompts)
         )
 
-    # --- The card ---
+    # --- Checkpoints and the card ---
+
+    def _save_rng_state(self, output_dir):
+        super()._save_rng_state(output_dir)
+        save_state(self, output_dir)
+
+    def _load_rng_state(self, checkpoint):
+        super()._load_rng_state(checkpoint)
+        if checkpoint is not None:
+            load_state(self, checkpoint)
 
     def _card_content(self):
         return policy_card(self)

@@ -109,6 +109,15 @@ class Critic(Companion):
         finally:
             self._recorded = self._hidden_states = None
 
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Within the context forwards of the policy are not recorded: those of a trial, in the middle of a pass."""
+        recorded, self._recorded = self._recorded, None
+        try:
+            yield
+        finally:
+            self._recorded = recorded
+
     # --- Beside the policy ---
 
     def own_parameters(self) -> Iterator[nn.Parameter]:

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from ..compat import MULTIMODAL_KEYS
 from .prefix import real_tokens
 
 
@@ -128,3 +129,8 @@ def trim(batch: Batch) -> Batch:
         return value[:, :length] if is_of_tokens else value
 
     return {name: trimmed(name, value) for name, value in batch.items()}
+
+
+def has_images(batch: Batch) -> bool:
+    """Returns True if a batch, or what a forward is given of one, holds images."""
+    return any(batch.get(key) is not None for key in MULTIMODAL_KEYS)
