@@ -82,12 +82,9 @@ class Rewards:
     Asks reward functions and reward models.
 
     Args:
-        reward_funcs (`list`): Functions and models.
-        names (`list[str]`): Their names.
-        weights (`torch.Tensor` of shape `(N,)`): Their weights.
-        reward_models (`dict[int, RewardModel]`): Those that are models, by their index.
-        environment_classes (`list[type]`): Of the last of the functions, which ask environments turn by turn; empty
-            without `turn_rewards`.
+        reward_models (`dict[int, RewardModel]`): Those that are models, by their index among all.
+        environment_classes (`list[type]`): Environments that the last of the functions ask, turn by turn; empty without
+            `turn_rewards`.
         args ([`ActorCriticConfig`]): The configuration.
         accelerator (`Accelerator`): Of the processes.
         tokenizer (`PreTrainedTokenizerBase`): The policy's.
@@ -96,9 +93,6 @@ class Rewards:
 
     def __init__(
         self,
-        reward_funcs: list,
-        names: list[str],
-        weights: torch.Tensor,
         reward_models: dict[int, RewardModel],
         environment_classes: list[type],
         args,
@@ -106,7 +100,6 @@ class Rewards:
         tokenizer,
         template_kwargs: dict,
     ):
-        self.reward_funcs, self.names, self.weights = reward_funcs, names, weights
         self.reward_models, self.environment_classes = reward_models, environment_classes
         self.args, self.accelerator, self.tokenizer = args, accelerator, tokenizer
         self.template_kwargs = template_kwargs
@@ -125,23 +118,32 @@ class Rewards:
             reward_model.check(is_conversational({"prompt": row["prompt"]}))
 
     def asked_by_trl(
-        self, completions: list, completion_ids: list[list[int]], completed: Completed
+        self,
+        reward_funcs: list,
+        names: list[str],
+        weights: torch.Tensor,
+        completions: list,
+        completion_ids: list[list[int]],
+        completed: Completed | None,
     ) -> tuple[list, DenseRewards]:
         """
         Prepares the functions for one rollout.
 
         Args:
+            reward_funcs (`list`): Functions and models.
+            names (`list[str]`): Their names.
+            weights (`torch.Tensor` of shape `(N,)`): Their weights.
             completions (`list`): Texts, or lists of messages.
             completion_ids (`list[list[int]]`): Their tokens.
-            completed ([`Completed`]): What is known of them besides.
+            completed ([`Completed`], *optional*): What is known of them besides; rewards of prefixes and turns take it.
 
         Returns:
             `tuple[list, DenseRewards]`: What TRL is to ask, one finite number or None for each completion; and where
             the rewards of tokens among them are kept.
         """
         dense, asked = DenseRewards(completions, completion_ids, self.tokenizer), []
-        first_turn_reward = len(self.reward_funcs) - len(self.environment_classes)
-        named = zip(self.reward_funcs, self.names, self.weights.tolist(), strict=True)
+        first_turn_reward = len(reward_funcs) - len(self.environment_classes)
+        named = zip(reward_funcs, names, weights.tolist(), strict=True)
         for index, (func, name, weight) in enumerate(named):
             if index in self.reward_models:
                 pay = functools.partial(self._pay_prefixes, completed) if self.args.prefix_rewards else self._pay_texts
@@ -151,17 +153,18 @@ class Rewards:
             asked.append(checked_reward(func, name, functools.partial(dense.totals, name=name, weight=weight)))
         return asked, dense
 
-    def rewarded(self, rewards_per_func: torch.Tensor, dense: DenseRewards) -> Rewarded:
+    def rewarded(self, rewards_per_func: torch.Tensor, weights: torch.Tensor, dense: DenseRewards) -> Rewarded:
         """
         Sums up what was given to the completions of this process.
 
         Args:
             rewards_per_func (`torch.Tensor` of shape `(B_all, N)`): Of all processes; nan where one does not apply.
+            weights (`torch.Tensor` of shape `(N,)`): Weights of the functions.
             dense ([`DenseRewards`]): Of this process, as [`asked_by_trl`] returned them.
         """
         first = self.accelerator.process_index * len(dense.rewards)
         by_function = rewards_per_func[first : first + len(dense.rewards)]
-        totals = (by_function * self.weights.to(by_function.device)).nansum(dim=1)
+        totals = (by_function * weights.to(by_function.device)).nansum(dim=1)
         totals = totals.masked_fill(by_function.isnan().all(dim=1), math.nan)
         if dense.is_empty:
             return Rewarded(totals, None, totals, by_function)

@@ -47,8 +47,8 @@ from ..critic.start import start_critic
 from ..models.dropout import stop_dropout, warn_of_dropout
 from ..models.reference import take_up_start
 from ..training.arguments import checked_args
-from ..training.head_scoring import COMPARED_TEXT, score_as_the_model_does
 from ..training.base import TrainerBase
+from ..training.head_scoring import COMPARED_TEXT, score_as_the_model_does
 from .card import policy_card
 from .checkpoint import StartOfTraining, load_state, save_state
 from .checks import (
@@ -136,12 +136,13 @@ class ActorCriticTrainer(TrainerBase, GRPOTrainer):
     _saved_beside_model = (VALUE_HEAD_FILE, CRITIC_NAME)
     _has_critic = True
     _reads_head = False  # True for an algorithm that computes logits from hidden states itself
-    # Until `__init__` has made it, or an evaluation begins
+    # Until `__init__` has made it, a training or an evaluation begins, or a rollout is under way
     critic: Critic | None = None
+    train_sampler = None  # streams have none
     _evaluated_dataset = None
-    completed: Completed  # of the rollout under way
-    rewarded: Rewarded
-    table: CompletionsTable
+    completed: Completed | None = None
+    rewarded: Rewarded | None = None
+    table: CompletionsTable | None = None
 
     def __init__(
         self, model, reward_funcs=None, args=None, *other_args, critic_model: PreTrainedModel | None = None, **kwargs
@@ -294,9 +295,6 @@ class ActorCriticTrainer(TrainerBase, GRPOTrainer):
         if self.args.turn_rewards:
             check_turn_rewards(environment_classes, self.rollout_func)
         rewards = Rewards(
-            self.reward_funcs,
-            self.reward_func_names,
-            self.reward_weights,
             ready_reward_models(self, set(reward_adapters)),
             environment_classes if self.args.turn_rewards else [],
             self.args,
@@ -479,10 +477,17 @@ class ActorCriticTrainer(TrainerBase, GRPOTrainer):
         )
 
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
-        asked, dense = self.rewards.asked_by_trl(completions, completion_ids_list, self.completed)
+        asked, dense = self.rewards.asked_by_trl(
+            self.reward_funcs,
+            self.reward_func_names,
+            self.reward_weights,
+            completions,
+            completion_ids_list,
+            self.completed,
+        )
         with rewarded_by(self, asked):
             rewards_per_func = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
-        self.rewarded = self.rewards.rewarded(rewards_per_func, dense)
+        self.rewarded = self.rewards.rewarded(rewards_per_func, self.reward_weights, dense)
         if self.args.save_rollouts:
             rows = [
                 {
@@ -494,7 +499,7 @@ class ActorCriticTrainer(TrainerBase, GRPOTrainer):
                     **rewards,
                 }
                 for prompt, completion, ids, rewards in zip(
-                    prompts, completions, completion_ids_list, self.rewarded.named(self.rewards.names), strict=True
+                    prompts, completions, completion_ids_list, self.rewarded.named(self.reward_func_names), strict=True
                 )
             ]
             self.recorder.begin_rollout(rows, self.state.global_step, self.model.training)

@@ -55,7 +55,7 @@ class CompletionSampler(ReinforceTrainer):
         rewards_per_func = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
         if self._samples is None:  # an evaluation of the user's own
             return rewards_per_func
-        named = self.rewarded.named(self.rewards.names)
+        named = self.rewarded.named(self.reward_func_names)
         for example, completion, rewards in zip(inputs, completions, named, strict=True):
             self._samples.append(
                 {ROW: example[INPUT_ROW], "prompt": example["prompt"], "completion": completion, **rewards}
