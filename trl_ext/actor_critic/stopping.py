@@ -39,6 +39,14 @@ class StopStrings:
         met = self._met(prompt_ids, completion_ids, len(completion_ids))
         return int(met.int().argmax()) + 1 if met.any() else None
 
+    def cut(self, prompt_ids: list[list[int]], completion_ids: list[list[int]], logps: list[list[float]] | None):
+        """Returns completions, and their log-probabilities, without what an engine has put after a stop string."""
+        lengths = [self.length(*ids) for ids in zip(prompt_ids, completion_ids, strict=True)]
+        completion_ids = [ids[:length] for ids, length in zip(completion_ids, lengths, strict=True)]
+        if logps is not None:
+            logps = [of_row[: len(ids)] for of_row, ids in zip(logps, completion_ids, strict=True)]
+        return completion_ids, logps
+
     def is_last(self, prompt_ids: list[int], completion_ids: list[int]) -> bool:
         """Returns True where the last token completes a stop string."""
         return bool(self._met(prompt_ids, completion_ids, 1))
@@ -50,56 +58,14 @@ class StopStrings:
         return self.criterion(ids.unfold(0, width, 1)[-num_tokens:], None)
 
 
-class Stopping:
-    """
-    Tells where and how completions end, by the settings of the engine that samples them.
-
-    Args:
-        tokenizer (`PreTrainedTokenizerBase`): The policy's.
-        end_tokens (`list[int]`): With one of these a completion ends; a padding token at its end counts as one, as in
-            TRL.
-        strings (`str` or `list[str]`, *optional*): Stop strings.
-    """
-
-    def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, end_tokens: list[int], strings: str | list[str] | None = None
-    ):
-        self.end_tokens = {*end_tokens, tokenizer.pad_token_id}
-        self.strings = StopStrings(tokenizer, strings) if strings else None
-
-    @classmethod
-    def of(
-        cls, settings: dict[str, Any], tokenizer: PreTrainedTokenizerBase, end_tokens: list[int], use_vllm: bool
-    ) -> "Stopping":
-        """
-        Reads an engine's settings.
-
-        Args:
-            settings (`dict`): Of the engine, by name.
-            tokenizer (`PreTrainedTokenizerBase`): The policy's.
-            end_tokens (`list[int]`): Of the model and the tokenizer, for an engine that names none.
-            use_vllm (`bool`): Whose names these are.
-        """
-        ends = settings.get("eos_token_id", end_tokens)
-        ends = [*([ends] if isinstance(ends, int) else ends), *settings.get("stop_token_ids", [])]
-        return cls(tokenizer, ends, settings.get("stop") if use_vllm else settings.get("stop_strings"))
-
-    def cut(self, prompt_ids: list[list[int]], completion_ids: list[list[int]], logps: list[list[float]] | None):
-        """Returns completions, and their log-probabilities, without what an engine has put after a stop string."""
-        if self.strings is None:
-            return completion_ids, logps
-        lengths = [self.strings.length(*ids) for ids in zip(prompt_ids, completion_ids, strict=True)]
-        completion_ids = [ids[:length] for ids, length in zip(completion_ids, lengths, strict=True)]
-        if logps is not None:
-            logps = [of_row[: len(ids)] for of_row, ids in zip(logps, completion_ids, strict=True)]
-        return completion_ids, logps
-
-    def have_ended(self, prompt_ids: list[list[int]], completion_ids: list[list[int]]) -> list[bool]:
-        """Returns True for each completion whose last token ends it, or completes a stop string."""
-        return [
-            ids[-1] in self.end_tokens or (self.strings is not None and self.strings.is_last(prompt, ids))
-            for prompt, ids in zip(prompt_ids, completion_ids, strict=True)
-        ]
+def have_ended(
+    prompt_ids: list[list[int]], completion_ids: list[list[int]], end_tokens: set[int], strings: StopStrings | None
+) -> list[bool]:
+    """Returns True for each completion whose last token is an end token, or completes a stop string."""
+    return [
+        ids[-1] in end_tokens or (strings is not None and strings.is_last(prompt, ids))
+        for prompt, ids in zip(prompt_ids, completion_ids, strict=True)
+    ]
 
 
 def ended_metrics(has_ended: list[bool], is_chosen: list[list[int]], accelerator: Accelerator) -> dict[str, float]:

@@ -11,6 +11,7 @@ The trainer's methods stand in the order in which TRL calls them. A batch is one
 they take, and then trained on by `_compute_loss`. [`~forward.ForwardPlan`] says which forward that is.
 """
 
+import asyncio
 import math
 import textwrap
 import warnings
@@ -86,7 +87,7 @@ from .reporting import (
 from .rewards import Rewards, distinct_names, ready_reward_models
 from .rollout import Completed, Credit, Rewarded, Rollout
 from .sampling import warn_of_altered
-from .stopping import Stopping, ended_metrics, without_cut
+from .stopping import StopStrings, ended_metrics, have_ended, without_cut
 from .trust_region import TrustRegion
 from .turns import Turns
 
@@ -138,6 +139,9 @@ class ActorCriticTrainer(TrainerBase, GRPOTrainer):
     _reads_head = False  # True for an algorithm that computes logits from hidden states itself
     # Until `__init__` has made it, a training or an evaluation begins, or a rollout is under way
     critic: Critic | None = None
+    turns: Turns | None = None  # with `turn_rewards` alone
+    stop_strings: StopStrings | None = None
+    _head_scoring: list | None = []
     train_sampler = None  # streams have none
     _evaluated_dataset = None
     completed: Completed | None = None
@@ -176,9 +180,8 @@ class ActorCriticTrainer(TrainerBase, GRPOTrainer):
         self._check_prompts("train_dataset", self.train_dataset)
         self._check_prompts("eval_dataset", self.eval_dataset)
         self.rewards = self._make_rewards(reward_adapters)
-        self.turns = Turns(
-            self.rewards.environment_classes, vars(self).get("async_loop")
-        )  # which is made with environments
+        if args.turn_rewards:
+            self.turns = Turns(self.rewards.environment_classes, self._run_coroutine)
 
         # The critic
         Critic.detach_from(self._policy)  # an earlier trainer's
@@ -211,12 +214,6 @@ class ActorCriticTrainer(TrainerBase, GRPOTrainer):
             is_vlm=self._is_vlm,
             is_sharded=is_sharded,
         )
-        self.forward_plan = ForwardPlan.of(
-            args,
-            corrects_sampling=self._corrects_sampling,
-            takes_forward=self.critic is not None or args.kl_in_reward != 0.0,
-            has_batch_statistics=self._has_batch_statistics,
-        )
         self.kl_controller = token_mdp.KLController(args.kl_in_reward, args.kl_target, args.kl_horizon)
         self.trust_region = TrustRegion(args.target_kl, self.accelerator.device)
         self.recorder = Recorder(args.output_dir, self.accelerator.process_index)
@@ -230,9 +227,10 @@ class ActorCriticTrainer(TrainerBase, GRPOTrainer):
             self._policy, self.critic, args, self.accelerator, self.notices, self.num_generations, self._is_vlm
         )
         self.compact.check_always(balances_experts=self.aux_loss_enabled)
-        self._head_scoring = None  # until heads are compared
         if self._is_vlm or not is_sharded:
             self._compare_heads(self._tokenizer(COMPARED_TEXT)["input_ids"])
+        else:
+            self._head_scoring = None  # until there is a text of every process
 
     def _stop_dropout(self) -> None:
         """Stops dropout everywhere, where TRL stops modules of one kind; warns where it is to stay."""
@@ -257,7 +255,8 @@ class ActorCriticTrainer(TrainerBase, GRPOTrainer):
             )
         self.eos_token_ids = [*([ends] if isinstance(ends, int) else ends), *settings.get("stop_token_ids", [])]
         strings = settings.get("stop") if self.use_vllm else settings.get("stop_strings")
-        self.stopping = Stopping(self._tokenizer, self.eos_token_ids, strings)
+        if strings:
+            self.stop_strings = StopStrings(self._tokenizer, strings)
         if self.rollout_func is None and self.accelerator.is_main_process:
             self._warn_of_altered_sampling(settings)
 
@@ -397,31 +396,31 @@ class ActorCriticTrainer(TrainerBase, GRPOTrainer):
         if is_training:
             self.trust_region.begin_rollout()
             self.kl_controller.update()
-        forward = None
+        plan, forward = self.forward_plan, None
 
         def score(*args, **kwargs):
             nonlocal forward
-            if not self.forward_plan.trl_may_score(is_training, is_first):
+            if not plan.trl_may_score(is_training, is_first):
                 return None, None, None
             forward = self.forward(*args, **kwargs)
             return forward.for_trl
 
-        scoring = scoring_answered(self, score) if self.forward_plan.trl_scores else nullcontext()
+        scoring = scoring_answered(self, score) if plan.trl_scores else nullcontext()
         # The parent would mask what ended with a stop string, too
         masking = without_masking_cut(self) if self._masks_cut else nullcontext()
         with scoring, masking:
             batch = super()._generate_and_score_completions(inputs)
         rollout = self._rewarded_rollout(batch)
-        if forward is None and self.forward_plan.statistics_take_pass and is_training:
+        if forward is None and plan.statistics_take_pass and is_training:
             forward = self._scored(batch)
-        if forward is not None or not self.forward_plan.credit_takes_forward:
+        if forward is not None or not plan.credit_takes_forward:
             rollout = self.credited(rollout, forward)
         return rollout.into(batch)
 
     @property
     def _masks_cut(self) -> bool:
         """True if completions that were cut are masked here, as the parent does not know which ended with a string."""
-        return self.mask_truncated_completions and self.stopping.strings is not None
+        return self.mask_truncated_completions and self.stop_strings is not None
 
     def _check_rows(self, inputs: list[dict]) -> None:
         if not all(example.get("prompt", True) for example in inputs):  # of a stream: others were looked at before
@@ -431,46 +430,52 @@ class ActorCriticTrainer(TrainerBase, GRPOTrainer):
         self.rewards.check_row(inputs[0])
 
     def _generate(self, prompts):
-        self.turns.begin(len(prompts))
+        if self.turns is not None:
+            self.turns.begin(len(prompts))
         # The generation engine is sent the policy's weights: those of the critic would be unknown to it
         with self._without_companion(), self._merged_adapter():
             outputs = super()._generate(prompts)
             prompt_ids, completion_ids, tool_mask, completions, *_ = outputs
             if self._head_scoring is None:
                 self._compare_heads(prompt_ids[0] + completion_ids[0])
-        self.turns.ask(self.environments)
+        if self.turns is not None:
+            self.turns.ask(self.environments)
         is_chosen = tool_mask or [[1] * len(ids) for ids in completion_ids]
-        has_ended = self.stopping.have_ended(prompt_ids, completion_ids)
-        if self.stopping.strings is not None:
+        end_tokens = {*self.eos_token_ids, self._tokenizer.pad_token_id}
+        has_ended = have_ended(prompt_ids, completion_ids, end_tokens, self.stop_strings)
+        if self.stop_strings is not None:
             for name, value in ended_metrics(has_ended, is_chosen, self.accelerator).items():
                 self._metrics[self._mode][name][-1] = value
         # A call that was not answered ends nothing
         awaits_answer = [bool(self.tools) and bool(messages[-1].get("tool_calls")) for messages in completions]
         has_ended = [ended and not awaits for ended, awaits in zip(has_ended, awaits_answer, strict=True)]
-        self.completed = Completed(prompt_ids, has_ended, is_chosen, self.turns.totals)
+        totals = [] if self.turns is None else self.turns.totals
+        self.completed = Completed(prompt_ids, has_ended, is_chosen, totals)
         return outputs
 
     def _merged_adapter(self):
         """Within the context, where completions are sampled, the adapter is merged into its base if it can be."""
-        return self.generation.merged_adapter()
+        return nullcontext() if self.rollout_func is not None else self.generation.merged_adapter()
 
     def _tokenize_prompts(self, prompts):
         prompt_ids, images, fields = super()._tokenize_prompts(prompts)
         return self.prompts.cut(prompt_ids), images, fields
 
     def _generate_single_turn(self, prompt_ids, *args, **kwargs):
-        self.turns.ask(self.environments)
+        if self.turns is not None:
+            self.turns.ask(self.environments)
         # For continuous batching the parent casts the model, and leaves it so
         keeping = trainables_kept(self.model) if self.use_transformers_continuous_batching else nullcontext()
         with keeping, self.generation.compact(), self._generate_knows_tokenizer():
             completion_ids, logps = super()._generate_single_turn(prompt_ids, *args, **kwargs)
-        completion_ids, logps = self.stopping.cut(prompt_ids, completion_ids, logps)
+        if self.stop_strings is not None:
+            completion_ids, logps = self.stop_strings.cut(prompt_ids, completion_ids, logps)
         check_completion_ids(completion_ids, "The generation engine")
         return completion_ids, logps
 
     def _generate_knows_tokenizer(self):
         """Within the context `generate` has the tokenizer by which it reads stop strings, which the parent does not give."""
-        if self.stopping.strings is None:
+        if self.stop_strings is None:
             return nullcontext()
         return generating_by(
             self._policy, lambda generate, *args, **kwargs: generate(*args, tokenizer=self._tokenizer, **kwargs)
@@ -547,7 +552,20 @@ class ActorCriticTrainer(TrainerBase, GRPOTrainer):
                 stacklevel=2,
             )
 
+    def _run_coroutine(self, coroutine):
+        return asyncio.run_coroutine_threadsafe(coroutine, self.async_loop).result()
+
     # --- Forwards ---
+
+    @property
+    def forward_plan(self) -> ForwardPlan:
+        """The table of which forward of the policy gives what."""
+        return ForwardPlan.of(
+            self.args,
+            corrects_sampling=self._corrects_sampling,
+            takes_forward=self.critic is not None or self.args.kl_in_reward != 0.0,
+            has_batch_statistics=self._has_batch_statistics,
+        )
 
     def forward(self, model, input_ids, attention_mask, logits_to_keep, batch_size=None, **kwargs) -> Forward:
         """Runs the policy, with the critic, on completions; the arguments are those of TRL's scoring pass."""

@@ -1,6 +1,5 @@
 """Rewards of turns: what an environment says before the first turn and after each."""
 
-import asyncio
 import inspect
 from collections.abc import Callable
 
@@ -15,32 +14,30 @@ class Turns:
 
     Args:
         environment_classes (`list[type]`): Those that have rewards.
-        async_loop (`asyncio.AbstractEventLoop`, *optional*): Where coroutines run.
+        run (`Callable`): Runs a coroutine and returns its result.
     """
 
-    def __init__(self, environment_classes: list[type], async_loop=None):
-        self.environment_classes, self.async_loop = environment_classes, async_loop
+    def __init__(self, environment_classes: list[type], run: Callable):
+        self.environment_classes, self.run = environment_classes, run
         self.totals: list[list[float | None]] = []
 
     def begin(self, num_completions: int) -> None:
         """Forgets the last rollout."""
         self.totals = [[] for _ in range(num_completions)]
 
-    def ask(self, environments: list | None) -> None:
+    def ask(self, environments: list) -> None:
         """
         Asks each environment, before a turn or after the last one.
 
         Raises:
             TypeError: for a reward that is no number.
         """
-        if not self.environment_classes:
-            return
         for environment, totals in zip(environments, self.totals, strict=True):
             if type(environment) not in self.environment_classes:
                 continue
             total = environment.get_reward()
             if inspect.isawaitable(total):
-                total = asyncio.run_coroutine_threadsafe(total, self.async_loop).result()
+                total = self.run(total)
             try:
                 totals.append(None if total is None else number_of(total))
             except TypeError:
