@@ -1,4 +1,4 @@
-"""Merging a trained adapter into its base, with everything that goes with it, and measuring what that loses."""
+"""The merging of a trained adapter into its base, with everything beside it, and the loss of precision by that."""
 
 import copy
 import shutil
@@ -13,6 +13,7 @@ from transformers import (
     AutoModelForSequenceClassification,
     GenerationConfig,
     PreTrainedModel,
+    PreTrainedTokenizerBase,
 )
 
 from ..adapters.merging import merge
@@ -28,7 +29,7 @@ def merge_adapter(
     adapter: str, output_dir: str, dtype: str | torch.dtype = "bfloat16", trust_remote_code: bool = False
 ) -> dict[str, float]:
     r"""
-    Write an adapter and its base as one plain model: a policy with its critic and tokenizer, or a reward model with its
+    Writes an adapter and its base as one plain model: a policy with its critic and tokenizer, or a reward model with its
     score head and tie parameters.
 
     The base is loaded in float32, never quantized: merging into 4 bits would round away most of a small adapter. Sums
@@ -39,27 +40,49 @@ def merge_adapter(
     Args:
         adapter (`str`): Folder or Hub id.
         output_dir (`str`): A new or empty folder.
-        dtype (`str` or `torch.dtype`, *optional*, defaults to `"bfloat16"`): Of the model that is written.
-        trust_remote_code (`bool`, *optional*, defaults to `False`): Whether code in the base's repository may be run.
+        dtype (`str` or `torch.dtype`, *optional*, defaults to `"bfloat16"`): Type of the written weights.
+        trust_remote_code (`bool`, *optional*, defaults to `False`): True lets code in the base's repository run.
 
     Returns:
         `dict[str, float]`: `precision_loss`, |round(W') - W'| / |W' - W| in Frobenius norms over all weights W that the
         adapter changes to W', and the same for `critic_precision_loss` if the critic is an adapter.
 
     Raises:
-        ValueError: for what is no adapter, a base that is stored quantized, a reward adapter without its head, or a
-            folder that holds something.
+        ValueError: for a folder without an adapter, a base that is stored quantized, a reward adapter without its
+            head, or an `output_dir` that is not empty.
     """
     dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
     output = Path(output_dir)
     if output.is_dir() and any(output.iterdir()):
         raise ValueError(f"`output_dir` {output} is not empty. Name a new folder.")
+    folder, config = _adapter_folder(adapter)
+    # Without a task type it may be either; its own head tells
+    is_reward_model = config.task_type == "SEQ_CLS" or (config.task_type is None and bool(head_names(str(folder))))
+    base = _float32_base(folder, is_reward_model, trust_remote_code)
+    peft_model = PeftModel.from_pretrained(base, folder)
+    has_critic_adapter = (folder / CRITIC_NAME / ADAPTER_NAME).is_dir()
+    critic_base = copy.deepcopy(frozen_base(peft_model)) if has_critic_adapter else None
+    model, loss = merge(peft_model, dtype)
+    tokenizer = tokenizer_of_adapter(str(folder), trust_remote_code)
+    _take_over_settings(model, tokenizer, folder, is_reward_model)
+    model.save_pretrained(output)
+    tokenizer.save_pretrained(output)
+    return {"precision_loss": loss} | merge_critic(folder, critic_base, output, dtype)
+
+
+def _adapter_folder(adapter: str) -> tuple[Path, PeftConfig]:
+    """Returns the local folder of an adapter that can be merged, and its configuration."""
     folder = Path(adapter) if Path(adapter).is_dir() else Path(snapshot_download(adapter))
     if not (folder / ADAPTER_CONFIG).is_file():
         raise ValueError(f"{adapter} holds no {ADAPTER_CONFIG}: it is no adapter, and there is nothing to merge.")
     config = PeftConfig.from_pretrained(folder)
     if config.is_prompt_learning:
         raise ValueError(f"{adapter} is a learned prompt ({config.peft_type.value}), which no weight can take up.")
+    return folder, config
+
+
+def _float32_base(folder: Path, is_reward_model: bool, trust_remote_code: bool) -> PreTrainedModel:
+    """Loads the base of the adapter in `folder`, with embeddings of the adapter's size."""
     base_name, revision = base_of_adapter(str(folder))
     of_base = {"revision": revision, "trust_remote_code": trust_remote_code}
     if getattr(AutoConfig.from_pretrained(base_name, **of_base), "quantization_config", None) is not None:
@@ -67,8 +90,6 @@ def merge_adapter(
             f"The base {base_name} is stored quantized, and merging into it would lose most of what the adapter "
             "learned. Set `base_model_name_or_path` in the adapter's config to the original it was quantized from."
         )
-    # Without a task type it may be either; its own head tells
-    is_reward_model = config.task_type == "SEQ_CLS" or (config.task_type is None and bool(head_names(str(folder))))
     if is_reward_model:
         base, info = AutoModelForSequenceClassification.from_pretrained(
             base_name, num_labels=1, dtype=torch.float32, output_loading_info=True, **of_base
@@ -77,12 +98,13 @@ def merge_adapter(
     else:
         base = AutoModelForCausalLM.from_pretrained(base_name, dtype=torch.float32, **of_base)
     fit_embeddings(base, str(folder), trust_remote_code)
-    peft_model = PeftModel.from_pretrained(base, folder)
-    has_critic_adapter = (folder / CRITIC_NAME / ADAPTER_NAME).is_dir()
-    critic_base = copy.deepcopy(frozen_base(peft_model)) if has_critic_adapter else None
-    model, loss = merge(peft_model, dtype)
-    losses = {"precision_loss": loss}
-    tokenizer = tokenizer_of_adapter(str(folder), trust_remote_code)
+    return base
+
+
+def _take_over_settings(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, is_reward_model: bool
+) -> None:
+    """Gives the merged model the settings that lie beside the adapter: of padding, generation, ties and rewards."""
     if is_reward_model:
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
@@ -95,16 +117,12 @@ def merge_adapter(
             write_to_config(model, saved["ranking_model"], saved["log_tie"])
         if REWARD_INPUT in saved:
             write_reward_input(model.config, saved[REWARD_INPUT])
-    model.save_pretrained(output)
-    tokenizer.save_pretrained(output)
-    losses.update(merge_critic(folder, critic_base, output, dtype))
-    return losses
 
 
 def merge_critic(folder: Path, base: PreTrainedModel | None, output: Path, dtype: torch.dtype) -> dict[str, float]:
     """
-    Take over a critic: a head as it is, a model of its own as it is, an adapter merged into a model of its own, `base`,
-    which is the trunk of the policy before its adapter.
+    Writes the critic beside an adapter: a head or a model of its own as it is, an adapter merged into a model of its
+    own, `base`, the trunk of the policy before its adapter.
     """
     if (folder / VALUE_HEAD_FILE).is_file():
         shutil.copy(folder / VALUE_HEAD_FILE, output)
