@@ -13,7 +13,7 @@ import torch
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import launch_command_parser
-from helpers import FAST, PROMPTS, RECIPES, run_program, write_rows
+from helpers import FAST, PROMPTS, RECIPES, TESTS, run_program, write_rows
 from peft import AutoPeftModelForSequenceClassification, PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
@@ -26,14 +26,18 @@ ACCELERATE_CONFIGS = RECIPES / "accelerate_configs"
 REWARDS = "def count_letters(completions, **columns):\n    return [float(len(text)) for text in completions]\n"
 
 
+def fill(folder):
+    """Makes of `folder` the working directory of a user: prompts, demonstrations and a python reward."""
+    write_rows(folder / "prompts.jsonl", [{"prompt": prompt} for prompt in PROMPTS])
+    write_rows(folder / "questions.jsonl", [{"question": prompt} for prompt in PROMPTS])
+    write_rows(folder / "texts.jsonl", [{"prompt": prompt, "completion": " good and warm"} for prompt in PROMPTS])
+    (folder / "my_rewards.py").write_text(REWARDS)
+    return folder
+
+
 @pytest.fixture
 def folder(tmp_path):
-    """The working directory of a user: prompts, demonstrations and a python reward."""
-    write_rows(tmp_path / "prompts.jsonl", [{"prompt": prompt} for prompt in PROMPTS])
-    write_rows(tmp_path / "questions.jsonl", [{"question": prompt} for prompt in PROMPTS])
-    write_rows(tmp_path / "texts.jsonl", [{"prompt": prompt, "completion": " good and warm"} for prompt in PROMPTS])
-    (tmp_path / "my_rewards.py").write_text(REWARDS)
-    return tmp_path
+    return fill(tmp_path)
 
 
 def changed(model, start):
@@ -135,21 +139,42 @@ def test_ppo_from_a_file(folder, policy_path, reward_model_path, run_recipe):
     assert "rewards/count_letters/mean" in state["log_history"][0]
 
 
-@pytest.mark.parametrize(
-    "algorithm, flags",
-    [("ppo", []), ("nlpo", ["--use_peft", "--mask_update_steps", 1]), ("q_actor_critic", ["--q_rank", 4])],
-)
-def test_two_processes(folder, policy_path, algorithm, flags):
+FLAGS = {"ppo": [], "nlpo": ["--use_peft", "--mask_update_steps", 1], "q_actor_critic": ["--q_rank", 4]}
+
+
+@pytest.fixture(scope="module")
+def two_processes(policy_path, tmp_path_factory):
+    """The folder in which two processes have run actor_critic.py for several algorithms."""
+    folder = fill(tmp_path_factory.mktemp("two_processes"))
+    common = [
+        *FAST,
+        "--save_strategy",
+        "steps",
+        "--save_steps",
+        2,
+        "--num_iterations",
+        2,
+        "--max_completion_length",
+        4,
+    ]
+    common += ["--model_name_or_path", policy_path, "--dataset_name", "prompts.jsonl"]
+    common += ["--reward_funcs", "my_rewards.count_letters"]
+    runs = [[*common, "--algorithm", name, "--output_dir", name, *flags] for name, flags in FLAGS.items()]
+    (folder / "runs.json").write_text(json.dumps([[*map(str, run)] for run in runs]))
     # With `--cpu` accelerate would start one process; so it is told of GPUs, and the script to do without
     run_program(
         *("-m", "accelerate.commands.launch", "--config_file", ACCELERATE_CONFIGS / "multi_gpu.yaml"),
         *("--num_processes", 2, "--main_process_port", 0, "--mixed_precision", "no"),
-        *(RECIPES / "actor_critic.py", "--algorithm", algorithm, *FAST, "--save_strategy", "steps", "--save_steps", 2),
-        *("--model_name_or_path", policy_path, "--dataset_name", "prompts.jsonl", "--output_dir", "out", *flags),
-        *("--reward_funcs", "my_rewards.count_letters", "--max_completion_length", 4, "--num_iterations", 2),
+        *(TESTS / "processes" / "repeating.py", RECIPES / "actor_critic.py", "runs.json"),
         cwd=folder,
     )
-    (checkpoint,) = (folder / "out").glob("checkpoint-*")
+    return folder
+
+
+@pytest.mark.parametrize("algorithm", FLAGS)
+def test_two_processes(two_processes, policy_path, algorithm):
+    output = two_processes / algorithm
+    (checkpoint,) = output.glob("checkpoint-*")
     # One model and critic between them; a random state and a rollout of each
     assert len([*checkpoint.glob("*.safetensors")]) == 2
     assert sorted(path.name for path in checkpoint.glob("rng_state*")) == ["rng_state_0.pth", "rng_state_1.pth"]
@@ -161,7 +186,7 @@ def test_two_processes(folder, policy_path, algorithm, flags):
     else:
         trained = AutoModelForCausalLM.from_pretrained(checkpoint)
     assert changed(trained, start)
-    assert (folder / "out" / "value_head.safetensors").is_file()
+    assert (output / "value_head.safetensors").is_file()
 
 
 def test_sft(folder, policy_path, run_recipe):
