@@ -125,7 +125,7 @@ def test_every_option_is_in_the_table_of_its_subject(folder, parents, configs):
     added = {
         name for config in configs for name, field in config.__dataclass_fields__.items() if is_added(field, parents)
     }
-    assert added <= named
+    assert added <= named <= {name for config in configs for name in config.__dataclass_fields__}
 
 
 def is_added(field, parents):

@@ -51,6 +51,12 @@ def test_files_that_are_named_are_beside_it(readme):
     assert {file for file in named if not (readme.parent / file).is_file()} <= {"compat.py"}
 
 
+@pytest.mark.parametrize("folder", ROOMS, ids=lambda folder: folder.name)
+def test_every_file_of_a_room_is_named(folder):
+    text = (folder / "README.md").read_text(encoding="utf-8")
+    assert {path.name for path in folder.glob("*.py") if f"`{path.name}`" not in text} <= {"__init__.py"}
+
+
 @pytest.mark.parametrize("readme", READMES, ids=name)
 def test_no_heading_stands_twice(readme):
     headings = re.findall(r"^#+ .*$", without_code(readme.read_text(encoding="utf-8")), re.MULTILINE)
