@@ -72,13 +72,13 @@ def has_transformers_adapter(model) -> bool:
 
 
 def enable_checkpointing(model: nn.Module, args) -> None:
-    """Have `model`, or the model under an adapter, recompute activations in the backward pass as `args` say."""
+    """Lets `model`, or the model under an adapter, recompute activations in the backward pass as `args` say."""
     model.activation_checkpointing_enable(args.gradient_checkpointing_kwargs)
     model.enable_input_require_grads()
 
 
 def take_newer_names(args) -> None:
-    """Set by its newer name what TRL's arguments have by one that transformers 5.23 deprecates, as a default even."""
+    """Gives arguments of TRL their newer names, in place of those that transformers 5.23 deprecates, even as defaults."""
     for name in ("checkpointing", "checkpointing_kwargs"):
         if getattr(args, f"activation_{name}") is None:
             setattr(args, f"activation_{name}", getattr(args, f"gradient_{name}"))
@@ -254,7 +254,7 @@ def with_reference(args):
 
 def stop_repacking() -> None:
     """
-    Make bitsandbytes leave the weights of 4-bit layers as they are on CPU, for every layer made from now on.
+    Makes bitsandbytes leave the weights of 4-bit layers as they are on CPU, for every layer made from now on.
 
     On processors with AVX512-BF16 a layer's first forward in evaluation mode repacks its weights for a kernel that is
     faster and rounds to bfloat16 (bitsandbytes 0.49 and later, `Linear4bit.forward`). It fails on a layer whose sizes
@@ -269,7 +269,7 @@ def stop_repacking() -> None:
 
 
 def keep_4bit_unpacked(model: nn.Module) -> None:
-    """Do as [`stop_repacking`] for the layers of a model that was loaded before it, and unpack those that are packed."""
+    """Does as [`stop_repacking`] for the layers of a model that was loaded before it, and unpacks those that are packed."""
     if not is_bitsandbytes_available():
         return
     from bitsandbytes.nn import Linear4bit

@@ -1,4 +1,4 @@
-"""What a checkpoint holds of a training besides model, critic and optimizer, so that it resumes as if it had not stopped."""
+"""The state of a training besides model, critic and optimizer, so that it resumes as if it had not stopped."""
 
 import math
 import os

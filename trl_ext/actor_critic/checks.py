@@ -1,4 +1,4 @@
-"""What the trainers refuse: input that would fail late, or silently. Each error names the argument and the mend."""
+"""Checks of input that would fail late, or silently. Each error names the argument and the mend."""
 
 import functools
 import inspect
@@ -37,7 +37,7 @@ def check_reference(args, model, peft_config) -> None:
 
 
 def check_base_for_vllm(model, args, quantization_config) -> None:
-    """Refuse a policy in few bits, given so, loaded so, or stored so."""
+    """Refuses a policy in few bits, given so, loaded so, or stored so."""
     init_kwargs = args.model_init_kwargs or {}
     quantization_config = quantization_config or init_kwargs.get("quantization_config")
     if isinstance(model, str) and quantization_config is None:
@@ -63,7 +63,7 @@ def check_balance_tokens(args) -> None:
 
 
 def check_dataset_size(dataset: Dataset, prompts_per_rollout: int) -> None:
-    """Refuse a dataset smaller than one rollout: incomplete rollouts are dropped, so it would train on nothing."""
+    """Refuses a dataset smaller than one rollout: incomplete rollouts are dropped, so it would train on nothing."""
     if len(dataset) < prompts_per_rollout:
         raise ValueError(
             f"`train_dataset` has {len(dataset)} prompts, but one rollout takes {prompts_per_rollout}, and incomplete "
@@ -73,7 +73,7 @@ def check_dataset_size(dataset: Dataset, prompts_per_rollout: int) -> None:
 
 
 def check_completion_ids(completion_ids: list[list[int]], source: str) -> None:
-    """Refuse empty completions: they have no action to give credit to."""
+    """Refuses empty completions: they have no action to give credit to."""
     for row, ids in enumerate(completion_ids):
         if len(ids) == 0:
             raise ValueError(
@@ -83,7 +83,7 @@ def check_completion_ids(completion_ids: list[list[int]], source: str) -> None:
 
 
 def check_prefix_rewards(reward_funcs: list, reward_processing_classes: list, tokenizer) -> None:
-    """Refuse `prefix_rewards` where no reward model can score the policy's tokens one by one."""
+    """Refuses `prefix_rewards` where no reward model can score the policy's tokens one by one."""
     models = [
         (func, other)
         for func, other in zip(reward_funcs, reward_processing_classes, strict=True)
@@ -109,7 +109,7 @@ def check_prefix_rewards(reward_funcs: list, reward_processing_classes: list, to
 
 
 def check_turn_rewards(paying_environments: list[type], rollout_func: Callable | None) -> None:
-    """Refuse `turn_rewards` where nobody could be asked."""
+    """Refuses `turn_rewards` where nobody could be asked."""
     if not paying_environments:
         raise ValueError(
             "`turn_rewards` asks the environment for its reward after every turn, and there is none with a method "

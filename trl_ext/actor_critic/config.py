@@ -375,12 +375,12 @@ class ActorCriticConfig(GRPOConfig):
 
     @property
     def uses_raw_rewards(self) -> bool:
-        """Whether a completion's score is its weighted reward, not one normalized within its group."""
+        """True if a completion's reward is the weighted one, not one normalized within its group."""
         return self.scale_rewards == "none" and self.multi_objective_aggregation == "sum_then_normalize"
 
 
 def check_on_policy(config: ActorCriticConfig, algorithm: str) -> None:
-    """Refuse settings that would update the policy more than once per rollout."""
+    """Refuses settings that would update the policy more than once per rollout."""
     if config.gradient_accumulation_steps % (config.steps_per_generation * config.num_iterations) != 0:
         raise ValueError(
             f"{algorithm} makes one on-policy update per rollout, but num_iterations={config.num_iterations} and "

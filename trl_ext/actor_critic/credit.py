@@ -1,4 +1,4 @@
-"""What a rollout pays token by token, before anyone estimates what each token is worth."""
+"""The rewards of tokens in a rollout, from which advantages are then estimated."""
 
 import torch
 
@@ -12,8 +12,8 @@ def token_rewards(rollout: Rollout, truncation: str, missing_eos_penalty: float)
 
     Args:
         rollout ([`Rollout`]): Rewarded completions.
-        truncation (`str`): With `"bootstrap"` a completion that was cut earns no reward of the whole, which the value of
-            its last state stands for; with `"penalty"` it earns `missing_eos_penalty` less.
+        truncation (`str`): With `"bootstrap"` a completion that was cut earns no reward of the whole, for which the
+            value of its last state stands; with `"penalty"` it earns `missing_eos_penalty` less.
         missing_eos_penalty (`float`): In units of the reward.
 
     Returns:

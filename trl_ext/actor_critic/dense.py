@@ -34,11 +34,11 @@ INVALID = "\N{REPLACEMENT CHARACTER}"
 @dataclass
 class ShapedReward:
     """
-    What `prefix_rewards` pays a completion.
+    The pay of a completion under `prefix_rewards`.
 
     Args:
         rewards (`list[float]`): One for each token.
-        total (`float`): What is logged of it: the score of the whole less that of the prompt, whatever gamma is.
+        total (`float`): The logged reward: the score of the whole less that of the prompt, whatever gamma is.
     """
 
     rewards: list[float]
@@ -229,7 +229,7 @@ class DenseRewards:
         self.is_empty = True
 
     def totals(self, rewards: list, name: str, weight: float) -> list[float | None]:
-        """What the function `name` returned, with the sum in place of each dense reward, which is kept, weighted."""
+        """Returns the rewards of the function `name` with the sum in place of each dense one, which is kept, weighted."""
         return [self._total(row, reward, name, weight) for row, reward in enumerate(rewards)]
 
     def _total(self, row: int, reward: Any, name: str, weight: float) -> float | None:
@@ -259,5 +259,5 @@ class DenseRewards:
         return pad_sequence([torch.tensor(row) for row in self.rewards], batch_first=True).to(device)
 
     def totals_of_rows(self, device: torch.device) -> torch.Tensor:
-        """`(B,)`: what the dense rewards are in each score."""
+        """Returns the part of each completion's reward that dense rewards are, `(B,)`."""
         return self.tensor(device).sum(dim=1) + torch.tensor(self.unpaid, device=device)

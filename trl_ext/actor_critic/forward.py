@@ -1,5 +1,5 @@
 """
-The policy's forwards over a rollout: which are made, and what each gives.
+The policy's forwards over a rollout, and the results that each gives.
 
 | updates on a rollout | the pass without gradient gives | the training forward gives |
 | --- | --- | --- |
@@ -19,13 +19,13 @@ import torch
 @dataclass
 class Forward:
     """
-    What one forward of the policy says of a rollout.
+    The results of one forward of the policy over a rollout.
 
     Args:
         logps (`torch.Tensor` of shape `(B, T)`): Log-probabilities of its tokens.
-        entropies (`torch.Tensor` of shape `(B, T)`, *optional*): Entropies of what each token was drawn from.
+        entropies (`torch.Tensor` of shape `(B, T)`, *optional*): Entropies of the distributions that tokens were drawn from.
         aux_loss (`torch.Tensor` of shape `()`, *optional*): The loss that balances experts.
-        values (`torch.Tensor` of shape `(B, T + 1, ...)`, *optional*): What the critic says before each token, and last
+        values (`torch.Tensor` of shape `(B, T + 1, ...)`, *optional*): The critic's values before each token, and last
             of the state after all of them.
     """
 

@@ -1,4 +1,4 @@
-"""How [`ActorCriticTrainer`] generates: TRL's ways, with the plain policy, its adapter merged where that is exact."""
+"""The generation of completions in TRL's ways, by the plain policy, its adapter merged where that is exact."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -16,12 +16,12 @@ from .notices import Notices
 
 class Generation:
     """
-    What the policy's `generate` is while it samples.
+    Stands in for the policy's `generate` while it samples.
 
     Args:
         policy (`PreTrainedModel` or `PeftModel`): The policy, before any distributed wrapper.
         args ([`ActorCriticConfig`]): The configuration.
-        notices ([`Notices`]): Where options that are on and cannot be used say so.
+        notices ([`Notices`]): Takes warnings of options that are on and cannot be used.
         use_vllm (`bool`): vLLM samples.
         has_rollout_func (`bool`): A function of the user's samples, perhaps with the policy's `generate`.
         is_vlm (`bool`): The policy takes images.

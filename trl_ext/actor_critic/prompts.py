@@ -18,7 +18,7 @@ MAX_ADDED_TOKENS = 8
 
 
 def check_context(max_prompt_length: int | None, max_completion_length: int) -> None:
-    """Refuse completions as long as the model's context, which leave no room for a prompt."""
+    """Refuses completions as long as the model's context, which leave no room for a prompt."""
     if max_prompt_length is not None and max_prompt_length < 1:
         raise ValueError(
             f"`max_completion_length={max_completion_length}` leaves no room for a prompt: the model's context has "
@@ -67,7 +67,7 @@ class Prompts:
 
 
 def named_datasets(name: str, datasets: Any) -> Iterator[tuple[str, Dataset]]:
-    """Those that can be looked at, of one dataset or a dict of them, with what errors call them."""
+    """Yields the datasets that are no streams, of one or a dict of them, each after its name in errors."""
     if isinstance(datasets, Dataset):
         yield f"`{name}`", datasets
     elif isinstance(datasets, dict):
@@ -133,7 +133,7 @@ def _size_of(prompt: str | list) -> tuple[int, int]:
 
 
 def missing_prompt(prompt: Any, row: int, name: str) -> str:
-    """What to say of a row that has no prompt."""
+    """Returns the error for a row that has no prompt."""
     return (
         f"{name} has an empty prompt in row {row}: {prompt!r}. Remove it, e.g. with "
         "`dataset.filter(lambda row: row['prompt'])`."
@@ -141,14 +141,14 @@ def missing_prompt(prompt: Any, row: int, name: str) -> str:
 
 
 def refuse_missing_prompt(dataset: Dataset | IterableDataset, name: str) -> None:
-    """Name the first row without a prompt of a stream that was seen to have one."""
+    """Names the first row without a prompt of a stream that was seen to have one."""
     for row, example in enumerate(dataset):
         if not example.get("prompt"):
             raise ValueError(missing_prompt(example.get("prompt"), row, name))
 
 
 def check_prompt_ids(prompt_ids: list[list[int]]) -> None:
-    """Refuse tokenized prompts that are empty."""
+    """Refuses tokenized prompts that are empty."""
     if not all(prompt_ids):
         raise ValueError(
             "A prompt in the batch has no tokens, so there is no state to generate from. Remove empty prompts from the "

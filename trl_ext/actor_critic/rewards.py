@@ -1,4 +1,4 @@
-"""How [`ActorCriticTrainer`] rewards completions: TRL's rewards, checked, and those of tokens, spans and prefixes."""
+"""The rewards of completions: those of TRL, checked, and those of tokens, spans, prefixes and turns."""
 
 import functools
 import itertools

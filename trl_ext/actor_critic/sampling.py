@@ -1,5 +1,5 @@
 """
-Which settings of a generation engine make it sample from something else than what is trained.
+Settings by which a generation engine samples from another distribution than the one that is trained.
 
 A policy is scored by log softmax(logits / temperature). An engine that cuts or bends this distribution, for a nucleus
 or by a penalty on what was said before, samples from another one, and an estimate of the policy's gradient from such

@@ -1,5 +1,5 @@
 """
-Where completions end, for the engine that samples them: at its end tokens, and with its stop strings.
+The ends of completions, for the engine that samples them: its end tokens and its stop strings.
 
 TRL knows only the end tokens of the model and the tokenizer, so what pads a completion after any other end would be
 trained as the policy's own, and count as cut.

@@ -107,23 +107,23 @@ def rebound(function: Any, copies: dict[int, Any], seen: frozenset[int] = frozen
 
 @torch.no_grad()
 def refresh(masking_policy: torch.nn.Module, weights: dict[str, torch.Tensor]) -> None:
-    """Bring a [`snapshot`] up to date with the [`trained_weights`] of its model."""
+    """Brings a [`snapshot`] up to date with the [`trained_weights`] of its model."""
     for name, weight in weights.items():
         masking_policy.get_parameter(name).copy_(weight)
 
 
 def trained_weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """What a [`snapshot`] of `model` does not share with it."""
+    """Returns the weights of `model` that a [`snapshot`] does not share with it."""
     return {name: parameter.detach() for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
 class Mask:
     """
-    Which tokens the masking policy allows.
+    The tokens that the masking policy allows.
 
     Args:
         model (`PreTrainedModel` or `PeftModel`): The masking policy.
-        top_p (`float`), min_tokens_to_keep (`int`), always (`torch.Tensor`): As [`masking.nucleus`] takes them.
+        top_p (`float`), min_tokens_to_keep (`int`), always (`torch.Tensor`): As [`~trl_ext.token_mdp.nucleus.nucleus`] takes them.
         autocast (`Callable`): The context that the policy's forward runs in.
     """
 
@@ -155,7 +155,7 @@ class MaskingProcessor(LogitsProcessor):
 
     Args:
         mask ([`Mask`]): The mask.
-        attention_mask (`torch.Tensor` of shape `(B, P)`): Of the prompts, padded on the left.
+        attention_mask (`torch.Tensor` of shape `(B, P)`): Mask of the prompts, padded on the left.
     """
 
     def __init__(self, mask: Mask, attention_mask: torch.Tensor):

@@ -44,7 +44,7 @@ class Pusher:
 
     @property
     def repo_id(self) -> str:
-        """Name of the repository as the arguments have it, which may lack its owner's."""
+        """Names of the repository as the arguments have it, which may lack its owner's."""
         return self.args.hub_model_id or Path(self.args.output_dir).absolute().name
 
     @contextmanager
