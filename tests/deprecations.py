@@ -1,5 +1,5 @@
 """
-What this project's own calls do that a library has deprecated. Libraries say so by warnings whose place is their own
+Finds what this project's own calls do that a library has deprecated. Libraries say so by warnings whose place is their own
 code, and by log messages, so the stack is asked who called: whoever is first outside the library that speaks.
 """
 

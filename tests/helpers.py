@@ -1,4 +1,4 @@
-"""What several test modules share: tiny models and data, settings, trainers that keep their batches, and programs."""
+"""Helpers of several test modules: tiny models and data, settings, trainers that keep their batches, and programs."""
 
 import json
 import os
@@ -85,7 +85,7 @@ def build_tokenizer():
 
 
 def tiny_settings(tokenizer):
-    """What the config of any small decoder takes."""
+    """Returns arguments for the config of any small decoder."""
     return {
         "vocab_size": len(tokenizer),
         "hidden_size": 16,
@@ -155,7 +155,7 @@ def quantization_config(method):
 
 @torch.no_grad()
 def outputs_of(model, critic=None):
-    """What a model says of two sequences, and the critic of each of their tokens."""
+    """Returns what a model says of two sequences, and the critic of each of their tokens."""
     outputs = {"logits": model.eval()(input_ids=IDS).logits}
     if critic is not None:
         outputs["values"] = token_values(model, critic.eval(), IDS, torch.ones_like(IDS))
@@ -304,7 +304,7 @@ def launch(num_processes, script, *arguments, config_file=None, **environment):
 
 
 def run_snippets(folder):
-    """Executes the python blocks of a card as they are, each for itself; the names they leave, and what they `printed`."""
+    """Runs the python blocks of a card, each for itself; returns the names they leave, and what they `printed`."""
     scope = {"printed": []}
     for snippet in (Path(folder) / "README.md").read_text().split("```python\n")[1:]:
         own = {"print": scope["printed"].append}

@@ -561,7 +561,7 @@ def connect(server, monkeypatch, home, token=WRITE_TOKEN):
 
 
 def environment(server, home, token=WRITE_TOKEN):
-    """Of a process whose Hub is `server` and whose caches are in the folder `home`; without a token if it is None."""
+    """Returns the environment of a process whose Hub is `server` and whose caches are in `home`."""
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "HUGGING", "TRANSFORMERS_"))}
     own = {"HF_ENDPOINT": server.endpoint, "HF_HOME": str(home), "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
     own |= {"HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "NO_PROXY": "127.0.0.1"}

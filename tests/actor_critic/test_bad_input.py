@@ -355,7 +355,7 @@ def returning(rewards, is_async=False):
 
 
 def rewards_by(trainer, reward_func, trainer_class=A2CTrainer):
-    """What `trainer_class` makes of `reward_func` for four completions of three tokens."""
+    """Returns what `trainer_class` makes of `reward_func` for four completions of three tokens."""
     trainer.reward_funcs, trainer.reward_func_names = [reward_func], ["mine"]
     completion_ids = [trainer.processing_class("great film")["input_ids"] + [1]] * 4
     inputs = [{"prompt": prompt} for prompt in PROMPTS[:4]]

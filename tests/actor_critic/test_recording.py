@@ -1,4 +1,4 @@
-"""What is recorded of rollouts: each completion once, and what independent computations say of it."""
+"""Records of rollouts hold each completion once, and what independent computations say of it."""
 
 import pytest
 import torch
@@ -97,7 +97,7 @@ def test_recording_changes_nothing_of_training(case, policy_path, prompts, tmp_p
 
 
 def test_log_probabilities_and_kl_are_those_of_plain_models(policy_path, tokenizer, prompts, tmp_path):
-    """Of the last of three rollouts, when the policy has moved off its reference."""
+    """In the last of three rollouts, when the policy has moved off its reference."""
     for trainer_class, config_class, penalty in (
         (A2CTrainer, A2CConfig, {"kl_in_reward": 0.5}),
         (ReinforceTrainer, ReinforceConfig, {"beta": 0.5}),

@@ -63,7 +63,7 @@ def plain(tokenizer, prompts, tmp_path_factory):
 
 @pytest.mark.parametrize("name", OPTIONS)
 def test_what_alters_samples_is_said_and_nothing_else(tokenizer, prompts, tmp_path, plain, name):
-    """Whether asked for, or left in the model's generation config, where some options are in use and others are not."""
+    """Options are asked for, or left in the model's generation config, where some are in use and others are not."""
     asked_for, said = make(
         build_policy(tokenizer), tokenizer, prompts, tmp_path, generation_kwargs={name: OPTIONS[name]}
     )
@@ -100,7 +100,7 @@ def test_values_that_change_nothing():
 
 @pytest.mark.parametrize("corrects", [False, True])
 def test_vllm(policy, tokenizer, prompts, tmp_path, corrects):
-    """Which asks the model's generation config for end tokens alone."""
+    """vLLM asks the model's generation config for end tokens alone."""
     policy.generation_config.min_p = 0.5
     given = {"frequency_penalty": 0.5, "stop_token_ids": [7]}
     trainer, _ = make(policy, tokenizer, prompts, tmp_path, top_p=0.9, generation_kwargs=given)

@@ -87,7 +87,7 @@ def make(task, model, tmp_path, prompts, classes=OURS, dataset=None, kwargs=None
 
 
 def share_that_moved(trainer):
-    """Of the elements of the adapter's A matrices, which start at random and are of ordinary size."""
+    """Returns a share of the elements of the adapter's A matrices, which start at random, of ordinary size."""
     start = {name: p.detach().clone() for name, p in trainer.model.named_parameters() if "lora_A" in name}
     trainer.train()
     moved = [(p != start[name]).float().mean().item() for name, p in trainer.model.named_parameters() if name in start]
@@ -228,7 +228,7 @@ def test_a_head_that_is_not_trained_is_saved_all_the_same(policy_path, prompts, 
 
 
 def test_pairs_under_a_plain_lora_config_train_as_in_trl(policy_path, prompts, tmp_path):
-    """What TRL's own tests ask of its trainer: the base as it was, head included, and everything else changed."""
+    """As TRL's tests ask of its trainer: the base is as it was, head included, and everything else has changed."""
     base_names = {f"base_model.model.{name}" for name, _ in build_reward_model_names(policy_path)}
     pairs = Dataset.from_dict(PAIRS)
     trainer = make("reward", policy_path, tmp_path, prompts, dataset=pairs, kwargs={"peft_config": LoraConfig()})
@@ -417,7 +417,7 @@ def test_an_adapter_that_can_be_saved_is_trained(loaded_by_transformers, policy_
 
 @pytest.fixture
 def processor_with_avx512bf16(monkeypatch):
-    """Where bitsandbytes repacks; the kernel that would need the processor is not called."""
+    """Pretends a processor on which bitsandbytes repacks; the kernel that would need it is not called."""
     monkeypatch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: True)
 
 
@@ -510,13 +510,13 @@ def test_repacked_weights_are_unpacked(is_nested):
 
 
 def pack(layer):
-    """What bitsandbytes does on such a processor; the packing itself runs on any."""
+    """Packs as bitsandbytes does on such a processor; the packing itself runs on any."""
     packed = bitsandbytes.functional._convert_weight_packed_for_cpu(layer.weight.data, layer.weight.quant_state)
     layer.weight.data, layer.weight.quant_state = packed
 
 
 def test_bitsandbytes_still_repacks(processor_with_avx512bf16, repacked, policy_path):
-    """What the guard is for; should it go, so can the guard."""
+    """The guard is for this; should it go, so can the guard."""
     model = AutoModelForCausalLM.from_pretrained(policy_path, quantization_config=quantization_config("4bit")).eval()
     layers = [module for module in model.modules() if isinstance(module, Linear4bit)]
     with torch.no_grad():
@@ -602,7 +602,7 @@ def test_half_precision_is_merged_only_on_request(policy_path, prompts, tmp_path
 
 
 def test_tied_weights_are_not_merged_for_generation(tokenizer, prompts, tmp_path):
-    """What is added to the embeddings is not for the head."""
+    """An addition to the embeddings is not for the head."""
     path = str(tmp_path / "tied")
     build_policy(tokenizer, tie_word_embeddings=True).save_pretrained(path)
     tokenizer.save_pretrained(path)

@@ -122,7 +122,7 @@ def test_dropout_is_each_models_own():
 
 
 def loss_of(logits, values):
-    """Of the policy by its log-probabilities and of the critic by its values, each weighted at random."""
+    """Sums the policy's log-probabilities and the critic's values, each weighted at random."""
     generator = torch.Generator().manual_seed(3)
     weights, targets = torch.randn(2, *IDS[:, 1:].shape, generator=generator)
     logps = logits[:, :-1].log_softmax(-1).gather(2, IDS[:, 1:, None]).squeeze(2)
@@ -411,7 +411,7 @@ def test_a_reward_adapter_is_put_on_the_policys_base(reward_adapter, policy_path
 def test_a_reward_adapter_elsewhere_is_a_model_of_its_own(
     reward_adapter, policy_path, tokenizer, prompts, tmp_path, policy_kind
 ):
-    """Of a policy that trains its base, nothing can be shared, nor with one on another base."""
+    """A policy that trains its base shares nothing of it, nor does one on another base."""
     folder, trained = reward_adapter
     if policy_kind == "other base":
         policy_path = str(tmp_path / "base")

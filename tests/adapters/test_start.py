@@ -1,4 +1,4 @@
-"""What trainers start from that is an adapter already, or frozen: taken up and trained as given, or refused."""
+"""Trainers that start from an adapter, or from a frozen model, take it up and train it as given, or refuse it."""
 
 import copy
 
@@ -250,7 +250,7 @@ def test_with_a_reference_trains_what_was_given(policy_path, sft_path, tmp_path,
 )
 @pytest.mark.parametrize("is_tied", [False, True])
 def test_the_reference_is_a_copy_of_the_start(tokenizer, tmp_path, config, name, is_tied):
-    """Of adapters of any name and kind: before the first update the KL is 0 and the ratio 1; then all of them move."""
+    """With adapters of any name and kind the KL is 0 and the ratio 1 before the first update; then all of them move."""
     path = str(tmp_path / "base")
     build_policy(tokenizer, tie_word_embeddings=is_tied).save_pretrained(path)
     tokenizer.save_pretrained(path)
@@ -385,7 +385,7 @@ def test_whatever_way_a_model_comes_its_new_layers_are_saved(tokenizer, tmp_path
 
 
 def test_new_layers_that_cannot_be_had_are_refused(tokenizer, tmp_path):
-    """Of a model that was loaded with them quantized, and of an adapter that was saved without one of them."""
+    """A model was loaded with them quantized, or an adapter was saved without one of them."""
     model_class, config, _ = ENCODERS["deberta-v2"]
     path = str(tmp_path / "base")
     model_class(config).save_pretrained(path)

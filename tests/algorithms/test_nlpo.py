@@ -222,7 +222,7 @@ def sequence_of(batch, row):
 
 @torch.no_grad()
 def distributions(trainer, batch, row, temperature=1.0):
-    """Of a row's completion tokens: allowed or not `(T, V)`, and the masked policy `(T, V)`, by whole models."""
+    """Returns for a row's completion tokens those allowed, and the masked policy, by whole models (both `(T, V)`)."""
     ids, start = sequence_of(batch, row)
     trainer.model.eval()
     states = (
@@ -344,7 +344,7 @@ def test_models_with_states_are_masked_by_all_they_have_read(tokenizer, tmp_path
 
 
 def test_a_cache_that_is_not_taken_up_is_done_without(tokenizer, caplog):
-    """What a release that renames it once more would do."""
+    """A release that renames the argument once more would do so."""
     model = build_policy(tokenizer).eval()
     mask = Mask(model, 0.5, 1, torch.tensor([0]), contextlib.nullcontext)
     processor = MaskingProcessor(mask, torch.ones_like(IDS[:, :2]))

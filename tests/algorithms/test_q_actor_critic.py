@@ -149,7 +149,7 @@ def test_the_critic_converges_to_the_true_values(enumerated, q_target, lam):
 
 
 def test_its_gradient_varies_less_than_that_of_returns(enumerated):
-    """What the sum over all actions is for, and the credit that holds nothing of what came after."""
+    """The sum over all actions is for this, and so is credit that holds nothing of what came after."""
     mdp, hidden_states, decisions = enumerated
     values = exact_head(mdp, 1.0)(hidden_states, decisions).detach()
     advantages, returns = estimate(mdp, values, 1.0, 1.0, policy_gradient="advantage", q_target="sarsa")

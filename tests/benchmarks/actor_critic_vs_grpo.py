@@ -1,5 +1,5 @@
 r"""
-What a critic costs: PPO and A2C of trl_ext (value head on the policy's trunk) against TRL's own GRPO at equal settings.
+Measures what a critic costs: PPO and A2C of trl_ext (value head on the policy's trunk) against TRL's own GRPO at equal settings.
 
     python tests/benchmarks/actor_critic_vs_grpo.py --rounds 4 --json /tmp/actor_critic_vs_grpo.json
 
@@ -469,7 +469,7 @@ def print_comparison(runs: dict[str, list[dict]]) -> None:
 
 
 def print_positions(runs: dict[str, list[dict]]) -> None:
-    """Those of the passes that train and score; of generation apart."""
+    """Prints positions of the passes that train and score, and those of generation apart."""
     print("| positions per token | rollout | training | ratio |\n| --- | --- | --- | --- |")
 
     def of(name: str) -> tuple[float, float]:

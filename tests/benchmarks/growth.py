@@ -1,5 +1,5 @@
 r"""
-How time and memory grow: PPO of trl_ext and TRL's GRPO as there are more completions, longer ones, more words and a
+Measures how time and memory grow: PPO of trl_ext and TRL's GRPO as there are more completions, longer ones, more words and a
 larger model, one at a time, everything else as in `actor_critic_vs_grpo.py`.
 
     python tests/benchmarks/growth.py --output growth.png --json growth.json

@@ -1,5 +1,5 @@
 r"""
-What PPO's four models need in memory: policy, reference, critic and reward model, full, on LoRA and on a 4-bit base.
+Measures what PPO's four models need in memory: policy, reference, critic and reward model, full, on LoRA and on a 4-bit base.
 
     python tests/benchmarks/memory.py table
     python tests/benchmarks/memory.py measure --json /tmp/memory.json
@@ -190,7 +190,7 @@ def sizes_of(shape: Shape) -> Sizes:
 
 def computed_bytes(setup: Setup, sizes: Sizes, frozen: int = 2) -> dict[str, float]:
     """
-    What is there from the first optimizer step on, by model. AdamW has a gradient and two moments per trained weight,
+    Returns what is there from the first optimizer step on, by model. AdamW has a gradient and two moments per trained weight,
     of its dtype. `frozen` is the number of bytes of a frozen weight that is not quantized.
     """
     trained = 4 * 4
@@ -251,7 +251,7 @@ def base_dtype() -> torch.dtype:
 
 
 def placement() -> dict:
-    """Where models are loaded to: whole, so that one which does not fit is an error and not spread to other memory."""
+    """Returns arguments that load a model whole: one which does not fit is an error, not spread to other memory."""
     return {"device_map": {"": 0}} if ON_GPU else {}
 
 
@@ -311,7 +311,7 @@ def write_random_adapter(config: PretrainedConfig, base: Path, folder: Path) -> 
 
 
 def random_weight(weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Of the shape of `weight`; a norm's are 1."""
+    """Draws a weight of the shape of `weight`; a norm's are 1."""
     return (
         torch.ones(weight.shape, dtype=dtype) if weight.dim() == 1 else torch.randn(weight.shape).mul_(0.02).to(dtype)
     )
@@ -384,7 +384,7 @@ def build_trainer(args: argparse.Namespace, setup: Setup, output_dir: str) -> GR
 
 
 def check_shares_base(trainer: PPOTrainer) -> None:
-    """Of the reward model nothing but its adapter and score head may be its own."""
+    """Checks that nothing but the reward model's adapter and score head is its own."""
     known = {id(parameter) for parameter in trainer.model.parameters()}
     own = [name for name, p in trainer.reward_funcs[0].named_parameters() if id(p) not in known]
     assert all("lora_" in name or ".score." in name for name in own), f"not shared: {own}"
@@ -480,7 +480,7 @@ def read_cache(args: argparse.Namespace) -> dict:
 
 
 def run_rounds(args: argparse.Namespace) -> dict[str, dict[str, list[dict]]]:
-    """Of each shape every setup once per round, every other round backwards, so that a drift of the machine cancels."""
+    """Runs every setup of each shape once per round, every other round backwards: a drift of the machine cancels."""
     saved = read_cache(args)
     for shape in args.shapes:
         runs = saved.setdefault("runs", {}).setdefault(shape, {})

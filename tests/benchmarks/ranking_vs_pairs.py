@@ -1,5 +1,5 @@
 r"""
-What a ranking of K completions costs: `RankingRewardTrainer` against TRL's `RewardTrainer` on all K (K - 1) / 2 pairs.
+Measures what a ranking of K completions costs: `RankingRewardTrainer` against TRL's `RewardTrainer` on all K (K - 1) / 2 pairs.
 
     python tests/benchmarks/ranking_vs_pairs.py --rounds 3 --json /tmp/ranking_vs_pairs.json
 

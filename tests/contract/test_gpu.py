@@ -1,4 +1,4 @@
-"""What only a GPU can show: compiled FlexAttention, bfloat16 under autocast, and the kernels of 4-bit layers."""
+"""Only a GPU can show these: compiled FlexAttention, bfloat16 under autocast, and the kernels of 4-bit layers."""
 
 import pytest
 import torch

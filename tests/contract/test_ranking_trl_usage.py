@@ -1,4 +1,4 @@
-"""What TRL's users do with `RewardTrainer` and `DPOTrainer`, done with their subclasses, gives what TRL gives."""
+"""Uses of TRL's `RewardTrainer` and `DPOTrainer` give with their subclasses what TRL gives."""
 
 import copy
 import json
@@ -465,7 +465,7 @@ def test_dpo_goes_on_with_an_adapter(policy_path, tokenizer, tmp_path):
 
 
 def test_dpo_of_rankings_goes_on_with_an_adapter(policy_path, tokenizer, rankings, tmp_path):
-    """Whose start is the reference: the first scores are 0."""
+    """The adapter's start is the reference: the first scores are 0."""
     base = AutoModelForCausalLM.from_pretrained(policy_path)
     model = get_peft_model(base, LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False))
     trainer = run("dpo", 1, model, tmp_path, rankings, {"processing_class": tokenizer})
@@ -607,7 +607,7 @@ def test_pairs_are_evaluated_as_trl_does_beside_rankings(tokenizer, rankings, tm
 
 @pytest.mark.parametrize("column", [None, "ranks"])
 def test_rankings_are_evaluated_beside_pairs(tokenizer, rankings, tmp_path, column):
-    """Of a trainer on pairs: with likelihood and tie parameters of the rankings it was given at the start."""
+    """A trainer on pairs has likelihood and tie parameters of the rankings it was given at the start."""
     args = RankingRewardConfig(**ranking_settings(tmp_path, per_device_eval_batch_size=3))
     data = pairs() if column is None else pairs().add_column(column, [[1, 2]] * 8)
     kwargs = {"train_dataset": data, "eval_dataset": rankings, "processing_class": tokenizer}

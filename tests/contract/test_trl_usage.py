@@ -1,4 +1,4 @@
-"""What TRL's users do with `GRPOTrainer`, done with its subclasses."""
+"""Uses of TRL's `GRPOTrainer`, made of its subclasses."""
 
 from collections import defaultdict
 from dataclasses import dataclass

@@ -45,7 +45,7 @@ def test_argillas_own_classes_read_and_write_it(collected):
 
 
 def test_an_order_without_ranks_has_no_ties():
-    """What Argilla's client makes of an answer that it reads from its server."""
+    """Argilla's client makes this of an answer that it reads from its server."""
     record = {"id": "1", "fields": {"prompt": "a", "first": "x", "second": "y", "third": "z"}}
     response = {"value": ["third", "first"], "user_id": ANN, "status": "submitted"}
     answered = record | {"responses": {"best": [response, response | {"status": "draft"}]}}

@@ -100,7 +100,7 @@ def test_bad_scores_are_refused():
 
 
 def judgements(dataset):
-    """What a dataset of rankings says, by text: how often which of two was better, or both tied."""
+    """Returns what a dataset of rankings says, by text: how often which of two was better, or both tied."""
     said = Counter()
     for row in to_pairs(dataset, ties=True):
         texts = [json.dumps(row[name]) for name in ("prompt", "chosen", "rejected")]

@@ -78,7 +78,7 @@ def card_of(folder):
 
 @torch.no_grad()
 def scores_of(trainer, texts):
-    """Of a reward model as it is in memory."""
+    """Scores texts by a reward model as it is in memory."""
     inputs = [trainer.processing_class(text, return_tensors="pt") for text in texts]
     return [trainer.model.eval()(**row).logits.item() for row in inputs]
 

@@ -130,7 +130,7 @@ def test_the_first_update_of_a_policy_with_dropout_starts_from_ratio_1(
 
 
 def test_dropout_that_stays_is_told_of(policy_with_dropout, prompts, tmp_path, caplog):
-    """Where no second forward could show it."""
+    """In a model of which no second forward could show it."""
     with caplog.at_level(logging.WARNING):
         args = A2CConfig(**settings(tmp_path, disable_dropout=False))
         A2CTrainer(policy_with_dropout, count_good, args, prompts)

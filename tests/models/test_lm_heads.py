@@ -88,7 +88,7 @@ def own_distribution(model, batch, row, temperature):
 
 @pytest.fixture
 def even_prompts():
-    """Of one length: RecurrentGemma has states of padding as well."""
+    """Prompts of one length, as RecurrentGemma has states of padding as well."""
     return Dataset.from_dict(
         {"prompt": ["the film was dull", "it was a good", "the ending is sad", "a slow plot and"]}
     )

@@ -1,4 +1,4 @@
-"""What the KL penalty is measured to: the policy as it was given, and what `sync_ref_model` makes of it."""
+"""The KL penalty is measured to the policy as it was given, or to what `sync_ref_model` makes of it."""
 
 import copy
 

@@ -1,4 +1,4 @@
-"""What is left out of a batch (padding, repeated prompts, unscored positions) changes nothing that is computed."""
+"""Batches without padding, repeated prompts and unscored positions give what whole ones give."""
 
 import itertools
 from dataclasses import replace
@@ -308,7 +308,7 @@ def test_a_prompt_is_packed_once():
 
 
 def test_the_same_text_has_the_same_log_probabilities_wherever_it_is_padded(tokenizer, prompts, tmp_path):
-    """Of a model that learned its positions, too: TRL counts padding as such."""
+    """A model that learned its positions does so, too: TRL counts padding as such."""
     model = build("gpt2", tokenizer)
     model.save_pretrained(tmp_path / "gpt2")
     tokenizer.save_pretrained(tmp_path / "gpt2")

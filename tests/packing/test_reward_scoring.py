@@ -55,7 +55,7 @@ def score(model, tokenizer, batch_size, check=None, texts=TEXTS):
 
 
 def shapes_run(model):
-    """Of the model's inputs, from now on."""
+    """Returns a list that takes the shapes of the model's inputs, from now on."""
     shapes = []
     trunk = model.base_model if not hasattr(model, "peft_config") else model.get_base_model().base_model
     trunk.register_forward_pre_hook(
@@ -168,7 +168,7 @@ def test_a_text_without_tokens_is_one_of_padding(tokenizer, shared_prefix):
 
 
 def test_what_is_of_one_prompt_is_scored_together(tokenizer):
-    """Whatever the lengths of its texts."""
+    """The lengths of its texts do not matter."""
     model = build_reward_model(tokenizer).eval()
     prompts = ["the film was a good and great story and", "it is a bad and dull plot but the actor is"]
     texts = [(prompts[row % 2], " good" * number) for row, number in enumerate((6, 5, 1, 2))]
@@ -210,7 +210,7 @@ def test_messages_are_prompts_too(tokenizer):
 
 
 def rewards_of(reward_model, tokenizer, policy_path, folder, **overrides):
-    """Of two rollouts, and whether the model was found able to share prompts."""
+    """Returns the rewards of two rollouts, and whether the model was found able to share prompts."""
     seen = []
 
     class Keep(PPOTrainer):

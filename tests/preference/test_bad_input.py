@@ -423,7 +423,7 @@ def test_larger_ties_than_those_trained_with_are_refused(tokenizer, tmp_path):
 
 
 def test_arguments_serve_a_second_trainer(tokenizer, tmp_path):
-    """What one dataset says of D is not said of the next."""
+    """One dataset's D is not said of the next."""
     args = RankingRewardConfig(**ranking_settings(tmp_path))
     for dataset, num_ties in ((rows([1, 2]), 0), (rows([1, 1], [1, 1, 1]), 2)):
         kwargs = {"train_dataset": dataset, "processing_class": tokenizer}

@@ -117,7 +117,7 @@ def plain_logp(model, tokenizer, prompt, completion):
 
 
 def plain_scores(task, models, tokenizer, row, beta=0.1):
-    """Of the completions of one row, each run alone."""
+    """Scores the completions of one row, each run alone."""
     scores = []
     for completion in row["completions"]:
         if task == "reward":
@@ -437,7 +437,7 @@ def counted(wins, ties, defeats):
 @pytest.mark.parametrize("task", ["reward", "dpo"])
 @pytest.mark.parametrize("ranking_model", ["davidson", "rao_kupper"])
 def test_two_parameters_fit_three_frequencies(tokenizer, tmp_path, ranking_model, task):
-    """Of 10 judgements 6 are wins and 3 ties: the likelihood is greatest where the model says 0.6, 0.3 and 0.1."""
+    """In 10 judgements 6 are wins and 3 ties: the likelihood is greatest where the model says 0.6, 0.3 and 0.1."""
     columns = {"prompt": ["the film was"] * 2, "completions": [[" good", " bad"], [" bad", " good"]]}
     dataset = Dataset.from_dict(columns | {"pairs": [counted(6, 3, 1), counted(1, 3, 6)]})
     trainer = make(
@@ -1250,7 +1250,7 @@ def test_the_cards_snippets_run(tokenizer, rankings, tmp_path):
 
 
 def test_the_card_of_a_checkpoint_has_its_tie_parameters(tokenizer, rankings, tmp_path):
-    """Whether or not they have been logged."""
+    """They need not have been logged."""
     saving = {"save_strategy": "steps", "save_steps": 2, "logging_strategy": "no", "tie_learning_rate": 0.5}
     trainer = make("reward", tokenizer, tmp_path, rankings, ranking_model="davidson", **saving)
     start = trainer.ties().exp().item()

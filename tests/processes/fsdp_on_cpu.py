@@ -24,8 +24,8 @@ def allow_fsdp_on_cpu():
 
 def whole_weights(model):
     """
-    What trains in `model`, gathered from all processes, and how many of these weights were sharded. Each process has to
-    ask.
+    Returns what trains in `model`, gathered from all processes, and how many of these weights were sharded. Each process
+    has to ask.
     """
     for module in model.modules():
         if isinstance(module, FSDPModule):

@@ -1,4 +1,4 @@
-"""Runs a program once for each list of arguments, as starting processes takes longer: `repeating.py PROGRAM RUNS.json`."""
+"""Runs a program once for each list of arguments: `repeating.py PROGRAM RUNS.json`. Starting two takes longer."""
 
 import json
 import os

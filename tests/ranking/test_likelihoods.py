@@ -55,7 +55,7 @@ def tie_parameters(model, dtype=torch.float64):
 
 
 def random_rankings(model, size=(60, 6), spread=2.0, seed=0):
-    """What `ranking_nll` takes."""
+    """Draws what `ranking_nll` takes."""
     generator = torch.Generator().manual_seed(seed)
     scores = spread * torch.randn(size, generator=generator, dtype=torch.float64)
     ranks = torch.randint(0, 4, size, generator=generator)
@@ -197,7 +197,7 @@ def test_brute_force(model, data):
 
 
 def test_closed_forms_by_hand():
-    """Of three equal items, the first two tied before the third."""
+    """Three equal items, the first two tied before the third."""
     delta_2, delta_3 = (math.exp(x) for x in LOG_TIE["davidson_luce"][:2])
     expected = {
         # One first of three, one pair of three, or all three; each item has a third of the stage's gradient
@@ -476,7 +476,7 @@ def test_initial_log_tie_of_pairs():
 
 
 def counts_and_gradient(rows, log_tie):
-    """How many groups of 2, 3, ... there are, and the gradient of the loss at equal scores."""
+    """Counts groups of 2, 3, ..., and returns the gradient of the loss at equal scores."""
     ranks = [[-1 if rank is None else rank for rank in row] + [-1] * (6 - len(row)) for row in rows]
     log_tie = f64(log_tie).requires_grad_()
     loss = ranking_nll(f64([[0.0] * 6] * len(ranks)), torch.tensor(ranks), "davidson_luce", log_tie).sum()

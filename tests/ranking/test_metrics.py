@@ -69,7 +69,7 @@ def rankings(num_prompts=40, num_items=5, absent=0.2, seed=0):
 
 
 def judgements(num_prompts=30, num_items=4, seed=0):
-    """How often pairs were judged so, in any direction: no order need agree with it."""
+    """Draws how often pairs were judged so, in any direction: no order need agree with it."""
     generator = torch.Generator().manual_seed(seed)
     scores = torch.randint(-4, 5, (num_prompts, num_items), generator=generator).double() / 2
     wins, ties = torch.randint(0, 3, (2, num_prompts, num_items, num_items), generator=generator)

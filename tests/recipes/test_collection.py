@@ -479,7 +479,7 @@ def test_one_writer_at_a_time(tmp_path):
 
 
 def functions_of(page, folder):
-    """What the page does, by name, with its parts by their `elem_id`."""
+    """Returns what the page does, by name, and its parts by their `elem_id`."""
     blocks = page.Page(str(folder), read_items(folder)).blocks
     ids = {getattr(block, "elem_id", None): block for block in blocks.blocks.values()}
     return {fn.fn.__name__: fn.fn for fn in blocks.fns.values() if fn.fn is not None}, ids
@@ -630,7 +630,7 @@ def test_grades_are_read_from_what_a_language_model_says(folder, sessions, monke
 
 
 def test_what_is_too_long_for_a_judge_has_no_score(folder, policy_path, tokenizer, sessions, monkeypatch, caplog):
-    """Of a language model the questions, of a reward model the texts, where no trainer has set up the logger."""
+    """A language model's questions or a reward model's texts may be too long, and no trainer has set up the logger."""
     judge = importlib.import_module("collecting.judges")
     with open(folder / "completions.jsonl", "a") as file:
         file.write(json.dumps({"prompt": "the film", "completions": [" good", " good" * 60]}))

@@ -41,7 +41,7 @@ def folder(tmp_path):
 
 
 def changed(model, start):
-    """Whether any weight of `model` is other than in `start`."""
+    """True if any weight of `model` is other than in `start`."""
     return any(not torch.equal(a, b) for a, b in zip(model.parameters(), start.parameters(), strict=True))
 
 

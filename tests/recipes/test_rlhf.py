@@ -510,7 +510,7 @@ def test_what_cannot_work_is_told_at_once(tmp_path, monkeypatch, args, message):
 
 
 def commands_of(args):
-    """Of all stages, as `(script, command line)`."""
+    """Returns the commands of all stages, as `(script, command line)`."""
     parsed, config = parse(args, rlhf.__doc__)
     for name in ("bf16", "use_cpu"):  # of this machine, not of the file
         config.setdefault("training", {})[name] = name == "use_cpu"

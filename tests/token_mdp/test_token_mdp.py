@@ -495,7 +495,7 @@ def test_kl_expectations():
 
 
 def test_kl_gradients_in_expectation():
-    """What each does in a loss: k1 nothing, k2 descends KL(pi || ref), k3 descends KL(ref || pi)."""
+    """In a loss each does something else: k1 nothing, k2 descends KL(pi || ref), k3 descends KL(ref || pi)."""
     logits, ref_logits = categorical_pair()
 
     def expected_gradient(name):
@@ -586,7 +586,7 @@ def test_explained_variance():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_explained_variance_of_constant_returns_is_nan(dtype):
-    """Whatever the constant: most are not exact in binary, nor is the mean of several."""
+    """The constant may be any: most are not exact in binary, nor is the mean of several."""
     for constant, length in itertools.product([0.1, 0.3, 1 / 3, 2.3, 1000.1], range(1, 40)):
         returns = torch.full((1, length), constant, dtype=dtype)
         values = torch.linspace(-1, 1, length, dtype=dtype).unsqueeze(0)

@@ -54,7 +54,7 @@ def lora(name):
 
 
 def make_trainer(name, folder, policy_path, reward_model_path, **overrides):
-    """Of a kind, on the tiny models; `overrides` of its arguments."""
+    """Makes a trainer of a kind on the tiny models, with `overrides` of its arguments."""
     pushes = {
         "push_to_hub": True,
         "hub_model_id": f"user/{name}",
@@ -143,7 +143,7 @@ LOAD = """
 
 @pytest.fixture(scope="module")
 def loaded(pushed):
-    """What a new process computes with what lies on the Hub."""
+    """Returns what a new process computes with what lies on the Hub."""
     server, _, folder = pushed
     critics = [name for name in ACTOR_CRITICS if name != "reinforce"]
     code = LOAD.format(tests=str(TESTS), names=TRAINERS, critics=critics)
