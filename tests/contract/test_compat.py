@@ -5,6 +5,7 @@ import logging
 import re
 import warnings
 from contextlib import contextmanager
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -319,6 +320,50 @@ def test_a_config_says_which_attention_a_model_runs():
 
 
 # --- Swaps ---
+
+
+@pytest.mark.parametrize(
+    "swap, name, value",
+    [
+        (lambda owner: compat.rewarded_by(owner, ["ours"]), "reward_funcs", ["ours"]),
+        (compat.without_kl_in_loss, "beta", 0.0),
+        (compat.without_masking_cut, "mask_truncated_completions", False),
+        (compat.with_reference, "beta", 0.1),
+    ],
+)
+def test_an_attribute_is_another_for_a_while(swap, name, value):
+    owner = SimpleNamespace(beta=0, kl_in_reward=0.1, mask_truncated_completions=True, reward_funcs=["TRL's"])
+    before = dict(vars(owner))
+    with pytest.raises(KeyError), swap(owner):
+        assert getattr(owner, name) == value
+        raise KeyError
+    assert vars(owner) == before
+
+
+def test_trl_reads_the_attributes_that_are_swapped():
+    for name in ("_calculate_rewards", "_generate_and_score_completions"):
+        attribute = "reward_funcs" if name == "_calculate_rewards" else "mask_truncated_completions"
+        assert f"self.{attribute}" in inspect.getsource(getattr(GRPOTrainer, name))
+    assert ".generate(" in inspect.getsource(GRPOTrainer._generate_single_turn)
+
+
+def test_generating_is_another_for_a_while(policy):
+    with compat.generating_by(policy, lambda former, ids: (former.__name__, ids)):
+        assert policy.generate(3) == ("generate", 3) and policy.generate.__name__ == "generate"
+    assert "generate" not in vars(policy)
+    policy.generate = lambda ids: ids + 1  # a user's
+    with compat.generating_by(policy, lambda former, ids: 2 * former(ids)):
+        assert policy.generate(3) == 8
+    assert policy.generate(3) == 4
+
+
+def test_one_scoring_pass_is_answered_and_others_are_made():
+    trainer = SimpleNamespace(_get_per_token_logps_and_entropies=lambda ids: ("made", ids))
+    with compat.scoring_answered(trainer, lambda ids: ("answered", ids)):
+        passes = [trainer._get_per_token_logps_and_entropies(ids) for ids in (1, 2)]
+    assert passes == [("answered", 1), ("made", 2)] and trainer._get_per_token_logps_and_entropies(3) == ("made", 3)
+    with pytest.raises(RuntimeError, match="no scoring pass"), compat.scoring_answered(trainer, None):
+        pass
 
 
 def test_callbacks_walk_the_parameters_of_two_models_when_we_think_they_do():

@@ -8,6 +8,8 @@ import sys
 import pytest
 from helpers import RECIPES, ROOT
 
+from trl_ext import ActorCriticTrainer, RankingDPOTrainer, RankingRewardTrainer, SFTTrainer
+
 
 PACKAGE = ROOT / "trl_ext"
 # By dotted name within the package; a package's own `__init__` goes by the package's name, and the whole one's by ""
@@ -167,3 +169,9 @@ def test_a_violation_is_seen(module, source):
 )
 def test_what_is_allowed_passes(module, source):
     assert list(violations(module, source)) == []
+
+
+@pytest.mark.parametrize("trainer", [ActorCriticTrainer, RankingDPOTrainer, RankingRewardTrainer, SFTTrainer])
+def test_a_trainer_has_at_most_two_bases_of_ours_beside_trls(trainer):
+    ours = [base.__name__ for base in trainer.__mro__[1:] if base.__module__.startswith("trl_ext.")]
+    assert ours[-1] == "TrainerBase" and len(ours) <= 2

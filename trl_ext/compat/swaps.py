@@ -19,7 +19,7 @@ PARALLEL_WALKS = {BEMACallback: "on_train_begin", SyncRefModelCallback: "on_step
 
 @contextmanager
 def _swapped(owner, name: str, value) -> Iterator[None]:
-    """Within the context the attribute `name` of the object itself is `value`."""
+    """Gives the object itself an attribute `name` of this value, within the context."""
     had, before = name in vars(owner), vars(owner).get(name)
     setattr(owner, name, value)
     try:
@@ -32,7 +32,7 @@ def _swapped(owner, name: str, value) -> Iterator[None]:
 
 
 def with_reference(args):
-    """Within the context TRL's trainer, when it is made, prepares a reference if the KL is used anywhere."""
+    """Has TRL prepare a reference for a trainer that is made within the context, if the KL is used anywhere."""
     return _swapped(args, "beta", args.beta or args.kl_in_reward)
 
 
@@ -130,26 +130,26 @@ def parallel_walks_within(
 
 
 def generating_by(model, generate: Callable):
-    """Within the context `model.generate` is `generate`, which is given the former one and the arguments."""
+    """Has `model.generate` be `generate`, which is given the former one and the arguments, within the context."""
     former = model.generate
     return _swapped(model, "generate", functools.wraps(former)(functools.partial(generate, former)))
 
 
 def rewarded_by(trainer, reward_funcs: list):
-    """Within the context TRL's trainer asks these functions in place of its own, one for each."""
+    """Has TRL's trainer ask these functions in place of its own, one for each, within the context."""
     return _swapped(trainer, "reward_funcs", reward_funcs)
 
 
 def without_masking_cut(trainer):
-    """Within the context TRL leaves completions that were cut as they are."""
+    """Keeps TRL from masking completions that were cut within the context."""
     return _swapped(trainer, "mask_truncated_completions", False)
 
 
 @contextmanager
 def scoring_answered(trainer, answer: Callable) -> Iterator[None]:
     """
-    Within the context the first scoring pass that TRL's trainer makes is answered by `answer`, which is given the
-    arguments of `_get_per_token_logps_and_entropies` and returns what that returns. Other passes are made.
+    Answers the first scoring pass that TRL's trainer makes within the context by `answer`, which is given the arguments
+    of `_get_per_token_logps_and_entropies` and returns what that returns. Other passes are made.
 
     Raises:
         RuntimeError: if TRL made no pass.
@@ -170,5 +170,5 @@ def scoring_answered(trainer, answer: Callable) -> Iterator[None]:
 
 
 def without_kl_in_loss(trainer):
-    """Within the context TRL's loss has no KL term."""
+    """Leaves the KL term out of TRL's loss within the context."""
     return _swapped(trainer, "beta", 0.0)
