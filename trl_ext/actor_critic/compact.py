@@ -93,7 +93,7 @@ class CompactForwards:
         batch_size: int | None,
         kwargs: dict,
     ) -> nn.Module | CompactScoring:
-        """Returns what is run in place of `model`: [`~packing.scoring.CompactScoring`], or the model where that cannot be."""
+        """Returns what is run in place of `model`: [`CompactScoring`], or the model where that cannot be."""
         if not self.args.compact_scoring:
             return model
         reason = self._why_not(kwargs)

@@ -89,7 +89,7 @@ class Generation:
 
     @contextmanager
     def compact(self) -> Iterator[None]:
-        """Within the context the policy's `generate` is [`decoding.decode`], where that does the same."""
+        """Within the context the policy's `generate` is [`decode`], where that does the same."""
         has_engine = self.use_vllm or self.args.use_transformers_continuous_batching
         if not self.args.compact_generation or has_engine:
             yield

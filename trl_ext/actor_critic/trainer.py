@@ -6,9 +6,9 @@ error to the lambda-return. With r_t from [`~trl_ext.token_mdp`] and A, G from g
 
     L = L_surrogate(pi, A) + vf_coef * mean_t (V(s_t) - G_t)^2 / 2
 
-The trainer's methods stand in the order in which TRL calls them. A batch is one [`~rollout.Rollout`]: completed by
-`_generate`, rewarded by `_calculate_rewards`, credited with advantages and returns as soon as a forward has given what
-they take, and then trained on by `_compute_loss`. [`~forward.ForwardPlan`] says which forward that is.
+The trainer's methods stand in the order in which TRL calls them. A batch is one [`Rollout`]: completed by `_generate`,
+rewarded by `_calculate_rewards`, credited with advantages and returns as soon as a forward has given what they take, and
+then trained on by `_compute_loss`. [`ForwardPlan`] says which forward that is.
 """
 
 import asyncio
@@ -104,7 +104,7 @@ class ActorCriticTrainer(TrainerBase, GRPOTrainer):
     - the critic's loss is added to the policy's, and the critic is saved beside the policy and restored with it;
     - the KL to the reference may be taken off the reward (`kl_in_reward`) instead of added to the loss;
     - padding, repeated prompts, positions without a token and completions that have ended are not run
-      ([`packing`], [`~models.decoding`]);
+      ([`packing`], [`~trl_ext.models.decoding`]);
     - a reward model may be an adapter, by path or Hub id; it shares the policy's base if both were trained on the same
       and FSDP does not shard it.
 

@@ -3,9 +3,9 @@ Natural language policy optimization (NLPO): PPO whose actions are those that a 
 
     L_t = -min( rho_t A_t, clip(rho_t, 1 - epsilon, 1 + epsilon) A_t ),   rho_t = pi~(a_t|s_t) / pi~_old(a_t|s_t)
 
-with pi~ the policy within the top-p nucleus of pi_psi, renormalised ([`masking`]), and pi_psi a snapshot of the policy,
-renewed every `mask_update_steps` rollouts. A vocabulary has 100,000 actions and few that make sense; exploring only
-these is what NLPO is for.
+with pi~ the policy within the top-p nucleus of pi_psi, renormalised ([`~trl_ext.token_mdp.nucleus`]), and pi_psi a
+snapshot of the policy, renewed every `mask_update_steps` rollouts. A vocabulary has 100,000 actions and few that make
+sense; NLPO explores these alone.
 
 Departures from the paper's own implementation (RL4LMs):
 

@@ -1,6 +1,6 @@
 """
-The critic: a head ([`value_heads`]: V(s), or Q(s, a)) on a trunk, which is the policy's own (shared), an adapter of its
-own on the policy's frozen base (adapter), or another model's (separate).
+The critic: a head (V(s) or Q(s, a), see [`~trl_ext.critic.heads`]) on a trunk, which is the policy's own (shared), an
+adapter of its own on the policy's frozen base (adapter), or another model's (separate).
 
 The critic is a child module of the policy, so that one optimizer, one `zero_grad`, one gradient clipping and one DDP,
 FSDP or DeepSpeed wrapper hold both. It runs inside the policy's forward, from two hooks, and its values are part of
@@ -68,7 +68,7 @@ class Critic(Companion):
         Args:
             policy (`PreTrainedModel` or `PeftModel`): The policy.
             hidden_states (`torch.Tensor` of shape `(R, L, H)`): Those of its trunk; may be `None` if not `reads_policy`.
-            layout ([`~layouts.Layout`]): What the policy's forward was given, and where in it the states lie.
+            layout ([`Layout`]): Inputs of the policy's forward, and the places of the states in them.
 
         Returns:
             `torch.Tensor` of shape `(B, S)`, or `(B, S, 4)` of an action-value head, float32.

@@ -52,7 +52,7 @@ class DataCollatorForRanking(DataCollatorMixin):
 
     A batch has, for B prompts with K completions at most, N in all, of L tokens at most:
 
-    - `ranks` `(B, K)`, `wins` and `ties` `(B, K, K)`: see [`ranking`];
+    - `ranks` `(B, K)`, `wins` and `ties` `(B, K, K)`: see [`~trl_ext.ranking`];
     - `input_ids`, `attention_mask`, `completion_mask` `(N, L)`: prompt and completion of each, and `rows` `(B, K)`,
       which of them is which (0 for padding);
     - `packed_input_ids`, `packed_positions`, `packed_segments`, `packed_completion_mask` `(B, L')`: all completions of

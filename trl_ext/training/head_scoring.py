@@ -2,7 +2,7 @@
 Log-probabilities by the model's own LM head, where TRL's fused one gives others.
 
 TRL's scoring forward runs the trunk and multiplies by the head's weight; what a family does to its logits besides, it
-knows by the names in some configs. [`compare_heads`] asks the model itself, once, and [`HeadScoring`] is the remedy.
+knows by the names in some configs. [`score_as_the_model_does`] asks the model itself, once, and [`HeadScoring`] is the remedy.
 """
 
 import torch

@@ -30,7 +30,7 @@ class Pusher:
     """
     Sees the pushes of a trainer through. A push that fails is tried again, with growing pauses; one in the middle of
     training that fails for good leaves a warning with the command that finishes it, and training goes on. The last one
-    raises [`~uploading.PublishError`], with that command, once all is on disk.
+    raises [`~trl_ext.hub.uploading.PublishError`], with that command, once all is on disk.
 
     Args:
         args (`TrainingArguments`): The trainer's.
@@ -44,7 +44,7 @@ class Pusher:
 
     @property
     def repo_id(self) -> str:
-        """Names of the repository as the arguments have it, which may lack its owner's."""
+        """Name of the repository as the arguments have it, which may lack its owner's."""
         return self.args.hub_model_id or Path(self.args.output_dir).absolute().name
 
     @contextmanager
@@ -182,7 +182,7 @@ def refuse_to_publish(folder: str | Path) -> None:
 
 
 def upload_or_warn(*args, **kwargs) -> CommitInfo | None:
-    """Uploads as [`~uploading.upload`] in the middle of training, which goes on whatever happens to it."""
+    """Uploads as [`~trl_ext.hub.uploading.upload`] in the middle of training, which goes on whatever happens to it."""
     try:
         return upload(*args, **kwargs)
     except Exception as error:
