@@ -248,10 +248,10 @@ class MaskedScoring(HeadScoring):
         finally:
             self._is_active, self._hidden_states = False, None
 
-    def _further_columns(self, kwargs, scored_states):
-        return [scored_states(self.mask.read(**trunk_inputs(kwargs), use_cache=False).last_hidden_state)]
+    def _further_columns(self, kwargs, before_tokens):
+        return [before_tokens(self.mask.read(**trunk_inputs(kwargs), use_cache=False).last_hidden_state)]
 
-    def _score(self, hidden_states, masking_states, tokens):
+    def _logps(self, hidden_states, masking_states, tokens):
         allowed = self.mask.allowed(masking_states)
         forced = ~allowed.gather(1, tokens.unsqueeze(1)).squeeze(1)
         # Kernels of a whole sequence and of one token at a time differ, and one log of 0 would spoil the batch

@@ -64,34 +64,34 @@ class HeadScoring:
         if not scored.any():
             return None
 
-        def scored_states(states: torch.Tensor) -> torch.Tensor:
+        def before_tokens(states: torch.Tensor) -> torch.Tensor:
             states = states[:, -labels.size(1) :] if layout is None else layout.states(states)
             return states[:, :-1][scored]
 
-        columns = [scored_states(hidden_states), *self._further_columns(kwargs, scored_states), tokens]
+        columns = [before_tokens(hidden_states), *self._further_columns(kwargs, before_tokens), tokens]
         chunks = zip(*(column.split(CHUNK_SIZE) for column in columns), strict=True)
-        scores = [checkpoint(self._score, *chunk, use_reentrant=False) for chunk in chunks]
-        log_probs, entropy, *further = (torch.cat(parts) for parts in zip(*scores, strict=True))
+        of_chunks = [checkpoint(self._logps, *chunk, use_reentrant=False) for chunk in chunks]
+        logps, entropy, *further = (torch.cat(parts) for parts in zip(*of_chunks, strict=True))
         self._keep_further(*further)
         where = torch.ones_like(output.log_probs, dtype=torch.bool)  # a compact output is of what is scored alone
         if where.numel() != len(tokens):
             where = nn.functional.pad(scored, (where.size(1) - scored.size(1), 0))
-        replaced = {"log_probs": torch.zeros_like(output.log_probs).masked_scatter(where, log_probs)}
+        replaced = {"log_probs": torch.zeros_like(output.log_probs).masked_scatter(where, logps)}
         if output.entropy is not None:
             replaced["entropy"] = torch.zeros_like(output.log_probs).masked_scatter(where, entropy)
         return type(output)(**{**output, **replaced})
 
-    def _further_columns(self, kwargs: dict, scored_states) -> list[torch.Tensor]:
-        """Returns the columns that `_score` takes between hidden states and tokens, a row for each token."""
+    def _further_columns(self, kwargs: dict, before_tokens) -> list[torch.Tensor]:
+        """Returns the columns that `_logps` takes between hidden states and tokens, a row for each token."""
         return []
 
-    def _score(self, hidden_states: torch.Tensor, tokens: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def _logps(self, hidden_states: torch.Tensor, tokens: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Returns log-probabilities, entropies, and the columns that `_keep_further` takes, a row for each token."""
         logits = logits_of(self.model, hidden_states) / self.temperature
         return masked_log_probs(logits, torch.ones_like(logits, dtype=torch.bool), tokens)
 
     def _keep_further(self, *further: torch.Tensor) -> None:
-        """Takes the columns that [`_score`] returns beside log-probabilities and entropies."""
+        """Takes the columns that `_logps` returns beside log-probabilities and entropies."""
 
 
 @torch.no_grad()
