@@ -139,7 +139,7 @@ def _rows_of(record: dict[str, Any], question: str, names: list[str]) -> list[di
             f"question `{question}`: ranks {name!r}, which is none of the fields {list(fields)} to rank. Give the record "
             "that field, null if it is optional and empty.",
         )
-    # People are asked to rank a field that is empty in this record as well
+    # Argilla asks people to rank a field that is empty in this record as well
     names = [
         name
         for name in names

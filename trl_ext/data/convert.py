@@ -98,7 +98,7 @@ def from_pairs(dataset: Dataset) -> Dataset:
         completions = [json.loads(text) for text in numbers]
         rows.append({"prompt": prompt, "completions": completions, "ranks": ranks, "pairs": None if ranks else pairs})
     completion, prompt = dataset.features["chosen"], dataset.features.get("prompt")
-    if type(prompt) is not type(completion):  # then the completions hold it
+    if type(prompt) is not type(completion):  # the completions hold the prompt
         prompt = completion
     types = {"prompt": prompt, "completions": List(completion)}
     return Dataset.from_list(rows, features=Features(types | RANKS | PAIRS))

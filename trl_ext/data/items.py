@@ -85,7 +85,7 @@ def _item_of(row: dict[str, Any]) -> tuple[Item, dict[str, str]]:
     for column in ("prompt", "completions", "id", "sources"):
         check_characters(f"column `{column}`", row.get(column))
     key = row.get("id")
-    if isinstance(key, float) and key.is_integer():  # what pandas makes of whole numbers
+    if isinstance(key, float) and key.is_integer():  # pandas makes floats of whole numbers beside nulls
         key = int(key)
     is_key = key is None or isinstance(key, str) or (isinstance(key, int) and not isinstance(key, bool))
     require(is_key, f"column `id`: must be text or a whole number, got {key!r:.80}. Convert it.")
@@ -118,6 +118,6 @@ def _fit_into_a_table(items: list[Item]) -> bool:
         return True
     try:
         Dataset.from_list([{"prompt": item.prompt, "completions": item.completions} for item in items])
-    except (ValueError, TypeError, NotImplementedError, OverflowError):  # Arrow's are of these classes
+    except (ValueError, TypeError, NotImplementedError, OverflowError):  # Arrow raises all of these
         return False
     return True

@@ -120,7 +120,7 @@ def weak_order(pairs: list[list[int]], num_completions: int) -> list[int | None]
     ranks = {}
     while remaining:
         best = remaining - {worse for better, worse in beats if better in remaining}
-        # None unbeaten: the groups go in a circle, or one beats itself. Several: nothing compares them
+        # If none is unbeaten, the groups go in a circle, or one beats itself; if several are, nothing compares them
         if len(best) != 1:
             return None
         remaining -= best

@@ -120,7 +120,7 @@ def prepare_rankings(
     )
     is_streamed = isinstance(dataset, IterableDataset)
     if not is_streamed and len(dataset) == 0:
-        return dataset  # its columns, which `map` would not change
+        return dataset  # `map` would not change its columns
     types = RANKS | (PAIRS if "pairs" in columns else {}) | {"ranking_error": Value("string")}
     features = None
     if dataset.features is not None:

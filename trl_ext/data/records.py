@@ -17,7 +17,7 @@ def append_line(file: Path, record: dict[str, Any]) -> None:
         with open(file, "r+b" if file.is_file() else "w+b") as opened:
             content = opened.read()
             end = content.rfind(b"\n") + 1
-            is_whole = _parsed(content[end:]) is not None  # by an editor that leaves out the last newline
+            is_whole = _parsed(content[end:]) is not None  # some editors leave out the last newline
             opened.seek(len(content) if is_whole else end)
             opened.truncate()
             line = json.dumps(record, ensure_ascii=False).encode() + b"\n"
@@ -72,6 +72,6 @@ def _parsed(line: bytes) -> dict[str, Any] | None:
     """Returns the JSON object in a line, or None if there is none, as in half a line."""
     try:
         record = json.loads(line.removeprefix(codecs.BOM_UTF8).decode())
-    except ValueError:  # of the decoding, or the parsing
+    except ValueError:  # decoding and parsing raise it
         return None
     return record if isinstance(record, dict) else None

@@ -164,7 +164,7 @@ def whole(dataset: Dataset) -> Dataset:
             "This takes a whole dataset, got a stream. Load it without `streaming=True`, or make one of its rows: "
             "`Dataset.from_list(list(stream))`."
         )
-    if isinstance(dataset, dict):  # of splits, streamed or not
+    if isinstance(dataset, dict):  # splits, streamed or not, are one
         raise ValueError(f"This takes one dataset, got splits. Pass one of them: {', '.join(map(str, dataset))}.")
     if not isinstance(dataset, Dataset):
         raise ValueError(

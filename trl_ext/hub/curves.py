@@ -13,7 +13,7 @@ from .record import is_number
 logger = get_logger(__name__)
 
 CURVES_FILE = "training_curves.png"
-# Of training and of evaluations; the first two are told apart in grey as well
+# The first is that of training, the others are those of evaluations; the first two differ in grey as well
 COLORS = ["#1f6fb4", "#f08a24", "#2f8f4e", "#8f4fb0", "#7a7a7a"]
 # From so many points on, a running mean is drawn over them
 NOISY = 40
@@ -41,7 +41,7 @@ class Panel:
 class Line:
     """The finite values of a metric in a run."""
 
-    run: int  # by its place
+    run: int  # its place among the runs
     is_dotted: bool
     steps: list[int]
     values: list[float]
@@ -70,8 +70,8 @@ def draw_training_curves(runs: dict[str, list[dict]], panels: list[Panel], folde
         return False
     num_columns = 2 if len(drawn) == 4 else min(len(drawn), 3)
     num_rows = math.ceil(len(drawn) / num_columns)
-    with matplotlib.style.context("default"):  # whatever the user's settings are
-        # Without pyplot, whose backend and open figures are the user's
+    with matplotlib.style.context("default"):  # the user's settings may be of any kind
+        # The backend and open figures of pyplot are the user's, so that the figure is made without it
         figure = Figure(figsize=(3.3 * num_columns, 2.3 * num_rows + 0.3), layout="constrained")
         for index, (panel, lines) in enumerate(drawn):
             axis = figure.add_subplot(num_rows, num_columns, index + 1)

@@ -56,7 +56,7 @@ def merge_adapter(
     if output.is_dir() and any(output.iterdir()):
         raise ValueError(f"`output_dir` {output} is not empty. Name a new folder.")
     folder, config = _adapter_folder(adapter)
-    # Without a task type it may be either; its own head tells
+    # Without a task type the adapter may be of either kind, and its head tells which
     is_reward_model = config.task_type == "SEQ_CLS" or (config.task_type is None and bool(head_names(str(folder))))
     base = _float32_base(folder, is_reward_model, trust_remote_code)
     peft_model = PeftModel.from_pretrained(base, folder)

@@ -107,7 +107,7 @@ def _prefix(dataset_name: str) -> str:
 
 
 def _without_prefix(entry: dict, prefix: str) -> dict:
-    # Under a named dataset, what TRL and this package measure themselves is still logged as `eval_...`
+    # TRL and this package log their own metrics as `eval_...` under a named dataset, too
     return {name.removeprefix(prefix).removeprefix("eval_"): value for name, value in entry.items()}
 
 

@@ -59,9 +59,9 @@ def ranking_sums(
     diff = scores.unsqueeze(2) - scores.unsqueeze(1)
     outcomes, is_predicted = _predictions(scores, wins, ties, model, log_tie)
     p_tie = outcomes[1]
-    is_most_likely = (outcomes >= outcomes.amax(dim=0) - 1e-6).to(scores)  # equally, but for rounding
+    is_most_likely = (outcomes >= outcomes.amax(dim=0) - 1e-6).to(scores)  # rounding makes equal ones differ
     win_share, tie_share, _ = is_most_likely / is_most_likely.sum(dim=0)
-    once = ties / 2  # `ties` hold each one in both directions
+    once = ties / 2  # `ties` hold each tie in both directions
     strict, once = wins * is_predicted, once * is_predicted
     judgements = strict + once
     in_bin = F.one_hot((p_tie * NUM_BINS).long().clamp(0, NUM_BINS - 1), NUM_BINS)  # (B, K, K, NUM_BINS)

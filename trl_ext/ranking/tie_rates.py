@@ -57,7 +57,7 @@ def initial_log_tie(ranks: list[list[int | None]], model: str, max_order: int | 
     max_order = max_order or largest
     if max_order < largest:
         raise ValueError(f"`max_order` is {max_order}, but a tie of {largest} items was found.")
-    # A last group of one is no choice
+    # A last item leaves no choice
     stages = Counter((sum(sizes[j:]), n) for sizes in groups for j, n in enumerate(sizes) if sum(sizes[j:]) > 1)
     stages = stages or Counter({(2, 1): 1})
     possible = min(max_order, max(m for m, _ in stages))
