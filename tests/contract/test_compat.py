@@ -366,6 +366,16 @@ def test_one_scoring_pass_is_answered_and_others_are_made():
         pass
 
 
+def test_what_trains_keeps_its_precision_while_trl_casts_the_model(policy):
+    assert "unwrapped_model.to(torch.bfloat16)" in inspect.getsource(GRPOTrainer._generate_single_turn)
+    frozen, *trained = policy.parameters()
+    frozen.requires_grad_(False)
+    before = trained[0].detach().clone()
+    with compat.trainables_kept(policy):
+        policy.to(torch.bfloat16)
+    assert torch.equal(trained[0], before) and frozen.dtype == torch.bfloat16
+
+
 def test_callbacks_walk_the_parameters_of_two_models_when_we_think_they_do():
     for callback, event in compat.PARALLEL_WALKS.items():
         assert "model" in inspect.getsource(getattr(callback, event)), f"{callback.__name__}.{event}"

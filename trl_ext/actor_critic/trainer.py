@@ -25,7 +25,6 @@ from transformers import PreTrainedModel
 from trl import GRPOTrainer
 
 from .. import token_mdp
-from ..adapters.precision import trainables_kept
 from ..adapters.reward_adapters import load_reward_adapter, split_reward_adapters
 from ..adapters.reward_models import with_loaded_reward_models
 from ..compat import (
@@ -37,6 +36,7 @@ from ..compat import (
     rewarded_by,
     scoring_answered,
     strip_images_from_messages,
+    trainables_kept,
     with_reference,
     without_kl_in_loss,
     without_masking_cut,

@@ -6,9 +6,6 @@ Under a quantized base TRL casts adapters and heads to bfloat16, which has 8 bit
 float32, and the forward pass is autocast as TRL's arguments `bf16` and `fp16` say.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import torch
 from peft import PeftModel
 from peft.utils import ModulesToSaveWrapper
@@ -48,17 +45,6 @@ def keep_trainables_in_fp32(model: nn.Module, before: dict[str, torch.Tensor], i
             if is_new:
                 trained.load_state_dict(module.original_module.state_dict())
             trained.register_forward_pre_hook(cast_input)
-
-
-@contextmanager
-def trainables_kept(model: nn.Module) -> Iterator[None]:
-    """Restores the weights that train after the context, in which the model is cast to another precision."""
-    kept = [(parameter, parameter.data) for parameter in model.parameters() if parameter.requires_grad]
-    try:
-        yield
-    finally:
-        for parameter, data in kept:
-            parameter.data = data
 
 
 def cast_input(module: nn.Module, args: tuple) -> tuple:

@@ -104,6 +104,17 @@ def requires_grad_kept(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
+def trainables_kept(model: nn.Module) -> Iterator[None]:
+    """Undoes what TRL's continuous batching leaves: the model cast to half precision, what trains included."""
+    kept = [(parameter, parameter.data) for parameter in model.parameters() if parameter.requires_grad]
+    try:
+        yield
+    finally:
+        for parameter, data in kept:
+            parameter.data = data
+
+
+@contextmanager
 def parallel_walks_within(
     callbacks: list[TrainerCallback], context: Callable[[nn.Module], AbstractContextManager]
 ) -> Iterator[None]:
