@@ -8,13 +8,8 @@ from peft import LoraConfig
 from trl_ext import (
     A2CConfig,
     A2CTrainer,
-    PPOConfig,
-    PPOTrainer,
-    QActorCriticConfig,
-    QActorCriticTrainer,
-    ReinforceConfig,
-    ReinforceTrainer,
 )
+from trl_ext.algorithms import ALGORITHMS
 
 
 def trained(trainer_class, args, tokenizer, prompts, rollout_func=None):
@@ -33,20 +28,21 @@ def trained(trainer_class, args, tokenizer, prompts, rollout_func=None):
     return {name: p.detach() for name, p in trainer.model.named_parameters()}
 
 
-ALGORITHMS = [
-    (PPOTrainer, PPOConfig, {"num_iterations": 2}),
-    (PPOTrainer, PPOConfig, {"num_iterations": 1}),  # whitening spans micro-batches: a scoring pass of our own
-    (A2CTrainer, A2CConfig, {}),  # values from the training forward
-    (ReinforceTrainer, ReinforceConfig, {}),
-    (A2CTrainer, A2CConfig, {"loss_type": "grpo", "critic": "separate"}),
-    (QActorCriticTrainer, QActorCriticConfig, {"q_rank": 4}),
-    (QActorCriticTrainer, QActorCriticConfig, {"q_rank": 4, "policy_gradient": "all_actions", "num_iterations": 2}),
-    (PPOTrainer, PPOConfig, {"num_iterations": 2, "critic": "adapter", "gradient_checkpointing": True}),
+CASES = [
+    ("ppo", {"num_iterations": 2}),
+    ("ppo", {"num_iterations": 1}),  # whitening spans micro-batches: a scoring pass of our own
+    ("a2c", {}),  # values from the training forward
+    ("reinforce", {}),
+    ("a2c", {"loss_type": "grpo", "critic": "separate"}),
+    ("q_actor_critic", {"q_rank": 4}),
+    ("q_actor_critic", {"q_rank": 4, "policy_gradient": "all_actions", "num_iterations": 2}),
+    ("ppo", {"num_iterations": 2, "critic": "adapter", "gradient_checkpointing": True}),
 ]
 
 
-@pytest.mark.parametrize("trainer_class, config_class, overrides", ALGORITHMS)
-def test_accumulation_equals_batch_size(tokenizer, prompts, tmp_path, trainer_class, config_class, overrides):
+@pytest.mark.parametrize("algorithm, overrides", CASES)
+def test_accumulation_equals_batch_size(tokenizer, prompts, tmp_path, algorithm, overrides):
+    config_class, trainer_class = ALGORITHMS[algorithm]
     results = []
     for batch_size, accumulation in ((8, 1), (4, 2), (2, 4)):
         args = config_class(
@@ -64,13 +60,14 @@ def test_accumulation_equals_batch_size(tokenizer, prompts, tmp_path, trainer_cl
             torch.testing.assert_close(weight, other[name], atol=2e-5, rtol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
 
 
-@pytest.mark.parametrize("trainer_class, config_class, overrides", ALGORITHMS)
-def test_padding_changes_nothing(tokenizer, prompts, tmp_path, trainer_class, config_class, overrides):
+@pytest.mark.parametrize("algorithm, overrides", CASES)
+def test_padding_changes_nothing(tokenizer, prompts, tmp_path, algorithm, overrides):
+    config_class, trainer_class = ALGORITHMS[algorithm]
     results = []
     for multiple in (None, 16):
         args = config_class(
             **settings(tmp_path, pad_to_multiple_of=multiple, max_steps=4, truncation="bootstrap", **overrides)
-            if config_class is not ReinforceConfig
+            if algorithm != "reinforce"
             else settings(tmp_path, pad_to_multiple_of=multiple, max_steps=4)
         )
         results.append(trained(trainer_class, args, tokenizer, prompts, scripted_rollout))

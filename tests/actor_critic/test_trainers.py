@@ -18,6 +18,7 @@ from trl_ext import (
     ReinforceConfig,
     ReinforceTrainer,
 )
+from trl_ext.algorithms import ALGORITHMS
 from trl_ext.critic.heads import ActionValueHead
 from trl_ext.critic.reading import token_action_values, token_values
 from trl_ext.critic.start import critic_from_policy, shared_critic
@@ -432,16 +433,17 @@ def test_the_critic_learns_a_constant_reward(policy, tokenizer, prompts, tmp_pat
 
 
 @pytest.mark.parametrize(
-    "trainer_class, config_class, overrides",
+    "algorithm, overrides",
     [
-        (PPOTrainer, PPOConfig, {"num_iterations": 2, "max_steps": 60}),
-        (A2CTrainer, A2CConfig, {}),
-        (ReinforceTrainer, ReinforceConfig, {}),
-        (ReinforceTrainer, ReinforceConfig, {"one_step_mdp": True, "baseline": "value"}),
-        (PPOTrainer, PPOConfig, {"critic": "separate", "num_iterations": 2, "max_steps": 60}),
+        ("ppo", {"num_iterations": 2, "max_steps": 60}),
+        ("a2c", {}),
+        ("reinforce", {}),
+        ("reinforce", {"one_step_mdp": True, "baseline": "value"}),
+        ("ppo", {"critic": "separate", "num_iterations": 2, "max_steps": 60}),
     ],
 )
-def test_the_policy_learns(policy, tokenizer, prompts, tmp_path, trainer_class, config_class, overrides):
+def test_the_policy_learns(policy, tokenizer, prompts, tmp_path, algorithm, overrides):
+    config_class, trainer_class = ALGORITHMS[algorithm]
     args = config_class(
         **settings(
             tmp_path,

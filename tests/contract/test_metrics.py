@@ -8,35 +8,22 @@ from helpers import ROOT, count_good, ranking_settings, settings
 from trl import DPOConfig, GRPOConfig, RewardConfig
 
 from trl_ext import (
-    A2CConfig,
-    A2CTrainer,
-    NLPOConfig,
-    NLPOTrainer,
-    PPOConfig,
-    PPOTrainer,
-    QActorCriticConfig,
-    QActorCriticTrainer,
     RankingDPOConfig,
     RankingDPOTrainer,
     RankingRewardConfig,
     RankingRewardTrainer,
-    ReinforceConfig,
-    ReinforceTrainer,
 )
+from trl_ext.algorithms import ALGORITHMS
 
 
 # What transformers' Trainer logs of any training
 OF_ANY_TRAINING = re.compile("epoch|step|total_flos|runtime|(samples|steps)_per_second|train_.*")
 RUNS = {
-    "ppo": (
-        PPOTrainer,
-        PPOConfig,
-        {"kl_in_reward": 0.1, "target_kl": 1e-6, "cliprange_value": 0.2, "num_iterations": 2},
-    ),
-    "nlpo": (NLPOTrainer, NLPOConfig, {"min_tokens_to_keep": 2, "entropy_coef": 0.01, "num_iterations": 1}),
-    "q": (QActorCriticTrainer, QActorCriticConfig, {"q_rank": 2, "loss_type": "vespo"}),
-    "reinforce": (ReinforceTrainer, ReinforceConfig, {"num_generations": 2, "beta": 0.1, "loss_type": "cispo"}),
-    "a2c": (A2CTrainer, A2CConfig, {}),  # on a stream, of which a prompt is too long
+    "ppo": {"kl_in_reward": 0.1, "target_kl": 1e-6, "cliprange_value": 0.2, "num_iterations": 2},
+    "nlpo": {"min_tokens_to_keep": 2, "entropy_coef": 0.01, "num_iterations": 1},
+    "q_actor_critic": {"q_rank": 2, "loss_type": "vespo"},
+    "reinforce": {"num_generations": 2, "beta": 0.1, "loss_type": "cispo"},
+    "a2c": {},  # on a stream, of which a prompt is too long
 }
 RANKING_RUNS = {
     "davidson_luce": (RankingRewardTrainer, RankingRewardConfig),
@@ -69,8 +56,8 @@ def logged(trainer):
 @pytest.fixture(scope="module")
 def of_actor_critics(policy_path, prompts, tmp_path_factory):
     found = {}
-    for name, (trainer_class, config_class, own) in RUNS.items():
-        args = config_class(**settings(tmp_path_factory.mktemp(name), **own))
+    for name, (config_class, trainer_class) in ALGORITHMS.items():
+        args = config_class(**settings(tmp_path_factory.mktemp(name), **RUNS[name]))
         dataset = prompts
         if name == "a2c":
             dataset = Dataset.from_dict({"prompt": ["the film was " * 30] * 8}).to_iterable_dataset()
@@ -115,7 +102,7 @@ def documented_names():
 @pytest.mark.parametrize(
     ("folder", "parents", "configs"),
     [
-        ("actor_critic", {GRPOConfig}, [config_class for _, config_class, _ in RUNS.values()]),
+        ("actor_critic", {GRPOConfig}, [config_class for config_class, _ in ALGORITHMS.values()]),
         ("preference", {RewardConfig, DPOConfig}, [config_class for _, config_class in RANKING_RUNS.values()]),
     ],
 )

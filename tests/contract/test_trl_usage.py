@@ -24,9 +24,8 @@ from trl_ext import (
     ActorCriticTrainer,
     PPOConfig,
     PPOTrainer,
-    ReinforceConfig,
-    ReinforceTrainer,
 )
+from trl_ext.algorithms import ALGORITHMS
 
 
 def variety(completion_ids, **kwargs):
@@ -52,18 +51,19 @@ def ppo(model, tmp_path, dataset, reward_funcs=variety, trainer_kwargs=None, **o
 
 
 MATRIX = [
-    (PPOTrainer, PPOConfig, {"num_iterations": 2}),
-    (PPOTrainer, PPOConfig, {"critic": "separate"}),
-    (A2CTrainer, A2CConfig, {}),
-    (ReinforceTrainer, ReinforceConfig, {}),
-    (ReinforceTrainer, ReinforceConfig, {"baseline": "value", "one_step_mdp": True}),
+    ("ppo", {"num_iterations": 2}),
+    ("ppo", {"critic": "separate"}),
+    ("a2c", {}),
+    ("reinforce", {}),
+    ("reinforce", {"baseline": "value", "one_step_mdp": True}),
 ]
 
 
 @pytest.mark.parametrize("data", ["text", "chat"])
 @pytest.mark.parametrize("use_peft", [False, True])
-@pytest.mark.parametrize("trainer_class, config_class, overrides", MATRIX)
-def test_matrix(policy_path, prompts, chats, tmp_path, trainer_class, config_class, overrides, use_peft, data):
+@pytest.mark.parametrize("algorithm, overrides", MATRIX)
+def test_matrix(policy_path, prompts, chats, tmp_path, algorithm, overrides, use_peft, data):
+    config_class, trainer_class = ALGORITHMS[algorithm]
     dataset = prompts if data == "text" else chats
     args = config_class(
         **settings(tmp_path, eval_strategy="steps", eval_steps=2, gradient_checkpointing=True, **overrides)
@@ -111,11 +111,10 @@ def test_reward_models_functions_and_weights(policy_path, reward_model_path, pro
     assert trainer.reward_funcs[2] is count_good and trainer.reward_funcs[3] is length
 
 
-@pytest.mark.parametrize("trainer_class, config_class, overrides", MATRIX)
-def test_batches_without_any_reward_teach_nothing(
-    policy_path, prompts, tmp_path, caplog, trainer_class, config_class, overrides
-):
+@pytest.mark.parametrize("algorithm, overrides", MATRIX)
+def test_batches_without_any_reward_teach_nothing(policy_path, prompts, tmp_path, caplog, algorithm, overrides):
     """As TRL, a warning: of several tasks, a batch may hold only rows that no reward function applies to."""
+    config_class, trainer_class = ALGORITHMS[algorithm]
     args = config_class(**settings(tmp_path, max_steps=4, weight_decay=0.0, **overrides))
     reward_funcs = [lambda completions, **kwargs: [None] * len(completions)]
     trainer = trainer_class(policy_path, reward_funcs, args, prompts, eval_dataset=prompts)

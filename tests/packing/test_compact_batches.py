@@ -30,16 +30,13 @@ from trl.trainer.utils import _ChunkedLogProbFunction
 from trl_ext import (
     A2CConfig,
     A2CTrainer,
-    NLPOConfig,
-    NLPOTrainer,
     PPOConfig,
     PPOTrainer,
-    QActorCriticConfig,
-    QActorCriticTrainer,
     ReinforceConfig,
     ReinforceTrainer,
 )
 from trl_ext.actor_critic.forward import ForwardPlan
+from trl_ext.algorithms import ALGORITHMS
 from trl_ext.packing.layout import packed_layout, rows_layout
 from trl_ext.packing.micro_batches import by_length, join, select, sizes_by_tokens, sort_windows, trim
 
@@ -55,27 +52,28 @@ def length(completion_ids, **kwargs):
 
 
 CASES = {
-    "a2c": (A2CTrainer, A2CConfig, {}),
-    "ppo, windows": (PPOTrainer, PPOConfig, {"gradient_accumulation_steps": 2, "steps_per_generation": 4}),
-    "ppo": (PPOTrainer, PPOConfig, {"num_iterations": 2, "kl_in_reward": 0.1}),
-    "ppo, kl in the loss": (PPOTrainer, PPOConfig, {"num_iterations": 2, "beta": 0.1}),
-    "ppo, bnpo": (PPOTrainer, PPOConfig, {"loss_type": "bnpo", "gradient_accumulation_steps": 4}),
-    "ppo, entropy": (PPOTrainer, PPOConfig, {"entropy_coef": 0.1, "gradient_accumulation_steps": 4}),
-    "ppo, masked": (PPOTrainer, PPOConfig, {"truncation": "mask", "gradient_accumulation_steps": 4}),
-    "ppo, bootstrap": (PPOTrainer, PPOConfig, {"truncation": "bootstrap", "num_iterations": 2}),
-    "ppo, separate": (PPOTrainer, PPOConfig, {"critic": "separate", "gradient_accumulation_steps": 2}),
-    "ppo, checkpointing": (PPOTrainer, PPOConfig, {"gradient_checkpointing": True, "num_iterations": 2}),
-    "ppo, lora": (PPOTrainer, PPOConfig, {"num_iterations": 2, "beta": 0.1}),
-    "ppo, lora, adapter": (PPOTrainer, PPOConfig, {"critic": "adapter", "gradient_checkpointing": True}),
-    "q": (QActorCriticTrainer, QActorCriticConfig, {"q_rank": 4, "gradient_accumulation_steps": 2}),
-    "q, all actions": (QActorCriticTrainer, QActorCriticConfig, {"q_rank": 4, "policy_gradient": "all_actions"}),
-    "nlpo": (NLPOTrainer, NLPOConfig, {"top_p_mask": 0.8, "num_iterations": 2, "mask_update_steps": 1}),
-    "reinforce": (ReinforceTrainer, ReinforceConfig, {"gradient_accumulation_steps": 4, "loss_type": "grpo"}),
+    "a2c": ("a2c", {}),
+    "ppo, windows": ("ppo", {"gradient_accumulation_steps": 2, "steps_per_generation": 4}),
+    "ppo": ("ppo", {"num_iterations": 2, "kl_in_reward": 0.1}),
+    "ppo, kl in the loss": ("ppo", {"num_iterations": 2, "beta": 0.1}),
+    "ppo, bnpo": ("ppo", {"loss_type": "bnpo", "gradient_accumulation_steps": 4}),
+    "ppo, entropy": ("ppo", {"entropy_coef": 0.1, "gradient_accumulation_steps": 4}),
+    "ppo, masked": ("ppo", {"truncation": "mask", "gradient_accumulation_steps": 4}),
+    "ppo, bootstrap": ("ppo", {"truncation": "bootstrap", "num_iterations": 2}),
+    "ppo, separate": ("ppo", {"critic": "separate", "gradient_accumulation_steps": 2}),
+    "ppo, checkpointing": ("ppo", {"gradient_checkpointing": True, "num_iterations": 2}),
+    "ppo, lora": ("ppo", {"num_iterations": 2, "beta": 0.1}),
+    "ppo, lora, adapter": ("ppo", {"critic": "adapter", "gradient_checkpointing": True}),
+    "q": ("q_actor_critic", {"q_rank": 4, "gradient_accumulation_steps": 2}),
+    "q, all actions": ("q_actor_critic", {"q_rank": 4, "policy_gradient": "all_actions"}),
+    "nlpo": ("nlpo", {"top_p_mask": 0.8, "num_iterations": 2, "mask_update_steps": 1}),
+    "reinforce": ("reinforce", {"gradient_accumulation_steps": 4, "loss_type": "grpo"}),
 }
 
 
 def train(case, policy_path, folder, prompts, **overrides):
-    trainer_class, config_class, own = CASES[case]
+    algorithm, own = CASES[case]
+    config_class, trainer_class = ALGORITHMS[algorithm]
     common = {"per_device_train_batch_size": 4, "num_generations": 4, "gradient_accumulation_steps": 2, "max_steps": 4}
     args = config_class(**settings(folder, **common) | {"compact_generation": False} | own | overrides)
     lora = LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False) if "lora" in case else None

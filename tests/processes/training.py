@@ -14,39 +14,30 @@ from peft import LoraConfig
 from processes.fsdp_on_cpu import allow_fsdp_on_cpu, whole_weights
 
 from trl_ext import (
-    A2CConfig,
-    A2CTrainer,
-    PPOConfig,
-    PPOTrainer,
-    QActorCriticConfig,
-    QActorCriticTrainer,
     RankingDPOConfig,
     RankingDPOTrainer,
     RankingRewardConfig,
     RankingRewardTrainer,
-    ReinforceConfig,
-    ReinforceTrainer,
 )
+from trl_ext.algorithms import ALGORITHMS
 
 
 ACTOR_CRITICS = {
-    "ppo": (PPOTrainer, PPOConfig, {"num_iterations": 2, "kl_in_reward": 0.1, "kl_target": 1.0, "kl_horizon": 20}),
-    "ppo-groups": (PPOTrainer, PPOConfig, {"num_iterations": 2, "num_generations": 4, "shared_prefix": "always"}),
-    "ppo-separate": (PPOTrainer, PPOConfig, {"num_iterations": 2, "critic": "separate"}),
-    "ppo-lora": (PPOTrainer, PPOConfig, {"num_iterations": 2}),
-    "a2c-lora-checkpointing": (A2CTrainer, A2CConfig, {"gradient_checkpointing": True, "critic": "separate"}),
+    "ppo": ("ppo", {"num_iterations": 2, "kl_in_reward": 0.1, "kl_target": 1.0, "kl_horizon": 20}),
+    "ppo-groups": ("ppo", {"num_iterations": 2, "num_generations": 4, "shared_prefix": "always"}),
+    "ppo-separate": ("ppo", {"num_iterations": 2, "critic": "separate"}),
+    "ppo-lora": ("ppo", {"num_iterations": 2}),
+    "a2c-lora-checkpointing": ("a2c", {"gradient_checkpointing": True, "critic": "separate"}),
     "ppo-lora-adapter": (
-        PPOTrainer,
-        PPOConfig,
+        "ppo",
         {"num_iterations": 2, "critic": "adapter", "gradient_checkpointing": True},
     ),
-    "a2c-whitened": (A2CTrainer, A2CConfig, {"whiten_advantages": True, "truncation": "bootstrap"}),
+    "a2c-whitened": ("a2c", {"whiten_advantages": True, "truncation": "bootstrap"}),
     "q-all-actions-lora": (
-        QActorCriticTrainer,
-        QActorCriticConfig,
+        "q_actor_critic",
         {"q_rank": 4, "policy_gradient": "all_actions", "gradient_checkpointing": True},
     ),
-    "reinforce": (ReinforceTrainer, ReinforceConfig, {}),
+    "reinforce": ("reinforce", {}),
 }
 RANKERS = {
     "reward": (RankingRewardTrainer, RankingRewardConfig, {}),
@@ -67,7 +58,8 @@ def score_length(completion_ids, **kwargs):
 
 
 def train_actor_critic(case, policy, output_dir, batch_size):
-    trainer_class, config_class, overrides = ACTOR_CRITICS[case]
+    algorithm, overrides = ACTOR_CRITICS[case]
+    config_class, trainer_class = ALGORITHMS[algorithm]
     sizes = {"per_device_train_batch_size": batch_size, "max_steps": 4}
     args = config_class(**helpers.settings(output_dir, save_rollouts=True, **sizes, **overrides))
     peft_config = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False) if "lora" in case else None
