@@ -123,7 +123,7 @@ def check_turn_rewards(paying_environments: list[type], rollout_func: Callable |
 
 
 def checked_rollout(rollout_func: Callable) -> Callable:
-    """`rollout_func` that refuses to return an empty completion."""
+    """Returns a `rollout_func` that refuses an empty completion."""
 
     @functools.wraps(rollout_func)
     def rollout(*args, **kwargs):

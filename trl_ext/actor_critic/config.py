@@ -41,7 +41,7 @@ class ActorCriticConfig(GRPOConfig):
         length_adaptive_alpha (`float`, *optional*):
             Makes the policy's lambda `1 - 1 / (alpha * length)` for each completion (VAPO: 0.05).
         whiten_advantages (`bool`, *optional*, defaults to `False`):
-            Shift and scale advantages to mean 0 and variance 1 over the own tokens of the global generation batch.
+            Shift and scale advantages to mean 0 and variance 1 over the chosen tokens of the global generation batch.
         truncation (`str`, *optional*, defaults to `"penalty"`):
             What a completion that reached `max_completion_length` without ending is worth. `"penalty"`: the limit is
             the MDP's horizon, the episode ended there, and its score is lowered by `missing_eos_penalty`.

@@ -46,19 +46,20 @@ class ShapedReward:
 
 
 def shaped_reward(
-    potentials: torch.Tensor, end: torch.Tensor, own: list[int], gamma: float = 1.0, goes_on: bool = False
+    potentials: torch.Tensor, end: torch.Tensor, chosen: list[int], gamma: float = 1.0, goes_on: bool = False
 ) -> ShapedReward:
     """
-    [`shaped_rewards`] of the policy's own tokens; those between, of a tool or an environment, are no time steps.
+    Pays [`shaped_rewards`] to the tokens that the policy chose; those between, of a tool or an environment, are no time
+    steps.
 
     Args:
         potentials (`torch.Tensor` of shape `(1 + T,)`): Phi of the prompt and of each prefix after it.
         end (`torch.Tensor` of shape `()`): The score of the whole.
-        own (`list[int]`): T, 1 at the policy's own tokens.
+        chosen (`list[int]`): T, 1 at the tokens that the policy chose.
         gamma (`float`, *optional*, defaults to `1.0`): The discount of the MDP.
-        goes_on (`bool`, *optional*, defaults to `False`): Whether the last state is worth what may come after it.
+        goes_on (`bool`, *optional*, defaults to `False`): True if the last state is worth what may come after it.
     """
-    steps = torch.tensor(own, device=potentials.device).nonzero().squeeze(1)
+    steps = torch.tensor(chosen, device=potentials.device).nonzero().squeeze(1)
     rewards = torch.zeros_like(potentials[1:])
     rewards[steps] = shaped_rewards(potentials[[*steps.tolist(), -1]], gamma, None if goes_on else end)
     return ShapedReward(rewards.tolist(), (end - potentials[0]).item())
@@ -72,17 +73,17 @@ def is_dense(reward: Any) -> bool:
 
 
 def described(item: Any) -> str:
-    """The type and the beginning of what was returned in place of a reward."""
+    """Returns the beginning and the type of an object that was returned in place of a reward."""
     text = repr(item)
     return f"{text if len(text) <= 60 else text[:60] + '...'} (`{type(item).__name__}`)"
 
 
 def number_of(reward: Any) -> float:
     """
-    One number as a float, from all that TRL takes for one: Python's and numpy's kinds, tensors and arrays of one element.
+    Returns a reward as a float, of any kind that TRL takes: Python's and numpy's, tensors and arrays of one element.
 
     Raises:
-        TypeError: if it is none.
+        TypeError: if the reward is no number.
     """
     if isinstance(reward, torch.Tensor | np.ndarray) and math.prod(reward.shape) == 1:
         reward = reward.item()
@@ -92,7 +93,7 @@ def number_of(reward: Any) -> float:
 
 
 def is_finite(reward: float) -> bool:
-    """True for what float32 can hold, which rewards are kept in."""
+    """True for a number that float32, in which rewards are kept, can hold."""
     return abs(reward) <= torch.finfo(torch.float32).max
 
 
@@ -177,7 +178,7 @@ def rewards_of_tokens(
     reward: list, completion: str | list[dict[str, Any]], completion_ids: list[int], tokenizer: PreTrainedTokenizerBase
 ) -> list[float]:
     """
-    A dense reward as one number for each token of the completion.
+    Returns a dense reward as one number for each token of the completion.
 
     Raises:
         ValueError: for another number of tokens than the completion has, an item among spans that is none, a span outside
@@ -255,7 +256,7 @@ class DenseRewards:
         return math.fsum(values)
 
     def tensor(self, device: torch.device) -> torch.Tensor:
-        """`(B, T)`, T the longest completion's; 0 where nothing was given."""
+        """Returns the rewards of tokens, `(B, T)` with T of the longest completion; 0 where nothing was given."""
         return pad_sequence([torch.tensor(row) for row in self.rewards], batch_first=True).to(device)
 
     def totals_of_rows(self, device: torch.device) -> torch.Tensor:

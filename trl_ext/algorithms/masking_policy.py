@@ -142,7 +142,7 @@ class Mask:
 
     @torch.no_grad()
     def allowed(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """`(..., V)`, bool, of the trunk's last hidden states `(..., H)`."""
+        """Marks the tokens that are allowed, `(..., V)` bool, after the trunk's last hidden states `(..., H)`."""
         with self.autocast():
             logits = logits_of(base_causal_lm(self.model), hidden_states)
         return nucleus(logits, self.top_p, self.min_tokens_to_keep, self.always.to(logits.device))
@@ -175,11 +175,11 @@ class MaskingProcessor(LogitsProcessor):
         return scores.masked_fill(~self.mask.allowed(state), -torch.inf)
 
     def _state(self, input_ids: torch.Tensor) -> torch.Tensor:
-        """`(B, H)`, of the whole."""
+        """Returns the last hidden state of a whole text, `(B, H)`."""
         return self._read(input_ids, 0, use_cache=False).last_hidden_state[:, -1]
 
     def _next_state(self, input_ids: torch.Tensor) -> torch.Tensor:
-        """`(B, H)`, of the tokens that are new since the last call; at first, the whole is read as well."""
+        """Returns the last hidden state, `(B, H)`, from the tokens that are new since the last call; at first from the whole."""
         name = cache_argument(base_causal_lm(self.mask.model).base_model)
         if name is None:
             return self._without_cache(input_ids, "takes no cache of one")
@@ -241,7 +241,7 @@ class MaskedScoring(HeadScoring):
 
     @contextmanager
     def active(self) -> Iterator[None]:
-        """Scoring forwards within the context are masked."""
+        """Masks the scoring forwards within the context."""
         self._is_active = True
         try:
             yield

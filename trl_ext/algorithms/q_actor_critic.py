@@ -159,7 +159,7 @@ class QActorCriticTrainer(ActorCriticTrainer):
         return values[..., Estimate.Q]
 
     def compute_advantages(self, rewards, values, mask, bootstrap):
-        """`values` is `(B, T, 4)`, the [`Estimate`]s; the rest is as in the parent."""
+        """Computes them from `values` `(B, T, 4)`, the [`Estimate`]s; the rest is as in the parent."""
         of_next = Estimate.TARGET_Q if self.args.q_target == "sarsa" else Estimate.TARGET_V
         lam = self.args.lam if self.args.lam_value is None else self.args.lam_value
         # With any X for the values, G_t = r_t + gamma [(1 - lambda) X_{t+1} + lambda G_{t+1}]

@@ -31,7 +31,7 @@ class ReinforceConfig(ActorCriticConfig):
         one_step_mdp (`bool`, *optional*, defaults to `False`):
             The bandit formulation: the whole completion is one action and every token shares its reward.
         baseline (`str`, *optional*, defaults to `"batch_mean"`):
-            What is subtracted from the returns: `"none"`, `"batch_mean"` (over the own tokens of the global generation
+            What is subtracted from the returns: `"none"`, `"batch_mean"` (over the chosen tokens of the global generation
             batch) or `"value"` (the critic, of the prompt with `one_step_mdp`). Without `"value"` there is no critic.
     """
 

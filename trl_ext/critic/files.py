@@ -74,9 +74,11 @@ def adapter_weights(trunk: PeftModel) -> dict[str, torch.Tensor]:
 def load_adapter_weights(trunk: PeftModel, folder: str | Path) -> None:
     """Fills an adapter from where one like it was saved, or raises ValueError where names or shapes differ."""
     weights = load_peft_weights(str(folder), device="cpu")
-    own, saved = ({name: tuple(w.shape) for name, w in state.items()} for state in (adapter_weights(trunk), weights))
-    if own != saved:
-        differing = sorted(set(own.items()) ^ set(saved.items()))[0]
+    expected, saved = (
+        {name: tuple(w.shape) for name, w in state.items()} for state in (adapter_weights(trunk), weights)
+    )
+    if expected != saved:
+        differing = sorted(set(expected.items()) ^ set(saved.items()))[0]
         raise ValueError(
             f"The adapter in {folder} does not fit the critic's (first difference: {differing}). Use the same rank and "
             "`target_modules` for the policy's `peft_config` as it was trained with."

@@ -96,9 +96,9 @@ def are_of_one_source(train_dataset, eval_dataset) -> bool:
     return names[0] is not None and names[0] == names[1]
 
 
-def tags_of(model, own: list[str], given: str | list[str] | None) -> list[str]:
+def tags_of(model, of_trainer: list[str], given: str | list[str] | None) -> list[str]:
     """Returns the tags of a card: those of the trainer, of the model's kind, of the tracker, and those given."""
-    tags = {"generated_from_trainer", *own, *([given] if isinstance(given, str) else given or [])}
+    tags = {"generated_from_trainer", *of_trainer, *([given] if isinstance(given, str) else given or [])}
     if isinstance(model, PeftModel):
         tags |= {"transformers", "lora"} if is_lora(model) else {"transformers"}
     trackio = get_trackio_space_url()

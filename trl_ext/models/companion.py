@@ -84,8 +84,8 @@ def split_state_dict(
 ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     """Returns the model's own weights, and those of its child `name` under the child's own names."""
     prefix = f"{name}."
-    own = {key: weight for key, weight in state_dict.items() if not key.startswith(prefix)}
-    return own, {key.removeprefix(prefix): weight for key, weight in state_dict.items() if key not in own}
+    of_model = {key: weight for key, weight in state_dict.items() if not key.startswith(prefix)}
+    return of_model, {key.removeprefix(prefix): weight for key, weight in state_dict.items() if key not in of_model}
 
 
 def give_settings(optimizer: torch.optim.Optimizer, parameters: Iterable[nn.Parameter], settings: dict) -> None:
