@@ -77,9 +77,11 @@ def reading(how: RewardInput | None) -> dict:
     """Returns what a card says of how a reward model reads texts; nothing of other models."""
     if how is None:
         return {}
-    left_out = [f"the special tokens {', '.join(f'`{token}`' for token in how.special_tokens)}"] * bool(
-        how.special_tokens
-    ) + [f"the `{how.ending}` at their end"] * bool(how.ending)
+    left_out = []
+    if how.special_tokens:
+        left_out.append(f"the special tokens {', '.join(f'`{token}`' for token in how.special_tokens)}")
+    if how.ending:
+        left_out.append(f"the `{how.ending}` at their end")
     return {
         "is_tokenized": how.kind == "tokens",
         "is_bare": how.kind == "text" and not left_out,
@@ -129,6 +131,5 @@ def own_arguments(on_rankings: bool, has_ties: bool, is_policy: bool) -> list[st
     if not on_rankings:
         return ["beta", "loss_type"] if is_policy else ["center_rewards_coefficient"]
     names = [name for name in RankingArguments.__dataclass_fields__ if name not in ("log_tie", "on_error")]
-    return [name for name in names if has_ties or "tie" not in name] + [
-        "beta" if is_policy else "center_rewards_coefficient"
-    ]
+    names = [name for name in names if has_ties or "tie" not in name]
+    return [*names, "beta" if is_policy else "center_rewards_coefficient"]
