@@ -1,5 +1,6 @@
 """Helpers of several test modules: tiny models and data, settings, trainers that keep their batches, and programs."""
 
+import gzip
 import json
 import os
 import random
@@ -7,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
@@ -213,6 +215,16 @@ def count_good(completions, **kwargs):
     return [text.split().count("good") / max(1, len(text.split())) for text in texts]
 
 
+def by_length(completion_ids, **kwargs):
+    """Reward: the number of tokens."""
+    return [float(len(ids)) for ids in completion_ids]
+
+
+def variety(completion_ids, **kwargs):
+    """Reward: differs from completion to completion."""
+    return [sum(ids) % 7 / 7 for ids in completion_ids]
+
+
 def scripted_rollout(prompts, trainer):
     """`rollout_func` whose completions depend on nothing but the prompt: equal on every process and in every run."""
     tokenizer = trainer.processing_class
@@ -248,6 +260,15 @@ def rows_of(batch):
     for i in range(len(batch["prompt_ids"])):
         prompt = batch["prompt_ids"][i][batch["prompt_mask"][i].bool()].tolist()
         yield prompt, batch["completion_ids"][i][batch["completion_mask"][i].bool()].tolist()
+
+
+def read_shared(name):
+    """Returns real judgements, which are no part of the package: without them the test is skipped."""
+    path = SHARED / "data" / f"{name}.jsonl.gz"
+    if not path.exists():
+        pytest.skip(f"{path} is not there")
+    with gzip.open(path, "rt", encoding="utf-8") as file:
+        return [json.loads(line) for line in file]
 
 
 # --- Programs ---

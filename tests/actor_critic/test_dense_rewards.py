@@ -1,7 +1,5 @@
 """Rewards of tokens, of spans and of prefixes, and where their credit lands."""
 
-import gzip
-import json
 import random
 from pathlib import Path
 
@@ -11,11 +9,11 @@ import torch
 from datasets import Dataset
 from helpers import (
     RANKINGS,
-    SHARED,
     build_encoder,
     build_policy,
     count_good,
     ranking_settings,
+    read_shared,
     recorded,
     settings,
     tiny_config,
@@ -46,9 +44,6 @@ from trl_ext.models.score_head import scores_of_prefixes_and_whole
 from trl_ext.token_mdp import carry_to_own_token, shaped_rewards
 
 
-DATA = SHARED / "data"
-
-
 # --- Spans ---
 
 
@@ -67,17 +62,9 @@ def test_a_spans_reward_falls_to_its_last_token(tokenizer):
         assert rewards_of_tokens(spans, chat, ids, tokenizer) == expected
 
 
-def rows_of(name):
-    path = DATA / f"{name}.jsonl.gz"
-    if not path.exists():
-        pytest.skip(f"{path} is not there: real spans are not part of the package")
-    with gzip.open(path, "rt", encoding="utf-8") as file:
-        return [json.loads(line) for line in file]
-
-
 def test_real_spans_fall_to_the_token_that_ends_them():
     """As the offsets say that a tokenizer of bytes keeps while it reads a text."""
-    rows = random.Random(0).sample(rows_of("qa_feedback_spans"), 60)
+    rows = random.Random(0).sample(read_shared("qa_feedback_spans"), 60)
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()

@@ -4,7 +4,7 @@ import pytest
 import torch
 from agents import episode, put
 from datasets import Dataset
-from helpers import PROMPTS, count_good, recorded, scripted_rollout, settings
+from helpers import PROMPTS, by_length, count_good, recorded, scripted_rollout, settings
 from transformers import AutoModelForCausalLM
 
 from trl_ext import (
@@ -18,10 +18,6 @@ from trl_ext import (
 )
 from trl_ext.algorithms import ALGORITHMS
 from trl_ext.data.rollouts import NUMBERS_OF_TOKENS, ROLLOUT_COLUMNS
-
-
-def by_length(completion_ids, **kwargs):
-    return [float(len(ids)) for ids in completion_ids]
 
 
 def train(trainer_class, config_class, model, prompts, tmp_path, reward=by_length, **overrides):

@@ -5,16 +5,11 @@ import copy
 import pytest
 import torch
 from datasets import Dataset
-from helpers import build_policy, recorded, settings
+from helpers import build_policy, recorded, settings, variety
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from trl_ext import NLPOConfig, NLPOTrainer, PPOConfig, PPOTrainer
-
-
-def variety(completion_ids, **kwargs):
-    """Reward: differs from completion to completion."""
-    return [sum(ids) % 7 / 7 for ids in completion_ids]
 
 
 def rollout(policy, tokenizer, prompts, tmp_path, trainer_class=PPOTrainer, config_class=PPOConfig, **overrides):

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from helpers import build_policy, count_good, recorded, rows_of, scripted_rollout, settings
+from helpers import build_policy, by_length, count_good, recorded, rows_of, scripted_rollout, settings
 from peft import LoraConfig
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, TrainerCallback
 
@@ -22,10 +22,6 @@ from trl_ext.algorithms import ALGORITHMS
 from trl_ext.critic.heads import ActionValueHead
 from trl_ext.critic.reading import token_action_values, token_values
 from trl_ext.critic.start import critic_from_policy, shared_critic
-
-
-def by_length(completion_ids, **kwargs):
-    return [float(len(ids)) for ids in completion_ids]
 
 
 def plain_logps(model, prompt_ids, completion_ids):

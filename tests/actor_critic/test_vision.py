@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset, Features, Image, Value
-from helpers import settings, tiny_settings
+from helpers import settings, tiny_settings, variety
 from PIL import Image as Picture
 from transformers import (
     CLIPVisionConfig,
@@ -71,10 +71,6 @@ def pictures():
     features = Features({"prompt": [{"role": Value("string"), "content": Value("string")}], "image": Image()})
     prompt = [{"role": "user", "content": "the film was"}]
     return Dataset.from_dict({"prompt": [prompt] * 4, "image": rows}, features=features)
-
-
-def variety(completion_ids, **kwargs):
-    return [sum(ids) % 7 / 7 for ids in completion_ids]
 
 
 def trained(trainer_class, config_class, seeing, pictures, folder, **overrides):

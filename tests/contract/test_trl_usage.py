@@ -7,7 +7,7 @@ from unittest.mock import MagicMock
 
 import pytest
 import torch
-from helpers import build_policy, count_good, recorded, scripted_rollout, settings
+from helpers import build_policy, count_good, recorded, scripted_rollout, settings, variety
 from peft import LoraConfig, get_peft_model
 from transformers import (
     AutoModelForCausalLM,
@@ -26,11 +26,6 @@ from trl_ext import (
     PPOTrainer,
 )
 from trl_ext.algorithms import ALGORITHMS
-
-
-def variety(completion_ids, **kwargs):
-    """Reward: differs from completion to completion."""
-    return [sum(ids) % 7 / 7 for ids in completion_ids]
 
 
 def train(trainer):

@@ -1,14 +1,13 @@
 """Converters to the ranking type: hand-made rows of each layout, round trips, and real judgements."""
 
 import doctest
-import gzip
 import json
 import re
 from collections import Counter
 
 import pytest
 from datasets import Dataset, DatasetDict, List, Value
-from helpers import SHARED
+from helpers import read_shared
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -29,17 +28,6 @@ from trl_ext.data.sources import (
     from_ultrafeedback,
     from_webgpt,
 )
-
-
-DATA = SHARED / "data"
-
-
-def rows_of(name):
-    path = DATA / f"{name}_ranked.jsonl.gz"
-    if not path.exists():
-        pytest.skip(f"{path} is not there: real rankings are not part of the package")
-    with gzip.open(path, "rt", encoding="utf-8") as file:
-        return [json.loads(line) for line in file]
 
 
 def user(text):
@@ -226,7 +214,7 @@ def test_pairs_and_back_lose_nothing(rows, conversational):
 
 
 def test_pairs_of_real_rankings():
-    rows = [{name: row[name] for name in ("prompt", "completions", "ranks")} for row in rows_of("wmt12")]
+    rows = [{name: row[name] for name in ("prompt", "completions", "ranks")} for row in read_shared("wmt12_ranked")]
     pairs = to_pairs(Dataset.from_list(rows), ties=True)
     assert len(pairs) == 52020
     assert sum(pairs["tie"]) == 7676
@@ -562,7 +550,7 @@ def test_bad_trees_are_named():
 
 
 def test_real_qa_feedback():
-    rows = rows_of("qa_feedback")
+    rows = read_shared("qa_feedback_ranked")
     source = [
         {"question": row["prompt"], "preference": [v for _, _, v in row["pairs"]]}
         | {f"prediction {k}": text for k, text in enumerate(row["completions"], start=1)}
@@ -580,7 +568,7 @@ def test_real_qa_feedback():
 
 
 def test_real_scores():
-    rows = rows_of("summeval")
+    rows = read_shared("summeval_ranked")
     source = [{"prompt": row["prompt"], "completions": row["completions"], "scores": row["overall"]} for row in rows]
     assert from_scores(Dataset.from_list(source))["ranks"][:] == [row["ranks"] for row in rows]
     pairs = to_pairs(from_scores(Dataset.from_list(source)), ties=True)
@@ -589,7 +577,7 @@ def test_real_scores():
 
 def test_real_votes_of_three():
     """PandaLM's majority votes, between named systems: the order they form is the one in the file."""
-    for row in rows_of("pandalm"):
+    for row in read_shared("pandalm_ranked"):
         at = {system: i for i, system in enumerate(row["systems"])}
         pairs = [[at[a], at[b], vote] for a, b, vote, _ in row["pairs"] if a in at and b in at]
         assert weak_order(pairs, len(at)) == row["ranks"]

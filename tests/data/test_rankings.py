@@ -1,14 +1,12 @@
 """The ranking dataset type: against brute force, hand-made rows and real judgements."""
 
 import functools
-import gzip
 import itertools
-import json
 import logging
 
 import pytest
 from datasets import Dataset, Features, IterableDataset, List, Value, concatenate_datasets
-from helpers import SHARED
+from helpers import read_shared
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -17,16 +15,7 @@ from trl_ext.data.orders import weak_order
 from trl_ext.data.rankings import is_ranking, normalize_ranking, prepare_rankings
 
 
-DATA = SHARED / "data"
 INTRANSITIVE = [[0, 1, 0], [1, 2, 0], [0, 2, 1]]
-
-
-def rows_of(name):
-    path = DATA / f"{name}_ranked.jsonl.gz"
-    if not path.exists():
-        pytest.skip(f"{path} is not there: real rankings are not part of the package")
-    with gzip.open(path, "rt", encoding="utf-8") as file:
-        return [json.loads(line) for line in file]
 
 
 def row(**columns):
@@ -162,7 +151,7 @@ def test_weak_order_finds_the_order_that_pairs_came_from(ranks, random):
 
 
 def test_weak_order_of_real_judgements():
-    rows = rows_of("qa_feedback")
+    rows = read_shared("qa_feedback_ranked")
     consistent = [row for row in rows if row["consistent"]]
     assert [weak_order(row["pairs"], 4) for row in consistent] == [row["ranks"] for row in consistent]
     others = [row for row in rows if not row["consistent"]]
@@ -375,5 +364,5 @@ def test_dataset_of_another_type_is_refused():
 @pytest.mark.parametrize("name", ["qa_feedback", "wmt12", "summeval", "pandalm"])
 def test_real_rankings_stay_as_they_are(name):
     columns = ["prompt", "completions", "ranks", *(["pairs"] if name == "qa_feedback" else [])]
-    rows = [{column: row[column] for column in columns} for row in rows_of(name)[:1000]]
+    rows = [{column: row[column] for column in columns} for row in read_shared(f"{name}_ranked")[:1000]]
     assert list(prepare_rankings(Dataset.from_list(rows))) == rows

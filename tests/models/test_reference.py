@@ -4,18 +4,13 @@ import copy
 
 import pytest
 import torch
-from helpers import build_policy, count_good, ranking_settings, settings
+from helpers import build_policy, count_good, ranking_settings, settings, variety
 from peft import LoraConfig
 from transformers import AutoModelForCausalLM, TrainerCallback
 from trl import SyncRefModelCallback
 
 from trl_ext import PPOConfig, PPOTrainer, RankingDPOConfig, RankingDPOTrainer
 from trl_ext.models.reference import take_up_start
-
-
-def variety(completion_ids, **kwargs):
-    """Reward: differs from completion to completion."""
-    return [sum(ids) % 7 / 7 for ids in completion_ids]
 
 
 class Snapshots(TrainerCallback):

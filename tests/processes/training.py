@@ -53,10 +53,6 @@ RANKERS = {
 REFUSED_UNDER_FSDP = ("ppo-lora-adapter", "q-all-actions-lora")
 
 
-def score_length(completion_ids, **kwargs):
-    return [float(len(ids)) for ids in completion_ids]
-
-
 def train_actor_critic(case, policy, output_dir, batch_size):
     algorithm, overrides = ACTOR_CRITICS[case]
     config_class, trainer_class = ALGORITHMS[algorithm]
@@ -65,7 +61,7 @@ def train_actor_critic(case, policy, output_dir, batch_size):
     peft_config = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False) if "lora" in case else None
     trainer = trainer_class(
         policy,
-        score_length,
+        helpers.by_length,
         args,
         Dataset.from_dict({"prompt": helpers.PROMPTS}),
         peft_config=peft_config,
