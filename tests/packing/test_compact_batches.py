@@ -358,7 +358,7 @@ def test_what_a_batch_has_shown_is_not_asked_again(policy_path, prompts, tmp_pat
     ids, mask, num_completion = batch_of([ROWS[0], ROWS[2]])
     counts = []
     for _ in range(2):
-        with patch("trl_ext.packing.scoring.packed_layout", wraps=packed_layout) as packed:
+        with patch("trl_ext.packing.layout.packed_layout", wraps=packed_layout) as packed:
             trainer._get_per_token_logps_and_entropies(trainer.model, ids, mask, num_completion)
         counts.append(packed.call_count)
     assert counts[0] > counts[1] == 1  # the one that is run

@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from accelerate.logging import get_logger
 from accelerate.utils import gather_object
 
-from ..token_mdp import combine_moments, explained_share, first_own_token, kl_estimate, masked_moments
+from ..token_mdp import explained_share, first_own_token, kl_estimate, moments_of_all
 from .rollout import Credit, Rollout
 
 
@@ -22,11 +22,6 @@ KL_ESTIMATORS = ("k1", "k2", "k3")
 # What rounding in bfloat16 leaves of a ratio of 1 and of a KL of 0, per token, with room to spare
 MAX_FIRST_RATIO_DEVIATION = 0.05
 MAX_FIRST_KL = 0.01
-
-
-def moments_of_all(x: torch.Tensor, mask: torch.Tensor, accelerator: Accelerator):
-    """Returns count, mean and variance of `x` `(B, T)` where `mask` is true, over all processes."""
-    return combine_moments(accelerator.gather(masked_moments(x, mask).unsqueeze(0)))
 
 
 # --- A rollout ---
@@ -54,14 +49,16 @@ def kl_metrics(sums: dict[str, float]) -> dict[str, float]:
 
 def credit_metrics(credit: Credit, mask: torch.Tensor, accelerator: Accelerator) -> dict[str, float]:
     """Returns what advantages, returns and values are like, before whitening."""
-    _, mean, var = moments_of_all(credit.advantages, mask, accelerator)
-    metrics = {"advantages/mean": mean.item(), "advantages/std": var.sqrt().item()}
-    _, mean, var_returns = moments_of_all(credit.returns, mask, accelerator)
-    metrics["returns/mean"] = mean.item()
+    credited = [credit.advantages, credit.returns]
     if credit.values is not None:
-        metrics["values/mean"] = moments_of_all(credit.values, mask, accelerator)[1].item()
-        _, _, var_errors = moments_of_all(credit.returns - credit.values, mask, accelerator)
-        metrics["explained_variance"] = explained_share(var_errors, var_returns, mean).item()
+        credited += [credit.values, credit.returns - credit.values]
+    (_, mean, var), (_, mean_returns, var_returns), *of_values = moments_of_all(credited, mask, accelerator.gather)
+    metrics = {"advantages/mean": mean.item(), "advantages/std": var.sqrt().item()}
+    metrics["returns/mean"] = mean_returns.item()
+    if of_values:
+        (_, mean_values, _), (_, _, var_errors) = of_values
+        metrics["values/mean"] = mean_values.item()
+        metrics["explained_variance"] = explained_share(var_errors, var_returns, mean_returns).item()
     return metrics
 
 
@@ -153,23 +150,33 @@ class CompletionsTable:
 # --- An update ---
 
 
-def update_sums(
+def update_metrics(
     rollout: Rollout,
     logps: torch.Tensor,
     values: torch.Tensor | None,
     value_losses: torch.Tensor | None,
-    cliprange_value: float | None,
-) -> dict[str, torch.Tensor]:
+    args,
+    accelerator: Accelerator,
+    is_first: bool,
+) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
     """
-    Sums up one micro-batch's forward over this process's chosen tokens.
+    Measures one micro-batch's forward with gradient, over the chosen tokens.
 
     Args:
         rollout ([`Rollout`]): The micro-batch.
         logps (`torch.Tensor` of shape `(B, T)`): Log-probabilities by the policy.
         values, value_losses (`torch.Tensor` of shape `(B, T)`, *optional*): Of the critic; None without one.
-        cliprange_value (`float`, *optional*): The range beyond which values are clipped.
+        args ([`ActorCriticConfig`]): The configuration.
+        accelerator (`Accelerator`): Of the processes.
+        is_first (`bool`): True for the first of a training, which is compared with the policy that sampled.
+
+    Returns:
+        `tuple[dict[str, torch.Tensor], dict[str, float]]`: Sums over this process's tokens, and means over those of
+        all; no means where no token is chosen.
     """
-    mask = rollout.chosen
+    mask, metrics = rollout.chosen, {}
+    if is_first:
+        metrics = first_update_metrics(rollout, logps, accelerator, has_dropout=not args.disable_dropout)
     old_logps = logps if rollout.old_logps is None else rollout.old_logps
     ratio = torch.where(mask, (logps - old_logps).exp(), 1)
     sums = {
@@ -179,20 +186,14 @@ def update_sums(
     }
     if values is not None:
         sums["value_loss"] = value_losses.detach().sum()
-        if cliprange_value is not None:
-            sums["value_clip_ratio"] = (((values - rollout.credit.values).abs() > cliprange_value) & mask).sum()
-    return sums | {"ratio/max": ratio.max()}
-
-
-def update_metrics(sums: dict[str, torch.Tensor], accelerator: Accelerator) -> dict[str, float]:
-    """Returns the means per token of [`update_sums`] over all processes; nothing where no token is chosen."""
-    sums = dict(sums)
-    largest = sums.pop("ratio/max")
-    tokens, *means = accelerator.reduce(torch.stack(list(sums.values())), reduction="sum").tolist()
-    if tokens == 0:
-        return {}
-    metrics = {name: mean / tokens for name, mean in zip(list(sums)[1:], means, strict=True)}
-    return metrics | {"ratio/max": accelerator.gather(largest).max().item()}
+        if args.cliprange_value is not None:
+            is_clipped = (values - rollout.credit.values).abs() > args.cliprange_value
+            sums["value_clip_ratio"] = (is_clipped & mask).sum()
+    tokens, *totals = accelerator.reduce(torch.stack(list(sums.values())), reduction="sum").tolist()
+    if tokens > 0:
+        metrics |= {name: total / tokens for name, total in zip(list(sums)[1:], totals, strict=True)}
+        metrics["ratio/max"] = accelerator.gather(ratio.max()).max().item()
+    return sums, metrics
 
 
 def first_update_metrics(rollout: Rollout, logps: torch.Tensor, accelerator: Accelerator, has_dropout: bool) -> dict:

@@ -80,7 +80,6 @@ class Rollout:
     Args:
         completion_ids (`torch.Tensor` of shape `(B, T)`): The tokens.
         completion_mask (`torch.Tensor` of shape `(B, T)`): 1 at tokens that are no padding.
-        tool_mask (`torch.Tensor` of shape `(B, T)`, *optional*): 0 at tokens of tools and environments.
         rewards (`torch.Tensor` of shape `(B,)`): Reward of each completion as a whole; nan where it has none.
         token_rewards (`torch.Tensor` of shape `(B, T)`, *optional*): Rewards of tokens.
         terminated (`torch.Tensor` of shape `(B,)`, bool): True where a completion ended by itself.
@@ -88,11 +87,12 @@ class Rollout:
         ref_logps (`torch.Tensor` of shape `(B, T)`, *optional*): Log-probabilities by the reference.
         old_logps (`torch.Tensor` of shape `(B, T)`, *optional*): Those by the policy that sampled.
         credit ([`Credit`], *optional*): None until it is known.
+        chosen (`torch.Tensor` of shape `(B, T)`, bool): True at tokens that the policy chose, of completions with a
+            reward.
     """
 
     completion_ids: torch.Tensor
     completion_mask: torch.Tensor
-    tool_mask: torch.Tensor | None
     rewards: torch.Tensor
     token_rewards: torch.Tensor | None
     terminated: torch.Tensor
@@ -100,20 +100,36 @@ class Rollout:
     ref_logps: torch.Tensor | None
     old_logps: torch.Tensor | None
     credit: Credit | None
-
-    @staticmethod
-    def is_in(inputs: dict[str, Any]) -> bool:
-        """Returns True for a batch that one of our trainers has sampled."""
-        return "scores" in inputs
+    chosen: torch.Tensor
 
     @classmethod
-    def of(cls, inputs: dict[str, Any]) -> Rollout:
-        """Reads TRL's batch, which keeps a rollout between sampling and the updates on it."""
+    def begun(
+        cls,
+        inputs: dict[str, Any],
+        rewards: torch.Tensor,
+        token_rewards: torch.Tensor | None,
+        terminated: torch.Tensor,
+    ) -> Rollout:
+        """Makes a rollout of the batch that TRL has sampled, into which it writes what is known of it besides."""
+        inputs["scores"], inputs["terminated"], inputs["advantages"] = rewards, terminated, None
+        inputs["completion_index"] = torch.arange(len(rewards), device=rewards.device)
+        if token_rewards is not None:
+            missing = inputs["completion_ids"].size(1) - token_rewards.size(1)
+            inputs["token_rewards"] = torch.nn.functional.pad(token_rewards, (0, missing))
+        return cls.of(inputs)
+
+    @classmethod
+    def of(cls, inputs: dict[str, Any]) -> Rollout | None:
+        """Reads TRL's batch, which keeps a rollout between sampling and updates; None of other batches than ours."""
+        if "scores" not in inputs:
+            return None
+        chosen = inputs["completion_mask"].bool() & ~inputs["scores"].isnan().unsqueeze(1)
+        if "tool_mask" in inputs:
+            chosen = chosen & inputs["tool_mask"].bool()
         is_credited = inputs["advantages"] is not None
         return cls(
             completion_ids=inputs["completion_ids"],
             completion_mask=inputs["completion_mask"],
-            tool_mask=inputs.get("tool_mask"),
             rewards=inputs["scores"],
             token_rewards=inputs.get("token_rewards"),
             terminated=inputs["terminated"],
@@ -121,24 +137,11 @@ class Rollout:
             ref_logps=inputs.get("ref_per_token_logps"),
             old_logps=inputs.get("old_per_token_logps"),
             credit=Credit(inputs["advantages"], inputs["returns"], inputs["values"]) if is_credited else None,
+            chosen=chosen,
         )
 
     def into(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        """Writes what this package adds to TRL's batch, in place, and returns the batch."""
-        inputs["scores"], inputs["terminated"] = self.rewards, self.terminated
-        inputs["completion_index"] = self.index
-        inputs["advantages"] = None
-        if self.token_rewards is not None:
-            inputs["token_rewards"] = self.token_rewards
-        if self.old_logps is not None:
-            inputs["old_per_token_logps"] = self.old_logps
-        if self.credit is not None:
-            inputs["advantages"], inputs["returns"] = self.credit.advantages, self.credit.returns
-            inputs["values"] = self.credit.values
+        """Writes the credit of a rollout into the batch that it was made of, and returns the batch."""
+        inputs["advantages"], inputs["returns"] = self.credit.advantages, self.credit.returns
+        inputs["values"] = self.credit.values
         return inputs
-
-    @property
-    def chosen(self) -> torch.Tensor:
-        """`(B, T)` bool: the tokens that the policy chose, of completions that have a reward."""
-        mask = self.completion_mask.bool() & ~self.rewards.isnan().unsqueeze(1)
-        return mask if self.tool_mask is None else mask & self.tool_mask.bool()

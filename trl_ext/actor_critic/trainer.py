@@ -12,6 +12,7 @@ then trained on by `_compute_loss`. [`ForwardPlan`] says which forward that is.
 """
 
 import asyncio
+import functools
 import math
 import textwrap
 import warnings
@@ -21,6 +22,7 @@ from dataclasses import replace
 import torch
 from accelerate.logging import get_logger
 from datasets import Dataset
+from peft import PeftModel
 from transformers import PreTrainedModel
 from trl import GRPOTrainer
 
@@ -33,6 +35,7 @@ from ..compat import (
     enable_checkpointing,
     generating_by,
     paying_environments,
+    requires_grad_kept,
     rewarded_by,
     scoring_answered,
     strip_images_from_messages,
@@ -47,6 +50,7 @@ from ..critic.heads import ValueHead
 from ..critic.start import start_critic
 from ..models.dropout import stop_dropout, warn_of_dropout
 from ..models.reference import take_up_start
+from ..packing.micro_batches import LengthBatches
 from ..training.arguments import checked_args
 from ..training.base import TrainerBase
 from ..training.head_scoring import COMPARED_TEXT, score_as_the_model_does
@@ -65,10 +69,8 @@ from .checks import (
 )
 from .compact import CompactForwards
 from .config import ActorCriticConfig
-from .credit import bootstrap_values, token_rewards
 from .forward import Forward, ForwardPlan
 from .generation import Generation, engine_settings
-from .length_batches import LengthBatches
 from .notices import Notices
 from .prompts import Prompts, check_context, refuse_missing_prompt
 from .recording import Recorder
@@ -77,12 +79,9 @@ from .reporting import (
     CutPrompts,
     Throughput,
     credit_metrics,
-    first_update_metrics,
     kl_metrics,
     kl_sums,
-    moments_of_all,
     update_metrics,
-    update_sums,
 )
 from .rewards import Rewards, distinct_names, ready_reward_models
 from .rollout import Completed, Credit, Rewarded, Rollout
@@ -204,6 +203,7 @@ class ActorCriticTrainer(TrainerBase, GRPOTrainer):
                 self.optimizer.param_groups[-1]["params"].extend(self.critic.own_parameters())
 
         # What outlives a rollout
+        self._compares_in_groups = not args.uses_raw_rewards
         self.notices = Notices()
         self.generation = Generation(
             self._policy,
@@ -408,14 +408,16 @@ class ActorCriticTrainer(TrainerBase, GRPOTrainer):
         scoring = scoring_answered(self, score) if plan.trl_scores else nullcontext()
         # The parent would mask what ended with a stop string, too
         masking = without_masking_cut(self) if self._masks_cut else nullcontext()
-        with scoring, masking:
+        # It may switch to the reference's adapter and back
+        keeping = requires_grad_kept(self._model) if isinstance(self._model, PeftModel) else nullcontext()
+        with scoring, masking, keeping:
             batch = super()._generate_and_score_completions(inputs)
-        rollout = self._rewarded_rollout(batch)
+        rollout = self._begun(batch)
         if forward is None and plan.statistics_take_pass and is_training:
             forward = self._scored(batch)
         if forward is not None or not plan.credit_takes_forward:
-            rollout = self.credited(rollout, forward)
-        return rollout.into(batch)
+            self.credited(rollout, forward).into(batch)
+        return batch
 
     @property
     def _masks_cut(self) -> bool:
@@ -449,6 +451,8 @@ class ActorCriticTrainer(TrainerBase, GRPOTrainer):
         # A call that was not answered ends nothing
         awaits_answer = [bool(self.tools) and bool(messages[-1].get("tool_calls")) for messages in completions]
         has_ended = [ended and not awaits for ended, awaits in zip(has_ended, awaits_answer, strict=True)]
+        if self.rollout_func is None:
+            self._log_all(self.cut_prompts.at_rollout(self.prompts.num_too_long, len(prompts), self.accelerator))
         totals = [] if self.turns is None else self.turns.totals
         self.completed = Completed(prompt_ids, has_ended, is_chosen, totals)
         return outputs
@@ -510,39 +514,24 @@ class ActorCriticTrainer(TrainerBase, GRPOTrainer):
             self.recorder.begin_rollout(rows, self.state.global_step, self.model.training)
         return rewards_per_func
 
-    def _rewarded_rollout(self, batch: dict) -> Rollout:
-        """Makes a rollout of TRL's batch, and of what is known of its completions besides."""
-        rewarded, device = self.rewarded, batch["completion_ids"].device
-        terminated = torch.tensor(self.completed.has_ended, device=device)
+    def _begun(self, batch: dict) -> Rollout:
+        """Makes a rollout of TRL's batch, of its rewards, and of where its completions ended."""
+        terminated = torch.tensor(self.completed.has_ended, device=batch["completion_ids"].device)
         if self._masks_cut:
             batch |= without_cut(batch, terminated, self.accelerator)
-        rewards, token_rewards = rewarded.rewards, rewarded.token_rewards
-        if not self.args.uses_raw_rewards:
+        rewards = self.rewarded.rewards
+        if self._compares_in_groups:  # then the parent's advantages are what is earned
             rewards = batch["advantages"].masked_fill(rewards.isnan(), math.nan)
-        if token_rewards is not None:
-            missing = batch["completion_ids"].size(1) - token_rewards.size(1)
-            token_rewards = torch.nn.functional.pad(token_rewards, (0, missing))
-        rollout = Rollout(
-            completion_ids=batch["completion_ids"],
-            completion_mask=batch["completion_mask"],
-            tool_mask=batch.get("tool_mask"),
-            rewards=rewards,
-            token_rewards=token_rewards,
-            terminated=terminated,
-            index=torch.arange(len(rewards), device=device),
-            ref_logps=batch.get("ref_per_token_logps"),
-            old_logps=batch.get("old_per_token_logps"),
-            credit=None,
-        )
+        rollout = Rollout.begun(batch, rewards, self.rewarded.token_rewards, terminated)
         self._log_rollout(rollout, batch["num_items_in_batch"])
         return rollout
 
     def _log_rollout(self, rollout: Rollout, num_tokens: torch.Tensor) -> None:
         metrics, num_rows = self._metrics[self._mode], len(rollout.rewards)
-        self._log_all(self.cut_prompts.at_rollout(self.prompts.num_too_long, num_rows, self.accelerator))
         if (self.num_generations if self.model.training else self.num_generations_eval) == 1:
             metrics.pop("frac_reward_zero_std", None)  # groups of one have no spread
-        self.table = CompletionsTable(self._logs, num_rows * self.accelerator.num_processes)
+        if self.log_completions:
+            self.table = CompletionsTable(self._logs, num_rows * self.accelerator.num_processes)
         if self.model.training:
             self._log_all(self.throughput.at_rollout(num_tokens.item()))
         if self.args.truncation == "bootstrap" and metrics["completions/clipped_ratio"][-1] == 1.0:
@@ -569,14 +558,16 @@ class ActorCriticTrainer(TrainerBase, GRPOTrainer):
 
     def forward(self, model, input_ids, attention_mask, logits_to_keep, batch_size=None, **kwargs) -> Forward:
         """Runs the policy, with the critic, on completions; the arguments are those of TRL's scoring pass."""
-        order = self.compact.order(input_ids, attention_mask, logits_to_keep, batch_size, kwargs)
-        # Values before each of the T tokens, and after the last one
-        recording = nullcontext([]) if self.critic is None else self.critic.recording(num_states=logits_to_keep + 1)
-        with recording as values:
-            logps, entropies, aux_loss = self._get_per_token_logps_and_entropies(
-                model, input_ids[order], attention_mask[order], logits_to_keep, batch_size, **kwargs
-            )
-        back = order.argsort()
+        rows, values = slice(None), None if self.critic is None else []
+        if batch_size is not None:
+            rows = self.compact.order(input_ids, attention_mask, logits_to_keep)
+            input_ids, attention_mask = input_ids[rows], attention_mask[rows]
+        if self.critic is not None:  # whose values are of the states before each of the T tokens, and after the last
+            kwargs["values"] = values
+        logps, entropies, aux_loss = self._get_per_token_logps_and_entropies(
+            model, input_ids, attention_mask, logits_to_keep, batch_size, **kwargs
+        )
+        back = rows if batch_size is None else rows.argsort()
         return Forward(
             logps=logps[back],
             entropies=None if entropies is None else entropies[back],
@@ -585,17 +576,16 @@ class ActorCriticTrainer(TrainerBase, GRPOTrainer):
         )
 
     def _get_per_token_logps_and_entropies(
-        self, model, input_ids, attention_mask, logits_to_keep, batch_size=None, *args, **kwargs
+        self, model, input_ids, attention_mask, logits_to_keep, batch_size=None, *args, values=None, **kwargs
     ):
-        """Makes the parent's scoring pass without what need not be computed; the reference's, too."""
-        order = self.compact.order(input_ids, attention_mask, logits_to_keep, batch_size, kwargs)
-        input_ids, attention_mask = input_ids[order], attention_mask[order]
-        scoring = self.compact.standing_for(model, input_ids, attention_mask, logits_to_keep, batch_size, kwargs)
-        logps, entropies, aux_loss = super()._get_per_token_logps_and_entropies(
+        """
+        Makes the parent's scoring pass without what need not be computed; the reference's, too. To `values`, if given,
+        the critic adds what it says of each chunk.
+        """
+        scoring = functools.partial(self.compact, model, logits_to_keep, values)
+        return super()._get_per_token_logps_and_entropies(
             scoring, input_ids, attention_mask, logits_to_keep, batch_size, *args, **kwargs
         )
-        back = order.argsort()
-        return logps[back], None if entropies is None else entropies[back], aux_loss
 
     def _forward_of(self, model, inputs: dict, **kwargs) -> Forward:
         """Runs the policy on TRL's batch."""
@@ -641,8 +631,17 @@ class ActorCriticTrainer(TrainerBase, GRPOTrainer):
         logps, values = (None, None) if forward is None else (forward.logps, forward.values)
         mask, bootstrap = rollout.chosen, None
         if self.args.truncation == "bootstrap":
-            bootstrap = bootstrap_values(rollout, self._state_values(values))
-        rewards = token_rewards(rollout, self.args.truncation, self.args.missing_eos_penalty)
+            lengths = rollout.completion_mask.sum(dim=1, keepdim=True)
+            final_values = self._state_values(values).gather(1, lengths).squeeze(1)
+            bootstrap = torch.where(rollout.terminated, 0, final_values)
+        rewards = token_mdp.rewards_of_completions(
+            rollout.rewards,
+            rollout.terminated,
+            mask,
+            self.args.truncation,
+            self.args.missing_eos_penalty,
+            rollout.token_rewards,
+        )
         if rollout.ref_logps is not None and logps is not None:
             rewards = token_mdp.kl_penalized(rewards, logps, rollout.ref_logps, mask, self.kl_controller.coef)
             self._observe_kl(rollout, logps)
@@ -655,9 +654,10 @@ class ActorCriticTrainer(TrainerBase, GRPOTrainer):
         self._log_all(credit_metrics(credit, mask, self.accelerator))
         if self.log_completions:
             self.table.add(rollout, self._tokenizer, self.accelerator)
-        self.recorder.add_credit(rollout, rewards)
-        if logps is not None:
-            self.recorder.add_logps(rollout, logps)
+        if self.args.save_rollouts:
+            self.recorder.add_credit(rollout, rewards)
+            if logps is not None:
+                self.recorder.add_logps(rollout, logps)
         if self.args.whiten_advantages:
             _, mean, var = self._global_moments(advantages, mask)
             credit = replace(credit, advantages=token_mdp.masked_whiten(advantages, mask, mean, var))
@@ -683,7 +683,7 @@ class ActorCriticTrainer(TrainerBase, GRPOTrainer):
 
     def _global_moments(self, x: torch.Tensor, mask: torch.Tensor):
         """Returns count, mean and variance of `x` `(B, T)` over the chosen tokens of all processes."""
-        return moments_of_all(x, mask, self.accelerator)
+        return token_mdp.moments_of_all([x], mask, self.accelerator.gather)[0]
 
     # --- An update ---
 
@@ -714,9 +714,9 @@ class ActorCriticTrainer(TrainerBase, GRPOTrainer):
         return loss
 
     def _compute_loss(self, model, inputs):
-        if not Rollout.is_in(inputs):  # of no rollout of this trainer's: the surrogate alone
-            return super()._compute_loss(model, inputs)
         rollout, in_warmup = Rollout.of(inputs), self._in_critic_warmup and self.model.training
+        if rollout is None:  # of no rollout of this trainer's: the surrogate alone
+            return super()._compute_loss(model, inputs)
         if self.critic is not None:
             self.critic.detach = self.args.critic_detach or in_warmup
         forward = self._forward_of(model, inputs, compute_entropy=True, compute_aux_loss=self.aux_loss_enabled)
@@ -724,7 +724,8 @@ class ActorCriticTrainer(TrainerBase, GRPOTrainer):
             rollout = self.credited(rollout, forward)
             rollout.into(inputs)
         kl_in_loss = without_kl_in_loss(self) if self.args.kl_in_reward else nullcontext()
-        with scoring_answered(self, lambda *args, **kwargs: forward.for_trl), kl_in_loss:
+        outputs = forward.logps, forward.entropies, forward.aux_loss
+        with scoring_answered(self, lambda *args, **kwargs: outputs), kl_in_loss:
             loss = super()._compute_loss(model, inputs)
         if in_warmup:
             loss = 0 * loss
@@ -766,14 +767,14 @@ class ActorCriticTrainer(TrainerBase, GRPOTrainer):
         """Observes, logs and records what a forward with gradient has shown."""
         logps = forward.logps.detach()
         values = None if self.critic is None else self._fitted(forward.values[:, :-1])
-        if self._is_first_update:
-            has_dropout = not self.args.disable_dropout
-            self._log_all(first_update_metrics(rollout, logps, self.accelerator, has_dropout))
-        sums = update_sums(rollout, logps, values, value_losses, self.args.cliprange_value)
-        if self.model.training:
+        sums, metrics = update_metrics(
+            rollout, logps, values, value_losses, self.args, self.accelerator, self._is_first_update
+        )
+        self._log_all(metrics)
+        if self.args.target_kl is not None and self.model.training:
             self.trust_region.observe(sums["approx_kl"], sums["tokens"])
-        self._log_all(update_metrics(sums, self.accelerator))
-        self.recorder.add_logps(rollout, logps)  # where no estimator took them
+        if self.args.save_rollouts:
+            self.recorder.add_logps(rollout, logps)  # where no estimator took them
 
     def _check_finite(self, loss: torch.Tensor, inputs) -> None:
         if loss.isfinite():

@@ -9,7 +9,6 @@ that forward's output: distributed wrappers see every parameter used, and a shar
 
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,7 +23,7 @@ from transformers import AutoModel, PreTrainedModel
 from ..compat import FusedCausalLMOutput
 from ..models.companion import Companion, split_state_dict
 from ..models.lm_head import base_causal_lm
-from ..packing.layout import Layout, current, last_states
+from ..packing.layout import CURRENT, Layout, last_states
 from .files import (
     ADAPTER_NAME,
     CRITIC_NAME,
@@ -55,9 +54,6 @@ class Critic(Companion):
         self.trunk = trunk
         self.detach = detach
         self.value_head = ValueHead(hidden_size)
-        self._hidden_states: torch.Tensor | None = None
-        self._recorded: list[torch.Tensor] | None = None
-        self._num_states = 0
 
     def forward(
         self, policy: PreTrainedModel | PeftModel, hidden_states: torch.Tensor | None, layout: Layout
@@ -74,8 +70,9 @@ class Critic(Companion):
             `torch.Tensor` of shape `(B, S)`, or `(B, S, 4)` of an action-value head, float32.
         """
         decisions = None
-        if hidden_states is not None:
+        if self.reads_policy:
             hidden_states = layout.states(hidden_states)
+        if isinstance(self.value_head, ActionValueHead):
             decisions = Decisions(base_causal_lm(policy), hidden_states, layout.actions, layout.mask)
         if self.trunk is not None:
             hidden_states = self.trunk_states(layout)
@@ -97,27 +94,6 @@ class Critic(Companion):
         """True if the trunk is an adapter on the policy's base."""
         return isinstance(self.trunk, PeftModel)
 
-    @contextmanager
-    def recording(self, num_states: int) -> Iterator[list[torch.Tensor]]:
-        """
-        Collects the values `(B, num_states, ...)` of every scoring forward of the policy within the context: of the last
-        prefixes, where entry i from the end belongs to the sequence less its last i tokens.
-        """
-        self._recorded, self._num_states = [], num_states
-        try:
-            yield self._recorded
-        finally:
-            self._recorded = self._hidden_states = None
-
-    @contextmanager
-    def paused(self) -> Iterator[None]:
-        """Within the context forwards of the policy are not recorded: those of a trial, in the middle of a pass."""
-        recorded, self._recorded = self._recorded, None
-        try:
-            yield
-        finally:
-            self._recorded = recorded
-
     # --- Beside the policy ---
 
     def own_parameters(self) -> Iterator[nn.Parameter]:
@@ -138,23 +114,16 @@ class Critic(Companion):
         super().attach_to(model)
 
     def hooks_on(self, model: PreTrainedModel | PeftModel) -> list[RemovableHandle]:
-        def keep_hidden_states(module, args, output):
-            if self._recorded is not None:
-                self._hidden_states = output.last_hidden_state
-
         def add_values(module, args, kwargs, output):
-            if self._recorded is None:
+            current = CURRENT.get()
+            if current is None or current.values is None:
                 return None
-            layout = current() or last_states(**trunk_inputs(kwargs), num_states=self._num_states)
-            values = self(module, self._hidden_states, layout)
-            self._recorded.append(values)
-            self._hidden_states = None
+            layout = current.layout or last_states(**trunk_inputs(kwargs), num_states=current.num_states)
+            values = self(module, current.hidden_states, layout)
+            current.values.append(values)
             return ActorCriticOutput(**output, state_values=values)
 
-        hooks = [
-            base_causal_lm(model).base_model.register_forward_hook(keep_hidden_states),
-            model.register_forward_hook(add_values, with_kwargs=True),
-        ]
+        hooks = [model.register_forward_hook(add_values, with_kwargs=True)]
         if self.is_adapter:  # which PEFT would take for weights of the policy's
             hooks.append(model.register_state_dict_post_hook(leave_out_critic))
         return hooks

@@ -17,18 +17,18 @@ State s_t chooses token t of the completion; the last is what is left when it ha
 
 import inspect
 from collections import defaultdict
-from collections.abc import Hashable, Iterator
-from contextlib import contextmanager
+from collections.abc import Hashable
 from contextvars import ContextVar
 from dataclasses import dataclass
 
 import torch
 from accelerate.utils import extract_model_from_parallel
+from peft import PeftModel
 from torch import nn
 
 from ..compat import MULTIMODAL_KEYS
-from ..models.lm_head import base_causal_lm
-from .prefix import PADDING, attention_mask, common_prefix_length, pack, real_tokens
+from .micro_batches import real_tokens
+from .prefix import PADDING, attention_mask, common_prefix_length, pack
 
 
 @dataclass
@@ -104,7 +104,8 @@ def packed_inputs(
 
 def takes_positions(model: nn.Module) -> bool:
     """True if the forward of a model, or of the one under an adapter, has an argument for positions."""
-    return "position_ids" in inspect.signature(base_causal_lm(model).forward).parameters
+    model = model.get_base_model() if isinstance(model, PeftModel) else model
+    return "position_ids" in inspect.signature(model.forward).parameters
 
 
 @dataclass
@@ -202,19 +203,50 @@ def last_states(input_ids: torch.Tensor, attention_mask: torch.Tensor, num_state
     return Layout(inputs, None, *states_and_actions(input_ids, attention_mask, num_states))
 
 
-_LAYOUT: ContextVar[Layout | None] = ContextVar("layout", default=None)
+def compact_layout(
+    input_ids: torch.Tensor, attention_mask: torch.Tensor, num_states: int, model: nn.Module, way: str
+) -> tuple[Layout, dict[str, torch.Tensor]]:
+    """
+    Lays out completions with as little padding, and as few copies of a prompt, as can be.
+
+    Args:
+        input_ids, attention_mask (`torch.Tensor` of shape `(B, L)`): Prompts and completions, as TRL pads them.
+        num_states (`int`): S, one more than completions have columns.
+        model (`nn.Module`): The model that is to be run.
+        way (`str`): `"rows"`, one for each completion; `"packed"`, one for each prompt; or the `"cheaper"` of the two.
+
+    Returns:
+        `tuple[Layout, dict[str, torch.Tensor]]`: The layout, and its inputs in the form that the model takes.
+    """
+    if way == "packed":
+        layout = packed_layout(input_ids, attention_mask, num_states)
+    else:
+        layout = rows_layout(input_ids, attention_mask, num_states)
+    if way == "cheaper":
+        packed, hidden_size = (
+            packed_layout(input_ids, attention_mask, num_states),
+            model.config.get_text_config().hidden_size,
+        )
+        layout = packed if packed.cost(hidden_size) < layout.cost(hidden_size) else layout
+    return layout, layout.inputs_of(model)
 
 
-@contextmanager
-def using(layout: Layout) -> Iterator[None]:
-    """Has forwards within the context be of rows that `layout` describes."""
-    token = _LAYOUT.set(layout)
-    try:
-        yield
-    finally:
-        _LAYOUT.reset(token)
+@dataclass
+class Pass:
+    """
+    A forward of the policy over completions that is under way.
+
+    Args:
+        num_states (`int`): S, one more than completions have columns.
+        layout ([`Layout`], *optional*): The rows that it is of; None if the model is run on completions as they are.
+        values (`list`, *optional*): A critic puts what it says here; None if it is not asked.
+        hidden_states (`torch.Tensor`, *optional*): Those of the policy's trunk, as soon as there are any.
+    """
+
+    num_states: int
+    layout: Layout | None
+    values: list[torch.Tensor] | None
+    hidden_states: torch.Tensor | None = None
 
 
-def current() -> Layout | None:
-    """The layout of the forward under way, if it is not that of its own inputs."""
-    return _LAYOUT.get()
+CURRENT: ContextVar[Pass | None] = ContextVar("current", default=None)

@@ -6,18 +6,64 @@ computed is padding. Which completions share an optimizer step is left as it is,
 """
 
 from collections import defaultdict
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from typing import Any
 
 import torch
 
 from ..compat import MULTIMODAL_KEYS
-from .prefix import real_tokens
 
 
 Batch = dict[str, Any]  # of tensors whose first dimension is the completions', scalars, lists and None
 
 PROMPT_TENSORS = ("prompt_ids", "prompt_mask")
+
+
+class LengthBatches:
+    """
+    Arranges the micro-batches of a rollout by length.
+
+    Args:
+        args ([`ActorCriticConfig`]): The configuration.
+        notices (`Callable`): Takes note of options that are on and cannot be used.
+        pad_to_multiple_of (`int`, *optional*): What TRL pads lengths to.
+        loss_depends_on_micro_batches (`bool`): TRL takes means, or quantiles, over the tokens of a micro-batch.
+    """
+
+    def __init__(self, args, notices: Callable, pad_to_multiple_of: int | None, loss_depends_on_micro_batches: bool):
+        self.args, self.notices, self.pad_to_multiple_of = args, notices, pad_to_multiple_of
+        self.loss_depends_on_micro_batches = loss_depends_on_micro_batches
+
+    def arranged(self, batches: list[Batch]) -> list[Batch]:
+        """Returns the micro-batches of a rollout sorted within each optimizer step, each cut to its own longest."""
+        if not self.args.length_batches:
+            return batches
+        window, num_batches = self.args.gradient_accumulation_steps, len(batches)
+        if self.pad_to_multiple_of is not None or has_images(batches[0]):
+            length = f"`pad_to_multiple_of={self.pad_to_multiple_of}` says how long batches are"
+            self._say_not_arranged("batches hold images" if has_images(batches[0]) else length)
+            return batches
+        reason = None
+        if window % num_batches != 0 and num_batches % window != 0:
+            reason = (
+                f"optimizer steps of {window} micro-batches and rollouts of {num_batches} do not divide each other"
+            )
+        elif self.loss_depends_on_micro_batches:
+            reason = "the loss takes means, or quantiles, over the tokens of a micro-batch, which would be others"
+        if reason is None:
+            return sort_windows(batches, window, self.args.balance_tokens)
+        if min(window, num_batches) > 1:
+            self._say_not_arranged(reason)
+        return [trim(batch) for batch in batches]
+
+    def _say_not_arranged(self, reason: str) -> None:
+        for option in ("length_batches", *(["balance_tokens"] if self.args.balance_tokens else [])):
+            self.notices(
+                option,
+                reason,
+                "completions of different lengths lie in one micro-batch, and more of what is computed is padding",
+                f"Change that, or set `{option}=False` to be told no more.",
+            )
 
 
 def sort_windows(batches: list[Batch], window: int, balance_tokens: bool = False) -> list[Batch]:
@@ -81,6 +127,14 @@ def by_length(prompt_ids: torch.Tensor, prompt_mask: torch.Tensor, completion_ma
     lengths = (prompt_mask.sum(dim=1) + completion_mask.sum(dim=1)).tolist()
     prompts = [tuple(prompt) for prompt in real_tokens(prompt_ids, prompt_mask)]
     return torch.tensor(grouped_by_length(prompts, lengths), device=prompt_ids.device)
+
+
+def real_tokens(input_ids: torch.Tensor, attention_mask: torch.Tensor) -> list[list[int]]:
+    """The tokens of each row `(B, L)` without its padding."""
+    return [
+        [token for token, is_there in zip(ids, there, strict=True) if is_there]
+        for ids, there in zip(input_ids.tolist(), attention_mask.tolist(), strict=True)
+    ]
 
 
 def grouped_by_length(prompts: list[Hashable], lengths: list[int]) -> list[int]:

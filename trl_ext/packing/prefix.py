@@ -22,14 +22,6 @@ from ..compat import attention_of
 PADDING = -1  # segment of padding
 
 
-def real_tokens(input_ids: torch.Tensor, attention_mask: torch.Tensor) -> list[list[int]]:
-    """The tokens of each row `(B, L)` without its padding."""
-    return [
-        [token for token, is_there in zip(ids, there, strict=True) if is_there]
-        for ids, there in zip(input_ids.tolist(), attention_mask.tolist(), strict=True)
-    ]
-
-
 def common_prefix_length(sequences: list[list[int]]) -> int:
     """The number of first tokens that all sequences have in common."""
     length = 0

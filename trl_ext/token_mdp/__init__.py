@@ -38,6 +38,7 @@ from .moments import (
     masked_moments,
     masked_var,
     masked_whiten,
+    moments_of_all,
 )
 from .nucleus import masked_log_probs
 from .returns import (
@@ -48,7 +49,13 @@ from .returns import (
     length_adaptive_lambda,
     one_step_returns,
 )
-from .rewards import carry_to_own_token, place_on_last_token, rewards_of_turns, shaped_rewards
+from .rewards import (
+    carry_to_own_token,
+    place_on_last_token,
+    rewards_of_completions,
+    rewards_of_turns,
+    shaped_rewards,
+)
 
 
 __all__ = [
@@ -69,8 +76,10 @@ __all__ = [
     "masked_moments",
     "masked_var",
     "masked_whiten",
+    "moments_of_all",
     "one_step_returns",
     "place_on_last_token",
+    "rewards_of_completions",
     "rewards_of_turns",
     "shaped_rewards",
     "value_loss",

@@ -4,8 +4,6 @@ from dataclasses import dataclass
 
 import torch
 
-from .tensors import wide_dtype
-
 
 def kl_estimate(logps: torch.Tensor, ref_logps: torch.Tensor, estimator: str = "k1") -> torch.Tensor:
     r"""
@@ -28,7 +26,8 @@ def kl_estimate(logps: torch.Tensor, ref_logps: torch.Tensor, estimator: str = "
 
     Reference: Schulman 2020, Approximating KL Divergence, http://joschu.net/blog/kl-approx.html.
     """
-    difference = logps.to(wide_dtype(logps)) - ref_logps.to(wide_dtype(ref_logps))
+    dtype = torch.promote_types(torch.promote_types(logps.dtype, ref_logps.dtype), torch.float32)
+    difference = logps.to(dtype) - ref_logps.to(dtype)
     if estimator == "k1":
         return difference
     if estimator == "k2":

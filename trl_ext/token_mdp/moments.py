@@ -1,14 +1,14 @@
 """Moments over chosen tokens: means, variances, whitening, and the share of a variance that the critic explains."""
 
-import torch
+from collections.abc import Callable
 
-from .tensors import wide_dtype
+import torch
 
 
 def masked_mean(x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """Returns the mean of `x` over the positions where `mask` is 1, a scalar; 0 if there are no such positions."""
     chosen = mask.bool()
-    return torch.where(chosen, x, 0).to(wide_dtype(x)).sum() / chosen.sum().clamp(min=1)
+    return torch.where(chosen, x, 0).to(torch.promote_types(x.dtype, torch.float32)).sum() / chosen.sum().clamp(min=1)
 
 
 def masked_var(x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
@@ -46,6 +46,24 @@ def combine_moments(moments: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, 
     return count, mean, var
 
 
+def moments_of_all(
+    xs: list[torch.Tensor], mask: torch.Tensor, gather: Callable[[torch.Tensor], torch.Tensor] = lambda x: x
+) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """
+    Combines [`masked_moments`] of several tensors over all processes, which are asked once.
+
+    Args:
+        xs (`list[torch.Tensor]`): K tensors of shape `(B, T)`.
+        mask (`torch.Tensor` of shape `(B, T)`): 1 (or True) at the positions that count.
+        gather (`Callable`, *optional*): Joins `(1, K, 3)` of each process along the first dimension.
+
+    Returns:
+        `list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]`: count, mean and unbiased variance of each of the K.
+    """
+    gathered = gather(torch.stack([masked_moments(x, mask) for x in xs]).unsqueeze(0))
+    return [combine_moments(moments) for moments in gathered.unbind(dim=1)]
+
+
 def masked_whiten(
     x: torch.Tensor,
     mask: torch.Tensor,
@@ -68,7 +86,9 @@ def masked_whiten(
     """
     mean = masked_mean(x, mask) if mean is None else mean
     var = masked_var(x, mask) if var is None else var
-    return torch.where(mask.bool(), (x.to(wide_dtype(x)) - mean) * torch.rsqrt(var + eps), 0)
+    return torch.where(
+        mask.bool(), (x.to(torch.promote_types(x.dtype, torch.float32)) - mean) * torch.rsqrt(var + eps), 0
+    )
 
 
 def explained_variance(values: torch.Tensor, returns: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
@@ -86,7 +106,9 @@ def explained_variance(values: torch.Tensor, returns: torch.Tensor, mask: torch.
         mask (`torch.Tensor` of shape `(B, T)`): 1 (or True) at the tokens that the policy chose.
     """
     _, mean, var_returns = combine_moments(masked_moments(returns, mask).unsqueeze(0))
-    return explained_share(masked_var(returns.to(wide_dtype(returns)) - values, mask), var_returns, mean)
+    return explained_share(
+        masked_var(returns.to(torch.promote_types(returns.dtype, torch.float32)) - values, mask), var_returns, mean
+    )
 
 
 def explained_share(var_errors: torch.Tensor, var_returns: torch.Tensor, mean_returns: torch.Tensor) -> torch.Tensor:

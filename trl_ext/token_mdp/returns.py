@@ -2,8 +2,6 @@
 
 import torch
 
-from .tensors import check_same_shape, wide_dtype
-
 
 def generalized_advantage_estimate(
     rewards: torch.Tensor,
@@ -171,3 +169,18 @@ def length_adaptive_lambda(lengths: torch.Tensor, alpha: float = 0.05) -> torch.
     Reference: VAPO, Yue et al. 2025, https://huggingface.co/papers/2504.05118, eq. 9.
     """
     return (1 - 1 / (alpha * lengths.clamp(min=1).to(wide_dtype(lengths)))).clamp(min=0)
+
+
+def wide_dtype(*tensors: torch.Tensor) -> torch.dtype:
+    """Returns the widest dtype among `tensors` and float32, so that half precision never reaches the recursions."""
+    dtype = torch.float32
+    for tensor in tensors:
+        dtype = torch.promote_types(dtype, tensor.dtype)
+    return dtype
+
+
+def check_same_shape(**tensors: torch.Tensor) -> None:
+    """Refuses tensors, given by name, that are not of one shape `(B, T)`."""
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    if len(set(shapes.values())) > 1 or any(len(shape) != 2 for shape in shapes.values()):
+        raise ValueError(f"Expected tensors of one shape (B, T), got {shapes}.")

@@ -2,7 +2,7 @@
 
 import torch
 
-from .tensors import check_same_shape, wide_dtype
+from .returns import check_same_shape
 
 
 def place_on_last_token(scores: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
@@ -23,7 +23,9 @@ def place_on_last_token(scores: torch.Tensor, mask: torch.Tensor) -> torch.Tenso
         raise ValueError(f"Expected scores of shape {tuple(mask.shape[:1])}, one per row, got {tuple(scores.shape)}.")
     chosen = mask.bool()
     remaining = chosen.long().flip(1).cumsum(dim=1).flip(1)  # chosen tokens from t on, t included
-    return torch.where(chosen & (remaining == 1), scores.unsqueeze(1), 0).to(wide_dtype(scores))
+    return torch.where(chosen & (remaining == 1), scores.unsqueeze(1), 0).to(
+        torch.promote_types(scores.dtype, torch.float32)
+    )
 
 
 def carry_to_own_token(rewards: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
@@ -45,10 +47,41 @@ def carry_to_own_token(rewards: torch.Tensor, mask: torch.Tensor) -> torch.Tenso
     chosen = mask.bool()
     # The number of chosen tokens up to a token is the place, among the chosen, of the one that earns its reward
     number = (chosen.long().cumsum(dim=1) - 1).clamp(min=0)
-    of_chosen = torch.zeros_like(rewards, dtype=wide_dtype(rewards)).scatter_add(
-        1, number, rewards.to(wide_dtype(rewards))
-    )
+    wide = rewards.to(torch.promote_types(rewards.dtype, torch.float32))
+    of_chosen = torch.zeros_like(wide).scatter_add(1, number, wide)
     return torch.where(chosen, of_chosen.gather(1, number), 0)
+
+
+def rewards_of_completions(
+    scores: torch.Tensor,
+    terminated: torch.Tensor,
+    mask: torch.Tensor,
+    truncation: str = "penalty",
+    missing_eos_penalty: float = 0.0,
+    token_rewards: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """
+    Places all that a completion is paid on its tokens.
+
+    Args:
+        scores (`torch.Tensor` of shape `(B,)`): R(x, y), one reward per completion; nan for none.
+        terminated (`torch.Tensor` of shape `(B,)`, bool): True where a completion ended by itself.
+        mask (`torch.Tensor` of shape `(B, T)`): 1 (or True) at the tokens that the policy chose.
+        truncation (`str`, *optional*, defaults to `"penalty"`): With `"bootstrap"` a completion that was cut earns no
+            R(x, y), which the value of its last state stands for; with `"penalty"` it earns `missing_eos_penalty` less.
+        missing_eos_penalty (`float`, *optional*, defaults to `0.0`): In units of the reward.
+        token_rewards (`torch.Tensor` of shape `(B, T)`, *optional*): Rewards of tokens, see [`carry_to_own_token`].
+
+    Returns:
+        `torch.Tensor` of shape `(B, T)`: 0 where `mask` is 0.
+    """
+    scores, cut = scores.nan_to_num(), ~terminated
+    if truncation == "bootstrap":
+        scores = torch.where(cut, 0, scores)
+    elif truncation == "penalty":
+        scores = scores - missing_eos_penalty * cut
+    rewards = place_on_last_token(scores, mask)
+    return rewards if token_rewards is None else rewards + carry_to_own_token(token_rewards, mask)
 
 
 def shaped_rewards(potentials: torch.Tensor, gamma: float = 1.0, end: torch.Tensor | None = None) -> torch.Tensor:

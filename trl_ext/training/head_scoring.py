@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from ..compat import FusedCausalLMOutput
 from ..models.lm_head import CHUNK_SIZE, base_causal_lm, logits_of
-from ..packing.layout import current
+from ..packing.layout import CURRENT
 from ..token_mdp.nucleus import masked_log_probs
 
 
@@ -53,7 +53,8 @@ class HeadScoring:
         hidden_states, self._hidden_states = self._hidden_states, None
         if hidden_states is None or not isinstance(output, FusedCausalLMOutput):
             return None
-        layout = current()
+        current = CURRENT.get()
+        layout = None if current is None else current.layout
         if layout is None:  # the model is run on the batch as it is, perhaps after virtual tokens
             labels = kwargs["labels"]
             scored = labels[:, 1:] != -100
