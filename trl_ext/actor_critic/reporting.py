@@ -12,13 +12,12 @@ from accelerate import Accelerator
 from accelerate.logging import get_logger
 from accelerate.utils import gather_object
 
-from ..token_mdp import explained_share, first_own_token, kl_estimate, moments_of_all
+from ..token_mdp import credit_moments, first_own_token, kl_estimate, kl_estimates
 from .rollout import Credit, Rollout
 
 
 logger = get_logger(__name__)
 
-KL_ESTIMATORS = ("k1", "k2", "k3")
 # What rounding in bfloat16 leaves of a ratio of 1 and of a KL of 0, per token, with room to spare
 MAX_FIRST_RATIO_DEVIATION = 0.05
 MAX_FIRST_KL = 0.01
@@ -35,44 +34,35 @@ def kl_sums(rollout: Rollout, logps: torch.Tensor, accelerator: Accelerator) -> 
         `dict[str, float]`: Sums of the estimates by name, in nats, and of `tokens` and `completions`.
     """
     mask = rollout.chosen
-    estimates = [kl_estimate(logps, rollout.ref_logps, name) for name in KL_ESTIMATORS]
-    sums = [torch.where(mask, estimate, 0).sum() for estimate in estimates]
-    local = torch.stack([*sums, mask.sum(), mask.any(dim=1).sum()])
-    names = [*KL_ESTIMATORS, "tokens", "completions"]
-    return dict(zip(names, accelerator.reduce(local, reduction="sum").tolist(), strict=True))
+    estimates = kl_estimates(logps, rollout.ref_logps)
+    sums = {name: torch.where(mask, estimate, 0).sum() for name, estimate in estimates.items()}
+    sums |= {"tokens": mask.sum(), "completions": mask.any(dim=1).sum()}
+    totals = accelerator.reduce(torch.stack(list(sums.values())), reduction="sum").tolist()
+    return dict(zip(sums, totals, strict=True))
 
 
 def kl_metrics(sums: dict[str, float]) -> dict[str, float]:
     """Returns the means per token of what [`kl_sums`] has summed up."""
-    return {f"kl/{name}": sums[name] / max(sums["tokens"], 1) for name in KL_ESTIMATORS}
+    return {f"kl/{name}": sums[name] / max(sums["tokens"], 1) for name in ("k1", "k2", "k3")}
 
 
 def credit_metrics(credit: Credit, mask: torch.Tensor, accelerator: Accelerator) -> dict[str, float]:
     """Returns what advantages, returns and values are like, before whitening."""
-    credited = [credit.advantages, credit.returns]
-    if credit.values is not None:
-        credited += [credit.values, credit.returns - credit.values]
-    (_, mean, var), (_, mean_returns, var_returns), *of_values = moments_of_all(credited, mask, accelerator.gather)
-    metrics = {"advantages/mean": mean.item(), "advantages/std": var.sqrt().item()}
-    metrics["returns/mean"] = mean_returns.item()
-    if of_values:
-        (_, mean_values, _), (_, _, var_errors) = of_values
-        metrics["values/mean"] = mean_values.item()
-        metrics["explained_variance"] = explained_share(var_errors, var_returns, mean_returns).item()
-    return metrics
+    moments = credit_moments(credit.advantages, credit.returns, credit.values, mask, accelerator.gather)
+    return {name: value.item() for name, value in moments.items()}
 
 
 class Throughput:
-    """Measures completion tokens of a rollout over the time until the next one."""
+    """Measures completion tokens of a rollout over the time from its beginning to that of the next one."""
 
     def __init__(self):
-        self.last = None  # time and number of tokens
+        self.began, self.num_tokens = None, None
 
-    def at_rollout(self, num_tokens: float) -> dict[str, float]:
-        """Returns the metric of the rollout before this one, which has `num_tokens`."""
-        now, last = time.perf_counter(), self.last
-        self.last = (now, num_tokens)
-        return {} if last is None else {"tokens_per_second": last[1] / (now - last[0])}
+    def at_rollout(self) -> dict[str, float]:
+        """Returns the metric of the rollout before the one that begins now, whose `num_tokens` are to be set."""
+        now, began = time.perf_counter(), self.began
+        self.began = now
+        return {} if began is None else {"tokens_per_second": self.num_tokens.item() / (now - began)}
 
 
 class CutPrompts:

@@ -33,6 +33,7 @@ from ..compat import (
     MULTIMODAL_KEYS,
     disable_gradient_checkpointing,
     enable_checkpointing,
+    first_scoring_by,
     generating_by,
     paying_environments,
     requires_grad_kept,
@@ -396,6 +397,7 @@ class ActorCriticTrainer(TrainerBase, GRPOTrainer):
         if is_training:
             self.trust_region.begin_rollout()
             self.kl_controller.update()
+            self._log_all(self.throughput.at_rollout())
         plan, forward = self.forward_plan, None
 
         def score(*args, **kwargs):
@@ -405,7 +407,7 @@ class ActorCriticTrainer(TrainerBase, GRPOTrainer):
             forward = self.forward(*args, **kwargs)
             return forward.for_trl
 
-        scoring = scoring_answered(self, score) if plan.trl_scores else nullcontext()
+        scoring = first_scoring_by(self, score) if plan.trl_scores else nullcontext()
         # The parent would mask what ended with a stop string, too
         masking = without_masking_cut(self) if self._masks_cut else nullcontext()
         # It may switch to the reference's adapter and back
@@ -533,7 +535,7 @@ class ActorCriticTrainer(TrainerBase, GRPOTrainer):
         if self.log_completions:
             self.table = CompletionsTable(self._logs, num_rows * self.accelerator.num_processes)
         if self.model.training:
-            self._log_all(self.throughput.at_rollout(num_tokens.item()))
+            self.throughput.num_tokens = num_tokens
         if self.args.truncation == "bootstrap" and metrics["completions/clipped_ratio"][-1] == 1.0:
             warnings.warn(
                 "Every completion of this rollout was cut. With `truncation='bootstrap'` none of them earns its score, "
@@ -724,8 +726,7 @@ class ActorCriticTrainer(TrainerBase, GRPOTrainer):
             rollout = self.credited(rollout, forward)
             rollout.into(inputs)
         kl_in_loss = without_kl_in_loss(self) if self.args.kl_in_reward else nullcontext()
-        outputs = forward.logps, forward.entropies, forward.aux_loss
-        with scoring_answered(self, lambda *args, **kwargs: outputs), kl_in_loss:
+        with scoring_answered(self, (forward.logps, forward.entropies, forward.aux_loss)), kl_in_loss:
             loss = super()._compute_loss(model, inputs)
         if in_warmup:
             loss = 0 * loss

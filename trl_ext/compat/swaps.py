@@ -157,7 +157,7 @@ def without_masking_cut(trainer):
 
 
 @contextmanager
-def scoring_answered(trainer, answer: Callable) -> Iterator[None]:
+def first_scoring_by(trainer, answer: Callable) -> Iterator[None]:
     """
     Answers the first scoring pass that TRL's trainer makes within the context by `answer`, which is given the arguments
     of `_get_per_token_logps_and_entropies` and returns what that returns. Other passes are made.
@@ -178,6 +178,13 @@ def scoring_answered(trainer, answer: Callable) -> Iterator[None]:
         yield
     if not is_asked:
         raise RuntimeError("TRL made no scoring pass where one was to be answered: its trainer has changed.")
+
+
+@contextmanager
+def scoring_answered(trainer, outputs: tuple) -> Iterator[None]:
+    """Answers the scoring pass that TRL's loss makes within the context with `outputs`, see [`first_scoring_by`]."""
+    with first_scoring_by(trainer, lambda *args, **kwargs: outputs):
+        yield
 
 
 def without_kl_in_loss(trainer):

@@ -9,8 +9,7 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 from ..models.score_head import last_real_token, scores_of_all_tokens
 from .check import NUM_COMPARED, PrefixCheck
 from .layout import Packed, forward_cost, pack_groups, packed_inputs
-from .micro_batches import grouped_by_length
-from .prefix import real_tokens
+from .micro_batches import grouped_by_length, real_tokens
 
 
 @dataclass

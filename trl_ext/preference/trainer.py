@@ -10,6 +10,7 @@ from transformers import TrainerCallback
 from transformers.modeling_outputs import ModelOutput
 from trl.data_utils import get_dataset_column_names, is_conversational
 
+from ..compat import requires_grad_kept
 from ..data.rankings import is_ranking
 from ..data.rows import first_row
 from ..models.reward_inputs import RewardInput
@@ -193,7 +194,8 @@ class RankingTrainer(TrainerBase):
 
     def _loss_of_pairs(self, model, inputs, return_outputs: bool, num_items_in_batch):
         """Returns the parent's loss, and outputs without the tie parameters, which `compute_metrics` would be given."""
-        result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        with requires_grad_kept(self._model):  # the parent may switch to the reference's adapter and back
+            result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         if not return_outputs or self.ties is None:
             return result
         loss, outputs = result

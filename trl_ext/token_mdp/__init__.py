@@ -28,10 +28,11 @@ A batch holds one episode per row, tensors of shape `(B, T)`:
 All results are float32, or float64 when an input is.
 """
 
-from .kl import KLController, kl_estimate, kl_penalized
+from .kl import KLController, kl_estimate, kl_estimates, kl_penalized
 from .losses import value_loss
 from .moments import (
     combine_moments,
+    credit_moments,
     explained_share,
     explained_variance,
     masked_mean,
@@ -62,6 +63,7 @@ __all__ = [
     "KLController",
     "carry_to_own_token",
     "combine_moments",
+    "credit_moments",
     "decoupled_advantage_estimate",
     "discounted_returns",
     "explained_share",
@@ -69,6 +71,7 @@ __all__ = [
     "first_own_token",
     "generalized_advantage_estimate",
     "kl_estimate",
+    "kl_estimates",
     "kl_penalized",
     "length_adaptive_lambda",
     "masked_log_probs",

@@ -37,6 +37,11 @@ def kl_estimate(logps: torch.Tensor, ref_logps: torch.Tensor, estimator: str = "
     raise ValueError(f"`estimator` must be 'k1', 'k2' or 'k3', got {estimator!r}.")
 
 
+def kl_estimates(logps: torch.Tensor, ref_logps: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Returns every [`kl_estimate`], `(B, T)`, by its name."""
+    return {name: kl_estimate(logps, ref_logps, name) for name in ("k1", "k2", "k3")}
+
+
 def kl_penalized(
     rewards: torch.Tensor, logps: torch.Tensor, ref_logps: torch.Tensor, mask: torch.Tensor, coef: float
 ) -> torch.Tensor:

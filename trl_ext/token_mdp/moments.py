@@ -64,6 +64,34 @@ def moments_of_all(
     return [combine_moments(moments) for moments in gathered.unbind(dim=1)]
 
 
+def credit_moments(
+    advantages: torch.Tensor,
+    returns: torch.Tensor,
+    values: torch.Tensor | None,
+    mask: torch.Tensor,
+    gather: Callable[[torch.Tensor], torch.Tensor] = lambda x: x,
+) -> dict[str, torch.Tensor]:
+    """
+    Sums up what was estimated of a batch: means, the deviation of advantages, and [`explained_variance`].
+
+    Args:
+        advantages, returns, values (`torch.Tensor` of shape `(B, T)`): A_t, G_t and V(s_t); without a critic there are
+            no values.
+        mask, gather: As [`moments_of_all`] takes them.
+
+    Returns:
+        `dict[str, torch.Tensor]`: Scalars, named as they are logged.
+    """
+    parts = [advantages, returns] if values is None else [advantages, returns, values, returns - values]
+    (_, mean, var), (_, mean_returns, var_returns), *of_values = moments_of_all(parts, mask, gather)
+    moments = {"advantages/mean": mean, "advantages/std": var.sqrt(), "returns/mean": mean_returns}
+    if of_values:
+        (_, mean_values, _), (_, _, var_errors) = of_values
+        moments["values/mean"] = mean_values
+        moments["explained_variance"] = explained_share(var_errors, var_returns, mean_returns)
+    return moments
+
+
 def masked_whiten(
     x: torch.Tensor,
     mask: torch.Tensor,

@@ -10,7 +10,7 @@ from peft import PeftConfig, PeftModel
 from peft.utils.constants import SEQ_CLS_HEAD_NAMES
 
 from ..adapters.heads import save_heads
-from ..compat import parallel_walks_within, requires_grad_kept, take_newer_names
+from ..compat import parallel_walks_within, take_newer_names
 from ..hub.model_card import CardContent
 from ..hub.record import TrainingClock
 from ..models.companion import Companion, give_settings, split_state_dict, without_child
@@ -93,16 +93,6 @@ class TrainerBase:
         if not is_given and self.companion is not None:
             give_settings(optimizer, self.companion.own_parameters(), self._companion_settings)
         return optimizer
-
-    # In both the parent may switch to the reference's adapter and back
-
-    def _prepare_inputs(self, inputs):
-        with requires_grad_kept(self.accelerator.unwrap_model(self.model)):
-            return super()._prepare_inputs(inputs)
-
-    def compute_loss(self, *args, **kwargs):
-        with requires_grad_kept(self.accelerator.unwrap_model(self.model)):
-            return super().compute_loss(*args, **kwargs)
 
     def evaluate(self, eval_dataset=None, *args, **kwargs):
         self.evaluated_own_data = eval_dataset is None or isinstance(eval_dataset, str)
