@@ -180,7 +180,7 @@ def run_compactly(
     **kwargs,
 ) -> FusedCausalLMOutput:
     """
-    Runs a model in rows that [`~packing.layout.compact_layout`] lays out, and its LM head where a token is scored.
+    Runs a model in rows that [`~trl_ext.packing.layout.compact_layout`] lays out, and its LM head where a token is scored.
 
     Args:
         model (`nn.Module`), base (`PreTrainedModel`): The model, and what is in its wrappers.
