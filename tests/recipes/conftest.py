@@ -9,6 +9,16 @@ import pytest
 from helpers import RECIPES
 
 
+@pytest.fixture(autouse=True)
+def forgotten_rewards(tmp_path_factory):
+    """Forgets modules that a test has imported from its folder, as the next one may have another of that name."""
+    yield
+    folders = str(tmp_path_factory.getbasetemp())
+    for name, module in [*sys.modules.items()]:
+        if str(getattr(module, "__file__", None)).startswith(folders):
+            del sys.modules[name]
+
+
 @pytest.fixture
 def recipe(monkeypatch):
     """Imports a recipe by name."""
@@ -21,19 +31,13 @@ def run_recipe(monkeypatch, capsys):
     """Runs a recipe in `cwd` and returns what it printed, as `run_program` does, but in this process."""
 
     def run(script, *arguments, cwd):
-        known = set(sys.modules)
         with monkeypatch.context() as patch:
             patch.chdir(cwd)
             patch.setattr(sys, "path", [str(RECIPES), *sys.path])
             patch.setattr(sys, "argv", [script, *map(str, arguments)])
             patch.setattr(datasets.config, "HF_DATASETS_CACHE", str(cwd / "cache"))
             capsys.readouterr()
-            try:
-                runpy.run_path(str(RECIPES / script), run_name="__main__")
-            finally:
-                for name in set(sys.modules) - known:  # a reward of this test is not that of the next
-                    if str(getattr(sys.modules[name], "__file__", None)).startswith(str(cwd)):
-                        del sys.modules[name]
+            runpy.run_path(str(RECIPES / script), run_name="__main__")
         return capsys.readouterr().out
 
     return run
