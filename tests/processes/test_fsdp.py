@@ -9,8 +9,8 @@ from processes.saving import CASES, RESUMED_FROM, train
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from trl_ext import PPOConfig, PPOTrainer, load_critic, tie_parameters
-from trl_ext.actor_critic import trainer as actor_critic_trainer
 from trl_ext.adapters import reward_adapters
+from trl_ext.critic import start as critic_start
 
 
 pytestmark = pytest.mark.slow
@@ -98,7 +98,7 @@ def test_an_adapter_critic_is_refused(folders):
 
 
 def test_zero3_does_not_share_a_base(policy_path, reward_adapter_path, prompts, tmp_path, monkeypatch):
-    for module in (reward_adapters, actor_critic_trainer):
+    for module in (reward_adapters, critic_start):
         monkeypatch.setattr(module, "is_deepspeed_zero3_enabled", lambda: True)
     for reward, critic in ((reward_adapter_path, "shared"), (count_good, "adapter")):
         args = PPOConfig(**settings(tmp_path, critic=critic))
