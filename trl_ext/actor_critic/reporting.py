@@ -60,9 +60,9 @@ class Throughput:
 
     def at_rollout(self) -> dict[str, float]:
         """Returns the metric of the rollout before the one that begins now, whose `num_tokens` are to be set."""
-        now, began = time.perf_counter(), self.began
-        self.began = now
-        return {} if began is None else {"tokens_per_second": self.num_tokens.item() / (now - began)}
+        now, began, num_tokens = time.perf_counter(), self.began, self.num_tokens
+        self.began, self.num_tokens = now, None
+        return {} if num_tokens is None else {"tokens_per_second": num_tokens.item() / (now - began)}
 
 
 class CutPrompts:

@@ -13,13 +13,14 @@ from torch import nn
 from transformers import AutoTokenizer
 from trl.data_utils import is_conversational
 
+from ..adapters.reward_adapters import load_reward_adapter
 from ..adapters.reward_models import RewardModel
-from ..compat import get_config_model_id
+from ..compat import get_config_model_id, paying_environments
 from ..models.quantization import is_quantized
 from ..models.score_head import has_score_head, scores_of_prefixes_and_whole
 from ..packing.check import PrefixCheck
 from ..packing.reward_scoring import RewardScoring
-from .checks import checked_reward
+from .checks import check_prefix_rewards, check_turn_rewards, checked_reward
 from .dense import DenseRewards, ShapedReward, shaped_reward
 from .rollout import Completed, Rewarded
 from .turns import turn_reward
@@ -75,6 +76,38 @@ def ready_reward_models(trainer, adapters: set[int]) -> dict[int, RewardModel]:
         tokenizer = trainer.reward_processing_classes[index]
         models[index] = RewardModel(model, tokenizer, name or type(model).__name__)
     return models
+
+
+def ready_rewards(trainer, adapters: dict[int, str]) -> "Rewards":
+    """
+    Makes what a trainer of TRL was given as rewards ready to be asked, in place, and refuses what never could be.
+
+    Args:
+        trainer ([`ActorCriticTrainer`]): The trainer.
+        adapters (`dict[int, str]`): Folders or Hub ids of the adapters in `reward_funcs`, by their index.
+    """
+    args, processing_classes = trainer.args, trainer.reward_processing_classes
+    trainer.reward_func_names = distinct_names(trainer.reward_func_names)
+    environment_classes = paying_environments(trainer)  # in the order of their rewards, which come last
+    for index, path in adapters.items():
+        trainer.reward_funcs[index], processing_classes[index] = load_reward_adapter(
+            trainer.model, path, processing_classes[index], args, trainer.accelerator, trainer.is_fsdp_enabled
+        )
+    reward_models = ready_reward_models(trainer, set(adapters))
+    if args.turn_rewards:
+        check_turn_rewards(environment_classes, trainer.rollout_func)
+    rewards = Rewards(
+        reward_models,
+        environment_classes if args.turn_rewards else [],
+        args,
+        trainer.accelerator,
+        trainer._tokenizer,
+        trainer.chat_template_kwargs,
+    )
+    rewards.check_dataset(trainer.train_dataset)
+    if args.prefix_rewards:
+        check_prefix_rewards(trainer.reward_funcs, processing_classes, trainer._tokenizer)
+    return rewards
 
 
 class Rewards:

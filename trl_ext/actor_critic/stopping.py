@@ -58,6 +58,12 @@ class StopStrings:
         return self.criterion(ids.unfold(0, width, 1)[-num_tokens:], None)
 
 
+def end_tokens_of(settings: dict[str, Any], end_tokens: list[int]) -> list[int]:
+    """Returns the tokens that end completions, by an engine's settings, or else those of model and tokenizer."""
+    ends = settings.get("eos_token_id", end_tokens)
+    return [*([ends] if isinstance(ends, int) else ends), *settings.get("stop_token_ids", [])]
+
+
 def have_ended(
     prompt_ids: list[list[int]], completion_ids: list[list[int]], end_tokens: set[int], strings: StopStrings | None
 ) -> list[bool]:

@@ -27,7 +27,7 @@ from transformers import PreTrainedModel
 from trl import GRPOTrainer
 
 from .. import token_mdp
-from ..adapters.reward_adapters import load_reward_adapter, split_reward_adapters
+from ..adapters.reward_adapters import split_reward_adapters
 from ..adapters.reward_models import with_loaded_reward_models
 from ..compat import (
     MULTIMODAL_KEYS,
@@ -35,7 +35,6 @@ from ..compat import (
     enable_checkpointing,
     first_scoring_by,
     generating_by,
-    paying_environments,
     requires_grad_kept,
     rewarded_by,
     scoring_answered,
@@ -63,9 +62,7 @@ from .checks import (
     check_completion_ids,
     check_critic_model,
     check_dataset_size,
-    check_prefix_rewards,
     check_reference,
-    check_turn_rewards,
     checked_rollout,
 )
 from .compact import CompactForwards
@@ -84,10 +81,10 @@ from .reporting import (
     kl_sums,
     update_metrics,
 )
-from .rewards import Rewards, distinct_names, ready_reward_models
+from .rewards import ready_rewards
 from .rollout import Completed, Credit, Rewarded, Rollout
 from .sampling import warn_of_altered
-from .stopping import StopStrings, ended_metrics, have_ended, without_cut
+from .stopping import StopStrings, end_tokens_of, ended_metrics, have_ended, without_cut
 from .trust_region import TrustRegion
 from .turns import Turns
 
@@ -164,74 +161,82 @@ class ActorCriticTrainer(TrainerBase, GRPOTrainer):
         with with_reference(args):
             super().__init__(model, reward_funcs, args, *other_args, **kwargs)
         self._policy = self._model  # before any distributed wrapper
-        is_sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
-        take_up_start(self.ref_model, model, is_sharded)
+        self._is_sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        take_up_start(self.ref_model, model, self._is_sharded)
         self._stop_dropout()
         self._set_up_sampling()
-
-        # Prompts and rewards
-        text_config = self.model.config.get_text_config()
-        context = getattr(text_config, "max_position_embeddings", None)  # absent where positions are unbounded
-        max_prompt_length = None if context is None else context - (self.max_completion_length or 1)
-        check_context(max_prompt_length, self.max_completion_length or 1)
-        self.prompts = Prompts(max_prompt_length, self._tokenizer.bos_token_id, is_cut=not self._is_vlm)
-        if isinstance(self.train_dataset, Dataset):
-            check_dataset_size(self.train_dataset, args.generation_batch_size // args.num_generations)
-        self._check_prompts("train_dataset", self.train_dataset)
-        self._check_prompts("eval_dataset", self.eval_dataset)
-        self.rewards = self._make_rewards(reward_adapters)
+        self._set_up_prompts()
+        self.rewards = ready_rewards(self, reward_adapters)
         if args.turn_rewards:
             self.turns = Turns(self.rewards.environment_classes, self._run_coroutine)
+        self._set_up_critic(critic_model, reward_adapters)
+        self._set_up_rollouts()
+        if self._is_vlm or not self._is_sharded:
+            self._compare_heads(self._tokenizer(COMPARED_TEXT)["input_ids"])
+        else:
+            self._head_scoring = None  # until there is a text of every process
+        self.add_callback(StartOfTraining(self))
 
-        # The critic
+    def _set_up_prompts(self) -> None:
+        """Refuses datasets that cannot be trained on, as far as it can be seen."""
+        text_config = self.model.config.get_text_config()
+        context = getattr(text_config, "max_position_embeddings", None)  # absent where positions are unbounded
+        max_length = None if context is None else context - (self.max_completion_length or 1)
+        check_context(max_length, self.max_completion_length or 1)
+        self.prompts = Prompts(max_length, self._tokenizer.bos_token_id, is_cut=not self._is_vlm)
+        if isinstance(self.train_dataset, Dataset):
+            check_dataset_size(self.train_dataset, self.args.generation_batch_size // self.args.num_generations)
+        self._check_prompts("train_dataset", self.train_dataset)
+        self._check_prompts("eval_dataset", self.eval_dataset)
+
+    def _set_up_critic(self, critic_model: PreTrainedModel | None, reward_adapters: dict[int, str]) -> None:
+        """Makes the critic, if the algorithm has one, a child of the policy."""
         Critic.detach_from(self._policy)  # an earlier trainer's
-        if self._has_critic:
-            self.critic = start_critic(
-                self._policy,
-                args,
-                critic_model,
-                self.reward_funcs,
-                reward_adapters,
-                self.reward_weights,
-                self.is_fsdp_enabled,
-            )
-            self._set_head(self.critic)
-            self.critic.attach_to(self._policy)
-            if self.critic.trunk is not None and args.gradient_checkpointing:
-                # The parent asks only the policy itself, in which PEFT hides children of its wrapper
-                enable_checkpointing(self.critic.trunk, args)
-            if self.optimizer is not None:
-                self.optimizer.param_groups[-1]["params"].extend(self.critic.own_parameters())
+        if not self._has_critic:
+            return
+        self.critic = start_critic(
+            self._policy,
+            self.args,
+            critic_model,
+            self.reward_funcs,
+            reward_adapters,
+            self.reward_weights,
+            self.is_fsdp_enabled,
+        )
+        self._set_head(self.critic)
+        self.critic.attach_to(self._policy)
+        if self.critic.trunk is not None and self.args.gradient_checkpointing:
+            # The parent asks only the policy itself, in which PEFT hides children of its wrapper
+            enable_checkpointing(self.critic.trunk, self.args)
+        if self.optimizer is not None:
+            self.optimizer.param_groups[-1]["params"].extend(self.critic.own_parameters())
 
-        # What outlives a rollout
+    def _set_up_rollouts(self) -> None:
+        """Makes what rollouts go through, and what outlives them."""
+        args, policy = self.args, self._policy
         self._compares_in_groups = not args.uses_raw_rewards
         self.notices = Notices()
         self.generation = Generation(
-            self._policy,
+            policy,
             args,
             self.notices,
             use_vllm=self.use_vllm,
             has_rollout_func=self.rollout_func is not None,
             is_vlm=self._is_vlm,
-            is_sharded=is_sharded,
+            is_sharded=self._is_sharded,
         )
-        self.kl_controller = token_mdp.KLController(args.kl_in_reward, args.kl_target, args.kl_horizon)
-        self.trust_region = TrustRegion(args.target_kl, self.accelerator.device)
-        self.recorder = Recorder(args.output_dir, self.accelerator.process_index)
-        self.throughput = Throughput()
-        self.cut_prompts = CutPrompts(max_prompt_length, is_cut=not self._is_vlm)
-        self.add_callback(StartOfTraining(self))
         self.length_batches = LengthBatches(
             args, self.notices, self.pad_to_multiple_of, self._loss_depends_on_micro_batches
         )
         self.compact = CompactForwards(
-            self._policy, self.critic, args, self.accelerator, self.notices, self.num_generations, self._is_vlm
+            policy, self.critic, args, self.accelerator, self.notices, self.num_generations, self._is_vlm
         )
         self.compact.check_always(balances_experts=self.aux_loss_enabled)
-        if self._is_vlm or not is_sharded:
-            self._compare_heads(self._tokenizer(COMPARED_TEXT)["input_ids"])
-        else:
-            self._head_scoring = None  # until there is a text of every process
+        self.kl_controller = token_mdp.KLController(args.kl_in_reward, args.kl_target, args.kl_horizon)
+        self.trust_region = TrustRegion(args.target_kl, self.accelerator.device)
+        self.recorder = Recorder(args.output_dir, self.accelerator.process_index)
+        self.throughput = Throughput()
+        self.cut_prompts = CutPrompts(self.prompts.max_length, self.prompts.is_cut)
 
     def _stop_dropout(self) -> None:
         """Stops dropout everywhere, where TRL stops modules of one kind; warns where it is to stay."""
@@ -248,13 +253,13 @@ class ActorCriticTrainer(TrainerBase, GRPOTrainer):
     def _set_up_sampling(self) -> None:
         """Reads where the engine ends completions, and warns of what it does to the policy's distribution."""
         settings = engine_settings(self)
-        ends = settings.get("eos_token_id", self.eos_token_ids)
-        if isinstance(ends, list) and None in ends and self.rollout_func is None and not self.use_vllm:
+        ends = end_tokens_of(settings, self.eos_token_ids)
+        if None in ends and self.rollout_func is None and not self.use_vllm:
             raise ValueError(
                 "The policy's tokenizer has no end-of-sequence token to end completions with. Set `tokenizer.eos_token`, "
                 "or name the tokens to stop at: `generation_kwargs={'eos_token_id': [...]}`."
             )
-        self.eos_token_ids = [*([ends] if isinstance(ends, int) else ends), *settings.get("stop_token_ids", [])]
+        self.eos_token_ids = ends
         strings = settings.get("stop") if self.use_vllm else settings.get("stop_strings")
         if strings:
             self.stop_strings = StopStrings(self._tokenizer, strings)
@@ -279,33 +284,6 @@ class ActorCriticTrainer(TrainerBase, GRPOTrainer):
         # An environment adds to the prompt, images are tokens, and `rollout_func` may do without a template
         can_count = not self._is_vlm and self.environment_factories is None
         self.prompts.check(name, datasets, lengths_of if can_count else None, self.rollout_func is None)
-
-    def _make_rewards(self, reward_adapters: dict[int, str]) -> Rewards:
-        self.reward_func_names = distinct_names(self.reward_func_names)
-        environment_classes = paying_environments(self)  # in the order of their rewards, which come last
-        for index, path in reward_adapters.items():
-            self.reward_funcs[index], self.reward_processing_classes[index] = load_reward_adapter(
-                self.model,
-                path,
-                self.reward_processing_classes[index],
-                self.args,
-                self.accelerator,
-                self.is_fsdp_enabled,
-            )
-        if self.args.turn_rewards:
-            check_turn_rewards(environment_classes, self.rollout_func)
-        rewards = Rewards(
-            ready_reward_models(self, set(reward_adapters)),
-            environment_classes if self.args.turn_rewards else [],
-            self.args,
-            self.accelerator,
-            self._tokenizer,
-            self.chat_template_kwargs,
-        )
-        rewards.check_dataset(self.train_dataset)
-        if self.args.prefix_rewards:
-            check_prefix_rewards(self.reward_funcs, self.reward_processing_classes, self._tokenizer)
-        return rewards
 
     def _set_head(self, critic: Critic) -> None:
         """Gives the critic the head that this algorithm needs."""
@@ -336,7 +314,7 @@ class ActorCriticTrainer(TrainerBase, GRPOTrainer):
                 ids,
                 temperature=self.temperature,
                 is_half=self.args.bf16 or self.args.fp16 or self._policy.dtype != torch.float32,
-                is_sharded=self.is_fsdp_enabled or self.is_deepspeed_enabled,
+                is_sharded=self._is_sharded,
                 reads_head=self._reads_head,
             )
 
