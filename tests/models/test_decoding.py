@@ -31,8 +31,8 @@ def test_processes_that_shard_weights_generate_as_trl_does(policy_path, prompts,
     if shards is not None:
         setattr(trainer, shards, True)
     with trainer._compact_generate():
-        assert ("generate" in vars(trainer._policy)) is (shards is None)
-    assert "generate" not in vars(trainer._policy)
+        assert ("generate" in vars(trainer._model)) is (shards is None)
+    assert "generate" not in vars(trainer._model)
 
 
 def batch_of(tokenizer, prompts):

@@ -68,7 +68,7 @@ def train_actor_critic(case, policy, output_dir, batch_size):
         rollout_func=helpers.scripted_rollout,
     )
     trainer.train()
-    return trainer, whole_weights(trainer._policy)
+    return trainer, whole_weights(trainer._model)
 
 
 def train_ranker(case, model, output_dir, batch_size):

@@ -77,7 +77,7 @@ def policy_card(trainer) -> CardContent:
     results = {"reward": ("mean_reward", "mean reward")}
     if len(names) > 1:
         results |= {metric: ("mean_reward", f"mean reward of {name} alone") for metric, name in names.items()}
-    args, policy, critic = trainer.args, trainer._policy, trainer.critic
+    args, policy, critic = trainer.args, trainer._model, trainer.critic
     details = {
         "method": trainer._method,
         "is_chat": is_chat(trainer.train_dataset),

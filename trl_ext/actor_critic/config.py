@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from trl import GRPOConfig
 
 from ..compat import OneGeneration, take_newer_names
-from ..training.arguments import check_choices
+from ..training.arguments import check_choices, document_fields
 
 
 # Those of TRL 1.16, each of which was seen to take advantages of shape `(B, T)`
@@ -14,132 +14,26 @@ TOKEN_LOSS_TYPES = ("grpo", "dr_grpo", "dapo", "bnpo", "cispo", "sapo", "luspo",
 STEP_LOSS_TYPES = ("dapo", "cispo", "vespo")
 
 
+@document_fields
 @dataclass
 class ActorCriticConfig(GRPOConfig):
-    r"""
-    Configuration of [`ActorCriticTrainer`]: what it adds to, or sets otherwise than, [`~trl.GRPOConfig`].
+    """Configuration of [`ActorCriticTrainer`]: what it adds to, or sets otherwise than, [`~trl.GRPOConfig`]."""
 
-    Parameters:
-        num_generations (`int`, *optional*, defaults to `1`):
-            Completions per prompt. The critic replaces the group mean, so one is enough.
-        disable_dropout (`bool`, *optional*, defaults to `True`):
-            Dropout would make the ratio of the first update differ from 1. Stopped are modules of all kinds (an
-            adapter's, too), and numbers that the model hands to a function (`attention_dropout`, `layerdrop`).
-        scale_rewards (`str` or `bool`, *optional*, defaults to `"none"`):
-            `"none"`: the completion's score is its weighted reward. `"group"` or `"batch"`: GRPO's normalized one,
-            the reward less its prompt's mean over a standard deviation, which takes `num_generations >= 2`.
-        loss_type (`str`, *optional*, defaults to `"dapo"`):
-            Any of TRL's. `"vespo"` weighs a token by the ratio of its whole completion, and picks its `vespo_k_*` and
-            `vespo_lambda_*` by the sign of the token's own advantage.
-
-        > The token MDP
-
-        gamma (`float`, *optional*, defaults to `1.0`): Discount per token.
-        lam (`float`, *optional*, defaults to `0.95`): Lambda of generalized advantage estimation.
-        lam_policy (`float`, *optional*): Lambda of the policy's advantages, if not `lam` (VC-PPO).
-        lam_value (`float`, *optional*): Lambda of the critic's targets, if not `lam` (VC-PPO: 1.0).
-        length_adaptive_alpha (`float`, *optional*):
-            Makes the policy's lambda `1 - 1 / (alpha * length)` for each completion (VAPO: 0.05).
-        whiten_advantages (`bool`, *optional*, defaults to `False`):
-            Shift and scale advantages to mean 0 and variance 1 over the chosen tokens of the global generation batch.
-        truncation (`str`, *optional*, defaults to `"penalty"`):
-            What a completion that reached `max_completion_length` without ending is worth. `"penalty"`: the limit is
-            the MDP's horizon, the episode ended there, and its score is lowered by `missing_eos_penalty`.
-            `"bootstrap"`: the episode was cut, so its score is not earned; the critic's value of the state it was cut
-            in stands for what would have followed. `"mask"`: it is not trained on (`mask_truncated_completions`).
-        missing_eos_penalty (`float`, *optional*, defaults to `0.0`): Used by `truncation="penalty"`.
-
-        > Rewards
-
-        prefix_rewards (`bool`, *optional*, defaults to `False`):
-            Reward models score every prefix of a completion, and each token earns what it adds. In sum that is the
-            score of the whole less that of the prompt (which is logged as `reward`), so the best policy is the same,
-            but credit is dense. A critic that starts from a reward model starts at 0 then: what the model says of a
-            prefix has been paid when the prefix is there.
-        turn_rewards (`bool`, *optional*, defaults to `False`):
-            An environment's `get_reward` is asked after every turn, not at the end alone, and each turn earns what it
-            added. In sum that is what it says at the end.
-
-        > The critic
-
-        critic (`str`, *optional*, defaults to `"shared"`):
-            `"shared"`: a value head on the policy's trunk. `"adapter"`: a value head on an adapter of its own, on the
-            policy's frozen base; the policy then feels nothing of the critic's gradients, at the memory of one base,
-            for a forward and backward pass of its own. `"separate"`: a model of its own.
-        critic_model_name_or_path (`str`, *optional*):
-            What the critic starts from. A shared one: the folder or Hub id of a trained policy, whose value head is
-            taken up; by default 0. An adapter: the same with such a critic, or a reward adapter on the same base; by
-            default 0. A separate one: a path or Hub id of a model, a reward model or a trained policy with
-            a separate critic, or `"reward_model"` for the first model in `reward_funcs`; by default a copy of the
-            policy.
-        critic_detach (`bool`, *optional*, defaults to `False`):
-            Keep value gradients off the shared trunk. Where returns are many times 1, or the model is small, they drown
-            the policy's; a smaller `vf_coef` helps, too.
-        critic_learning_rate (`float`, *optional*, defaults to `1e-5`): Learning rate of the critic's own parameters.
-        critic_warmup_steps (`int`, *optional*, defaults to `0`):
-            Optimizer steps in which only the critic's own parameters learn and the policy stays as it is.
-        vf_coef (`float`, *optional*, defaults to `0.1`): Weight of the value loss.
-        cliprange_value (`float`, *optional*): Clip range of the value loss, in units of the return.
-
-        > Generation
-
-        generate_merged (`bool`, *optional*):
-            Generate with the adapter merged into its base, which is restored to the bit: faster than running the
-            adapter at every token. The base's weights are kept on CPU. By default where the base is in float32: in
-            half precision what is sampled from would be the sum rounded, in which a young adapter is mostly lost.
-            Never done on a quantized base, or where the adapted weights are another module's too.
-
-        > Speed, without changing what is computed
-
-        compact_generation (`bool`, *optional*, defaults to `True`):
-            Without vLLM or continuous batching: read a prompt once for all its completions, and drop completions from
-            the batch as they end. Left to `generate`, with a warning: options that this does not know of, FSDP and
-            DeepSpeed, images, prompt tuning, and models whose layers carry a state.
-        length_batches (`bool`, *optional*, defaults to `True`):
-            Sort the completions of an optimizer step into micro-batches of similar length, and cut each to its own
-            longest; reward models score so, too. Not done where the loss depends on who shares a micro-batch
-            (`loss_type="bnpo"`, entropy bonuses and quantiles), nor with images or `pad_to_multiple_of`.
-        balance_tokens (`bool`, *optional*, defaults to `False`):
-            With `length_batches`, put about as many tokens into each micro-batch of an optimizer step in place of as
-            many completions, so that its peak of memory is lower. Only for a `loss_type` that is normalized over the
-            whole step: `"dapo"`, `"cispo"` or `"vespo"`.
-        compact_scoring (`bool`, *optional*, defaults to `True`):
-            Run the LM head only where a token is scored. Not done with images or prompt tuning, as a warning says.
-        shared_prefix (`str`, *optional*, defaults to `"auto"`):
-            With `compact_scoring`, run a prompt once for all its completions in a micro-batch where that is less work;
-            with `length_batches`, causal reward models do so, too. `"auto"`: where the model gives the same
-            log-probabilities (or scores) so, which is checked on the first batch. `"always"`: an error where it does
-            not. `"never"`.
-
-        > The KL penalty
-
-        kl_in_reward (`float`, *optional*, defaults to `0.0`):
-            Coefficient of the per-token KL to the reference (k1) taken off the reward. TRL's `beta` puts it into the
-            loss instead; only one of the two may be non-zero.
-        kl_target (`float`, *optional*):
-            Steers `kl_in_reward` towards this KL per completion (nats, summed over its tokens).
-        kl_horizon (`int`, *optional*, defaults to `10000`): Completions in which the coefficient may move by a fifth.
-        target_kl (`float`, *optional*):
-            Ends the epochs on a rollout once the KL per token between the policy and the one that sampled exceeds
-            1.5 times this.
-
-        > Recording
-
-        save_rollouts (`bool`, *optional*, defaults to `False`):
-            Write every completion of training and evaluation, with its tokens, rewards, advantages, returns, values,
-            KL and log-probabilities, to `output_dir/rollouts`, for [`~trl_ext.load_rollouts`] to read. As all of
-            `output_dir`, they are pushed with the model.
-    """
-
-    num_generations: int = field(default=1, metadata={"help": "Completions per prompt. With a critic, one is enough."})
+    num_generations: int = field(
+        default=1, metadata={"help": "Completions per prompt. The critic replaces the group mean, so one is enough."}
+    )
     disable_dropout: bool = field(
-        default=True, metadata={"help": "Disable dropout, which would make the first update's ratio differ from 1."}
+        default=True,
+        metadata={
+            "help": "Stop dropout, which would make the ratio of the first update differ from 1: in modules of all kinds (an "
+            "adapter's, too), and in numbers that the model hands to a function (`attention_dropout`, `layerdrop`)."
+        },
     )
     scale_rewards: str = field(
         default="none",
         metadata={
-            "help": "'none': the score is the weighted reward. 'group' or 'batch': GRPO's normalized reward; takes at "
-            "least 2 generations per prompt."
+            "help": "`'none'`: the completion's score is its weighted reward. `'group'` or `'batch'`: GRPO's normalized one, "
+            "the reward less its prompt's mean over a standard deviation, which takes `num_generations >= 2`."
         },
     )
     loss_type: str = field(
@@ -164,14 +58,19 @@ class ActorCriticConfig(GRPOConfig):
     )
     whiten_advantages: bool = field(
         default=False,
-        metadata={"help": "Shift and scale advantages to mean 0, variance 1 over the global generation batch."},
+        metadata={
+            "help": "Shift and scale advantages to mean 0 and variance 1 over the chosen tokens of the global generation "
+            "batch."
+        },
     )
     truncation: str = field(
         default="penalty",
         metadata={
-            "help": "What a completion cut at `max_completion_length` is worth: its score less `missing_eos_penalty` "
-            "('penalty'), the critic's value of the state it was cut in ('bootstrap'), or nothing: it is not "
-            "trained on ('mask').",
+            "help": "What a completion that reached `max_completion_length` without ending is worth. `'penalty'`: the limit "
+            "is the MDP's horizon, the episode ended there, and its score is lowered by `missing_eos_penalty`. "
+            "`'bootstrap'`: the episode was cut, so its score is not earned; the critic's value of the state it was "
+            "cut in stands for what would have followed. `'mask'`: it is not trained on "
+            "(`mask_truncated_completions`).",
             "choices": ["bootstrap", "penalty", "mask"],
         },
     )
@@ -182,35 +81,37 @@ class ActorCriticConfig(GRPOConfig):
     prefix_rewards: bool = field(
         default=False,
         metadata={
-            "help": "Reward models score every prefix of a completion, and each token earns what it adds: the same "
-            "best policy, with dense credit."
+            "help": "Reward models score every prefix of a completion, and each token earns what it adds. In sum that is the "
+            "score of the whole less that of the prompt (which is logged as `reward`), so the best policy is the "
+            "same, but credit is dense. A critic that starts from a reward model starts at 0 then: what the model "
+            "says of a prefix has been paid when the prefix is there."
         },
     )
     turn_rewards: bool = field(
         default=False,
         metadata={
-            "help": "An environment's `get_reward` is asked after every turn, not at the end alone, and each turn earns "
-            "what it added."
+            "help": "An environment's `get_reward` is asked after every turn, not at the end alone, and each turn earns what "
+            "it added. In sum that is what it says at the end."
         },
     )
 
     critic: str = field(
         default="shared",
         metadata={
-            "help": "'shared': a value head on the policy's trunk. 'adapter': on an adapter of its own, on the "
-            "policy's frozen base (with `peft_config`; not under FSDP or DeepSpeed ZeRO-3). 'separate': a model of its "
-            "own.",
+            "help": "`'shared'`: a value head on the policy's trunk. `'adapter'`: a value head on an adapter of its own, on "
+            "the policy's frozen base; the policy then feels nothing of the critic's gradients, at the memory of one "
+            "base, for a forward and backward pass of its own. `'separate'`: a model of its own.",
             "choices": ["shared", "adapter", "separate"],
         },
     )
     critic_model_name_or_path: str | None = field(
         default=None,
         metadata={
-            "help": "What the critic starts from. Shared: the folder or Hub id of a trained policy, whose value head "
-            "is taken up (default: 0). Adapter: the same with such a critic, or a reward adapter on the same base "
-            "(default: 0). Separate: a path or Hub id of a model, a reward model or a trained policy with "
-            "a separate critic, or 'reward_model' for the first model in `reward_funcs` (default: a copy of the "
-            "policy)."
+            "help": "What the critic starts from. A shared one: the folder or Hub id of a trained policy, whose value head is "
+            "taken up; by default 0. An adapter: the same with such a critic, or a reward adapter on the same base; "
+            "by default 0. A separate one: a path or Hub id of a model, a reward model or a trained policy with a "
+            "separate critic, or `'reward_model'` for the first model in `reward_funcs`; by default a copy of the "
+            "policy."
         },
     )
     critic_detach: bool = field(
@@ -225,7 +126,9 @@ class ActorCriticConfig(GRPOConfig):
     )
     critic_warmup_steps: int = field(
         default=0,
-        metadata={"help": "Optimizer steps in which only the critic's own parameters learn; the policy is frozen."},
+        metadata={
+            "help": "Optimizer steps in which only the critic's own parameters learn and the policy stays as it is."
+        },
     )
     vf_coef: float = field(default=0.1, metadata={"help": "Weight of the value loss."})
     cliprange_value: float | None = field(
@@ -235,9 +138,10 @@ class ActorCriticConfig(GRPOConfig):
     generate_merged: bool | None = field(
         default=None,
         metadata={
-            "help": "Generate with the adapter merged into its base, which is restored to the bit. Keeps a copy of the "
-            "base's weights on CPU. By default where the base is in float32: in half precision the sum is rounded, and "
-            "a young adapter is mostly lost. Never on a quantized base."
+            "help": "Generate with the adapter merged into its base, which is restored to the bit: faster than running the "
+            "adapter at every token. The base's weights are kept on CPU. By default where the base is in float32: in "
+            "half precision what is sampled from would be the sum rounded, in which a young adapter is mostly lost. "
+            "Never done on a quantized base, or where the adapted weights are another module's too."
         },
     )
 
@@ -253,16 +157,17 @@ class ActorCriticConfig(GRPOConfig):
     length_batches: bool = field(
         default=True,
         metadata={
-            "help": "Sort the completions of an optimizer step into micro-batches of similar length, and cut each to its "
-            "own longest. Where the step would not be the same, or shapes are fixed, a warning says so."
+            "help": "Sort the completions of an optimizer step into micro-batches of similar length, and cut each to its own "
+            "longest; reward models score so, too. Not done where the loss depends on who shares a micro-batch "
+            "(`loss_type='bnpo'`, entropy bonuses and quantiles), nor with images or `pad_to_multiple_of`."
         },
     )
     balance_tokens: bool = field(
         default=False,
         metadata={
-            "help": "With `length_batches`, put about as many tokens into each micro-batch of an optimizer step in place "
-            "of as many completions. Only for `loss_type` 'dapo', 'cispo' or 'vespo', which are normalized over the "
-            "whole step."
+            "help": "With `length_batches`, put about as many tokens into each micro-batch of an optimizer step in place of "
+            "as many completions, so that its peak of memory is lower. Only for a `loss_type` that is normalized over "
+            "the whole step: `'dapo'`, `'cispo'` or `'vespo'`."
         },
     )
     compact_scoring: bool = field(
@@ -291,14 +196,18 @@ class ActorCriticConfig(GRPOConfig):
         },
     )
     kl_target: float | None = field(
-        default=None, metadata={"help": "Steers `kl_in_reward` towards this KL per completion, in nats."}
+        default=None,
+        metadata={"help": "Steers `kl_in_reward` towards this KL per completion (nats, summed over its tokens)."},
     )
     kl_horizon: int = field(
         default=10_000, metadata={"help": "Completions in which the KL coefficient may move by a fifth."}
     )
     target_kl: float | None = field(
         default=None,
-        metadata={"help": "Ends the epochs on a rollout when the KL per token to its sampler exceeds 1.5 times this."},
+        metadata={
+            "help": "Ends the epochs on a rollout once the KL per token between the policy and the one that sampled exceeds "
+            "1.5 times this."
+        },
     )
 
     save_rollouts: bool = field(

@@ -160,7 +160,6 @@ class ActorCriticTrainer(TrainerBase, GRPOTrainer):
         reward_funcs, other_args, kwargs = with_loaded_reward_models(reward_funcs, args, other_args, kwargs)
         with with_reference(args):
             super().__init__(model, reward_funcs, args, *other_args, **kwargs)
-        self._policy = self._model  # before any distributed wrapper
         self._is_sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
         take_up_start(self.ref_model, model, self._is_sharded)
         self._stop_dropout()
@@ -191,11 +190,11 @@ class ActorCriticTrainer(TrainerBase, GRPOTrainer):
 
     def _set_up_critic(self, critic_model: PreTrainedModel | None, reward_adapters: dict[int, str]) -> None:
         """Makes the critic, if the algorithm has one, a child of the policy."""
-        Critic.detach_from(self._policy)  # an earlier trainer's
+        Critic.detach_from(self._model)  # an earlier trainer's
         if not self._has_critic:
             return
         self.critic = start_critic(
-            self._policy,
+            self._model,
             self.args,
             critic_model,
             self.reward_funcs,
@@ -204,7 +203,7 @@ class ActorCriticTrainer(TrainerBase, GRPOTrainer):
             self.is_fsdp_enabled,
         )
         self._set_head(self.critic)
-        self.critic.attach_to(self._policy)
+        self.critic.attach_to(self._model)
         if self.critic.trunk is not None and self.args.gradient_checkpointing:
             # The parent asks only the policy itself, in which PEFT hides children of its wrapper
             enable_checkpointing(self.critic.trunk, self.args)
@@ -213,7 +212,7 @@ class ActorCriticTrainer(TrainerBase, GRPOTrainer):
 
     def _set_up_rollouts(self) -> None:
         """Makes what rollouts go through, and what outlives them."""
-        args, policy = self.args, self._policy
+        args, policy = self.args, self._model
         self._compares_in_groups = not args.uses_raw_rewards
         self.notices = Notices()
         self.generation = Generation(
@@ -310,10 +309,10 @@ class ActorCriticTrainer(TrainerBase, GRPOTrainer):
         if not self._is_vlm:
             self._head_scoring = score_as_the_model_does(
                 self.model,
-                [self._policy] if self.ref_model is None else [self._policy, self.ref_model],
+                [self._model] if self.ref_model is None else [self._model, self.ref_model],
                 ids,
                 temperature=self.temperature,
-                is_half=self.args.bf16 or self.args.fp16 or self._policy.dtype != torch.float32,
+                is_half=self.args.bf16 or self.args.fp16 or self._model.dtype != torch.float32,
                 is_sharded=self._is_sharded,
                 reads_head=self._reads_head,
             )
@@ -462,7 +461,7 @@ class ActorCriticTrainer(TrainerBase, GRPOTrainer):
         if self.stop_strings is None:
             return nullcontext()
         return generating_by(
-            self._policy, lambda generate, *args, **kwargs: generate(*args, tokenizer=self._tokenizer, **kwargs)
+            self._model, lambda generate, *args, **kwargs: generate(*args, tokenizer=self._tokenizer, **kwargs)
         )
 
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
@@ -684,7 +683,7 @@ class ActorCriticTrainer(TrainerBase, GRPOTrainer):
         loss = super().training_step(model, inputs, num_items_in_batch)
         if self._in_critic_warmup:
             # Without a gradient the optimizer passes them over; zeros would still decay weights and count as steps
-            for name, parameter in self._policy.named_parameters():
+            for name, parameter in self._model.named_parameters():
                 if not name.startswith(f"{CRITIC_NAME}."):
                     parameter.grad = None
         if self.args.target_kl is not None and self.accelerator.sync_gradients:

@@ -13,16 +13,13 @@ from dataclasses import dataclass, field
 
 from ..actor_critic.config import ActorCriticConfig, check_on_policy
 from ..actor_critic.trainer import ActorCriticTrainer
+from ..training.arguments import document_fields
 
 
+@document_fields
 @dataclass
 class A2CConfig(ActorCriticConfig):
-    r"""
-    Configuration of [`A2CTrainer`].
-
-    Parameters:
-        lam (`float`, *optional*, defaults to `1.0`): Lambda of generalized advantage estimation.
-    """
+    """Configuration of [`A2CTrainer`]."""
 
     lam: float = field(default=1.0, metadata={"help": "Lambda of generalized advantage estimation."})
 

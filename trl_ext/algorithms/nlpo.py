@@ -27,6 +27,7 @@ from peft import PeftModel
 from transformers import LogitsProcessorList
 
 from ..compat import generating_by
+from ..training.arguments import document_fields
 from .masking_policy import Mask, MaskedScoring, MaskingProcessor, refresh, snapshot, trained_weights
 from .ppo import PPOConfig, PPOTrainer
 
@@ -34,19 +35,10 @@ from .ppo import PPOConfig, PPOTrainer
 MASKING_POLICY_FILE = "masking_policy.pt"
 
 
+@document_fields
 @dataclass
 class NLPOConfig(PPOConfig):
-    r"""
-    Configuration of [`NLPOTrainer`].
-
-    Parameters:
-        top_p_mask (`float`, *optional*, defaults to `0.9`):
-            Probability of the masking policy's nucleus, which bounds what is sampled. 1 is PPO.
-        min_tokens_to_keep (`int`, *optional*, defaults to `100`): So many of its most likely tokens are in it at least.
-        mask_update_steps (`int`, *optional*, defaults to `20`): Rollouts after which the masking policy is renewed.
-        mask_in_eval (`bool`, *optional*, defaults to `False`): Also evaluate within the mask.
-        compact_generation (`bool`, *optional*, defaults to `False`): Not done within the mask, which is `generate`'s.
-    """
+    """Configuration of [`NLPOTrainer`]."""
 
     top_p_mask: float = field(
         default=0.9,
@@ -113,7 +105,7 @@ class NLPOTrainer(PPOTrainer):
             raise ValueError(
                 "NLPO masks what `generate` samples, and `rollout_func` samples by itself. Use PPO with it."
             )
-        if isinstance(self._policy, PeftModel) and self._policy.active_peft_config.is_prompt_learning:
+        if isinstance(self._model, PeftModel) and self._model.active_peft_config.is_prompt_learning:
             raise ValueError("NLPO's mask does not see the virtual tokens of a prompt-tuned policy. Use LoRA, or PPO.")
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             raise ValueError("NLPO copies the policy's weights, which FSDP and DeepSpeed shard. Use DDP, or PPO.")
@@ -121,7 +113,7 @@ class NLPOTrainer(PPOTrainer):
         self._mask = None  # with all of the vocabulary, nothing is masked
         if self.args.top_p_mask < 1:
             with self._without_companion():
-                masking_policy = snapshot(self._policy, left_out=self._own_hooks)
+                masking_policy = snapshot(self._model, left_out=self._own_hooks)
             special_ids = torch.tensor(self._tokenizer.all_special_ids, dtype=torch.long)
             self._mask = Mask(
                 masking_policy,
@@ -130,7 +122,7 @@ class NLPOTrainer(PPOTrainer):
                 special_ids,
                 self.accelerator.autocast,
             )
-            models = [self._policy] if self.ref_model is None else [self._policy, self.ref_model]
+            models = [self._model] if self.ref_model is None else [self._model, self.ref_model]
             self._masked_scoring = [MaskedScoring(model, self._mask, self.temperature) for model in models]
 
     @property
@@ -153,7 +145,7 @@ class NLPOTrainer(PPOTrainer):
         if self._mask is not None and self.model.training:
             if self._num_rollouts > 0 and self._num_rollouts % self.args.mask_update_steps == 0:
                 with self._without_companion():
-                    refresh(self._mask.model, trained_weights(self._policy))
+                    refresh(self._mask.model, trained_weights(self._model))
             self._num_rollouts += 1
         return super()._generate_and_score_completions(inputs)
 
@@ -176,7 +168,7 @@ class NLPOTrainer(PPOTrainer):
             processors = LogitsProcessorList([MaskingProcessor(self._mask, attention_mask)])
             return generate(*args, attention_mask=attention_mask, logits_processor=processors, **kwargs)
 
-        return generating_by(self._policy, masked)
+        return generating_by(self._model, masked)
 
     # --- Update ---
 
@@ -199,7 +191,7 @@ class NLPOTrainer(PPOTrainer):
         super()._save_rng_state(output_dir)
         if self._mask is not None and self.args.should_save:
             with self._without_companion():
-                weights = {name: self._mask.model.get_parameter(name) for name in trained_weights(self._policy)}
+                weights = {name: self._mask.model.get_parameter(name) for name in trained_weights(self._model)}
             state = {"num_rollouts": self._num_rollouts, "weights": weights}
             torch.save(state, os.path.join(output_dir, MASKING_POLICY_FILE))
 

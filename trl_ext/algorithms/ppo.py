@@ -16,17 +16,13 @@ from dataclasses import dataclass, field
 
 from ..actor_critic.config import ActorCriticConfig
 from ..actor_critic.trainer import ActorCriticTrainer
+from ..training.arguments import document_fields
 
 
+@document_fields
 @dataclass
 class PPOConfig(ActorCriticConfig):
-    r"""
-    Configuration of [`PPOTrainer`].
-
-    Parameters:
-        num_iterations (`int`, *optional*, defaults to `4`): Epochs over each rollout.
-        whiten_advantages (`bool`, *optional*, defaults to `True`): Advantages of mean 0 and variance 1.
-    """
+    """Configuration of [`PPOTrainer`]."""
 
     num_iterations: int = field(default=4, metadata={"help": "Epochs over each rollout."})
     whiten_advantages: bool = field(

@@ -28,31 +28,20 @@ from .. import token_mdp
 from ..actor_critic.config import ActorCriticConfig
 from ..actor_critic.trainer import ActorCriticTrainer
 from ..critic.heads import ActionValueHead, Estimate
+from ..training.arguments import document_fields
 
 
+@document_fields
 @dataclass
 class QActorCriticConfig(ActorCriticConfig):
-    r"""
-    Configuration of [`QActorCriticTrainer`].
-
-    Parameters:
-        policy_gradient (`str`, *optional*, defaults to `"advantage"`):
-            What the actor follows: `"q"`, the value of the sampled token; `"advantage"`, the same less the mean over all
-            tokens; `"all_actions"`, the value of every token of the vocabulary, weighted by its probability.
-        q_target (`str`, *optional*, defaults to `"expected_sarsa"`):
-            What the critic's target takes for the value of the next state: `"sarsa"`, that of the token sampled in it;
-            `"expected_sarsa"`, the mean over all tokens.
-        q_rank (`int`, *optional*, defaults to `64`):
-            R, numbers per token of the vocabulary by which Q tells tokens apart.
-        target_update_rate (`float`, *optional*, defaults to `0.05`):
-            Share by which the target head moves towards the critic's at each optimizer step; 1 is no target head.
-    """
+    """Configuration of [`QActorCriticTrainer`]."""
 
     policy_gradient: str = field(
         default="advantage",
         metadata={
-            "help": "What the actor follows: the value of the sampled token ('q'), the same less the mean over all "
-            "tokens ('advantage'), or the values of all tokens, weighted by their probabilities ('all_actions').",
+            "help": "What the actor follows: `'q'`, the value of the sampled token; `'advantage'`, the same less the mean "
+            "over all tokens; `'all_actions'`, the value of every token of the vocabulary, weighted by its "
+            "probability.",
             "choices": ["q", "advantage", "all_actions"],
         },
     )
@@ -69,7 +58,9 @@ class QActorCriticConfig(ActorCriticConfig):
     )
     target_update_rate: float = field(
         default=0.05,
-        metadata={"help": "Share by which the target head moves towards the critic's at each optimizer step."},
+        metadata={
+            "help": "Share by which the target head moves towards the critic's at each optimizer step; 1 is no target head."
+        },
     )
 
     def __post_init__(self):
@@ -137,7 +128,7 @@ class QActorCriticTrainer(ActorCriticTrainer):
         self.add_callback(UpdateTarget(self.critic.value_head))
 
     def _set_head(self, critic):
-        vocab_size = self._policy.config.get_text_config().vocab_size
+        vocab_size = self._model.config.get_text_config().vocab_size
         if not isinstance(critic.value_head, ActionValueHead):
             critic.value_head = ActionValueHead(critic.value_head, vocab_size, self.args.q_rank)
         saved, needed = tuple(critic.value_head.embedding.shape), (vocab_size, self.args.q_rank)

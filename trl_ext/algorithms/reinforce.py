@@ -17,32 +17,29 @@ import torch
 from .. import token_mdp
 from ..actor_critic.config import ActorCriticConfig, check_on_policy
 from ..actor_critic.trainer import ActorCriticTrainer
+from ..training.arguments import document_fields
 
 
 ONLY_WITH_CRITIC = ["critic_model_name_or_path", "critic_detach", "critic_warmup_steps", "cliprange_value"]
 
 
+@document_fields
 @dataclass
 class ReinforceConfig(ActorCriticConfig):
-    r"""
-    Configuration of [`ReinforceTrainer`].
-
-    Parameters:
-        one_step_mdp (`bool`, *optional*, defaults to `False`):
-            The bandit formulation: the whole completion is one action and every token shares its reward.
-        baseline (`str`, *optional*, defaults to `"batch_mean"`):
-            What is subtracted from the returns: `"none"`, `"batch_mean"` (over the chosen tokens of the global generation
-            batch) or `"value"` (the critic, of the prompt with `one_step_mdp`). Without `"value"` there is no critic.
-    """
+    """Configuration of [`ReinforceTrainer`]."""
 
     one_step_mdp: bool = field(
         default=False,
-        metadata={"help": "The bandit formulation: the whole completion is one action, all tokens share its reward."},
+        metadata={
+            "help": "The bandit formulation: the whole completion is one action and every token shares its reward."
+        },
     )
     baseline: str = field(
         default="batch_mean",
         metadata={
-            "help": "What is subtracted from the returns: nothing, their mean over the batch, or the critic's value.",
+            "help": "What is subtracted from the returns: `'none'`, `'batch_mean'` (over the chosen tokens of the global "
+            "generation batch) or `'value'` (the critic, of the prompt with `one_step_mdp`). Without `'value'` there "
+            "is no critic.",
             "choices": ["none", "batch_mean", "value"],
         },
     )
