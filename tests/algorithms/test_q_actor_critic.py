@@ -314,9 +314,8 @@ def test_warmup_leaves_the_policy_as_it_is(policy, tokenizer, prompts, tmp_path,
     assert moved == {f"critic.value_head.{name}" for name in ("weight", "bias", "projection", "embedding")}
 
 
-@pytest.mark.parametrize(
-    "policy_gradient, q_target", [("q", "sarsa"), ("advantage", "expected_sarsa"), ("all_actions", "expected_sarsa")]
-)
+@modes
+@targets
 def test_the_policy_learns(policy, tokenizer, prompts, tmp_path, policy_gradient, q_target):
     trainer = make(
         policy,
