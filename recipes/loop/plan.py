@@ -57,7 +57,7 @@ class Plan:
             self._sample(),
             self._rank(),
             self._reward_model(),
-            self._model(),
+            self._policy(),
             self._answer(),
             self._evaluate(),
             *([self._publish()] if self.args.push_to_hub else []),

@@ -15,12 +15,19 @@ from .stages import LoopError, Stage
 
 
 RECORDS = "stages"
+# The loop's own judge, by the names it had when older folders were made
+MOVED = {"quickstart_judges.praise": "film_reviews.judges.praise"}
 
 
 def record_of(folder: Path, name: str) -> dict | None:
     """Returns the record of a stage; None if it was never begun."""
     file = folder / RECORDS / f"{name}.json"
-    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+    if not file.is_file():
+        return None
+    text = file.read_text(encoding="utf-8")
+    for former, present in MOVED.items():
+        text = text.replace(json.dumps(former), json.dumps(present))
+    return json.loads(text)
 
 
 def is_done(folder: Path, name: str) -> bool:

@@ -45,7 +45,7 @@ from loop.evaluation import interval  # noqa: E402
 from loop.options import parse  # noqa: E402
 from loop.plan import Plan  # noqa: E402
 from loop.publishing import stage_model  # noqa: E402
-from loop.records import last_checkpoint, record_of, write_record  # noqa: E402
+from loop.records import check_unchanged, last_checkpoint, record_of, write_record  # noqa: E402
 from loop.running import shortened  # noqa: E402
 from loop.stages import flags  # noqa: E402
 from loop.start import begin_again  # noqa: E402
@@ -421,6 +421,16 @@ def test_the_judges_scores_are_equal_where_it_ties():
     scores = praise([[{"role": "assistant", "content": text}] for text in texts])
     assert scores == praise(texts)
     assert [1 + len({b for b in scores if b > a}) for a in scores] == lexicon_judge().rank(texts)
+
+
+def test_a_folder_goes_on_that_was_begun_when_its_judge_had_another_name(tmp_path):
+    (stage,) = (s for s in Plan(*parse([], rlhf.__doc__), tmp_path).stages() if s.name == "rank")
+    write_record(tmp_path, stage, [], is_finished=True)
+    record = tmp_path / "stages" / "rank.json"
+    text = record.read_text()
+    assert text.count(f'"{praise.__module__}.praise"') == 1
+    record.write_text(text.replace(f'"{praise.__module__}.praise"', '"quickstart_judges.praise"'))
+    check_unchanged(tmp_path, [stage])
 
 
 # --- What is refused before anything is trained ---
