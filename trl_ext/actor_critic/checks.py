@@ -3,6 +3,7 @@
 import functools
 import inspect
 from collections.abc import Callable, Iterable, Mapping, Set
+from typing import NoReturn
 
 import torch
 from datasets import Dataset
@@ -187,3 +188,12 @@ def checked_reward(reward_func: Callable, name: str, totals: Callable[[list], li
             return check_rewards(reward_func(completions=completions, **kwargs), name, len(completions), totals)
 
     return reward
+
+
+def refuse_loss(loss: float, step: int, prompts: list[str]) -> NoReturn:
+    """Refuses to go on training with a loss that is nan or infinite."""
+    raise FloatingPointError(
+        f"The loss is {loss} in the update after step {step}; training stops here and the last checkpoint is kept. "
+        "Common causes: too high a learning rate, or fp16. The batch's prompts: "
+        + "; ".join(repr(prompt[:80]) for prompt in prompts)
+    )

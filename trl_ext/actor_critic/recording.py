@@ -72,14 +72,21 @@ class Recorder:
         self.evaluation = name if name.startswith("eval") else f"eval_{name}"
         self.batches[self.evaluation] = (None, 0)
 
-    def begin_rollout(self, rows: list[dict[str, Any]], step: int, is_training: bool) -> None:
-        """Takes the rows of a rollout, with what its rewards are."""
+    def begin_rollout(
+        self, step: int, is_training: bool, rewards: list[dict[str, float | None]], **columns: list
+    ) -> None:
+        """Takes a rollout that was sampled at `step`: for each completion its rewards, and an entry in every column."""
         split = "train" if is_training else self.evaluation
         last_step, count = self.batches.get(split, (None, 0))
         number = count if last_step == step else 0
         self.batches[split] = (step, number + 1)
         name = f"step-{step:08d}-batch-{number:05d}-process-{self.process_index:05d}.parquet"
-        self.file, self.rows = self.folder / split / name, rows
+        self.file = self.folder / split / name
+        rows = zip(*columns.values(), strict=True)
+        self.rows = [
+            {"step": step, **dict(zip(columns, row, strict=True)), **paid}
+            for row, paid in zip(rows, rewards, strict=True)
+        ]
 
     def add_credit(self, rollout: Rollout, rewards: torch.Tensor) -> None:
         """Adds what the estimator took, `rewards` `(B, T)`, and gave."""

@@ -6,9 +6,9 @@ error to the lambda-return. With r_t from [`~trl_ext.token_mdp`] and A, G from g
 
     L = L_surrogate(pi, A) + vf_coef * mean_t (V(s_t) - G_t)^2 / 2
 
-The trainer's methods stand in the order in which TRL calls them. A batch is one [`Rollout`]: completed by `_generate`,
-rewarded by `_calculate_rewards`, credited with advantages and returns as soon as a forward has given what they take, and
-then trained on by `_compute_loss`. [`ForwardPlan`] says which forward that is.
+The trainer's methods stand in the order in which TRL calls them, each before those that it calls itself. A batch is one
+[`Rollout`]: completed by `_generate`, rewarded by `_calculate_rewards`, credited with advantages and returns as soon as
+a forward has given what they take, and then trained on by `_compute_loss`. [`ForwardPlan`] says which forward that is.
 """
 
 import asyncio
@@ -64,6 +64,7 @@ from .checks import (
     check_dataset_size,
     check_reference,
     checked_rollout,
+    refuse_loss,
 )
 from .compact import CompactForwards
 from .config import ActorCriticConfig
@@ -132,15 +133,15 @@ class ActorCriticTrainer(TrainerBase, GRPOTrainer):
     _pipeline_tag = "text-generation"
     _template_file = "policy.md"
     _saved_beside_model = (VALUE_HEAD_FILE, CRITIC_NAME)
-    _has_critic = True
+    _has_critic = True  # False for an algorithm, or a setting of it, without one
     _reads_head = False  # True for an algorithm that computes logits from hidden states itself
-    # Until `__init__` has made it, a training or an evaluation begins, or a rollout is under way
-    critic: Critic | None = None
-    turns: Turns | None = None  # with `turn_rewards` alone
-    stop_strings: StopStrings | None = None
-    _head_scoring: list | None = []
-    train_sampler = None  # streams have none
-    _evaluated_dataset = None
+    critic: Critic | None = None  # until `__init__` has made it, which looks for the model's companion before that
+    turns: Turns | None = None  # made with `turn_rewards` alone
+    stop_strings: StopStrings | None = None  # made where the engine stops at any
+    _head_scoring: list | None = []  # the models whose own LM head scores; None until they have been compared
+    train_sampler = None  # the last one; streams have none
+    _evaluated_dataset = None  # the last one
+    # The stages of the rollout under way, which TRL's hooks cannot hand to each other
     completed: Completed | None = None
     rewarded: Rewarded | None = None
     table: CompletionsTable | None = None
@@ -175,67 +176,6 @@ class ActorCriticTrainer(TrainerBase, GRPOTrainer):
         else:
             self._head_scoring = None  # until there is a text of every process
         self.add_callback(StartOfTraining(self))
-
-    def _set_up_prompts(self) -> None:
-        """Refuses datasets that cannot be trained on, as far as it can be seen."""
-        text_config = self.model.config.get_text_config()
-        context = getattr(text_config, "max_position_embeddings", None)  # absent where positions are unbounded
-        max_length = None if context is None else context - (self.max_completion_length or 1)
-        check_context(max_length, self.max_completion_length or 1)
-        self.prompts = Prompts(max_length, self._tokenizer.bos_token_id, is_cut=not self._is_vlm)
-        if isinstance(self.train_dataset, Dataset):
-            check_dataset_size(self.train_dataset, self.args.generation_batch_size // self.args.num_generations)
-        self._check_prompts("train_dataset", self.train_dataset)
-        self._check_prompts("eval_dataset", self.eval_dataset)
-
-    def _set_up_critic(self, critic_model: PreTrainedModel | None, reward_adapters: dict[int, str]) -> None:
-        """Makes the critic, if the algorithm has one, a child of the policy."""
-        Critic.detach_from(self._model)  # an earlier trainer's
-        if not self._has_critic:
-            return
-        self.critic = start_critic(
-            self._model,
-            self.args,
-            critic_model,
-            self.reward_funcs,
-            reward_adapters,
-            self.reward_weights,
-            self.is_fsdp_enabled,
-        )
-        self._set_head(self.critic)
-        self.critic.attach_to(self._model)
-        if self.critic.trunk is not None and self.args.gradient_checkpointing:
-            # The parent asks only the policy itself, in which PEFT hides children of its wrapper
-            enable_checkpointing(self.critic.trunk, self.args)
-        if self.optimizer is not None:
-            self.optimizer.param_groups[-1]["params"].extend(self.critic.own_parameters())
-
-    def _set_up_rollouts(self) -> None:
-        """Makes what rollouts go through, and what outlives them."""
-        args, policy = self.args, self._model
-        self._compares_in_groups = not args.uses_raw_rewards
-        self.notices = Notices()
-        self.generation = Generation(
-            policy,
-            args,
-            self.notices,
-            use_vllm=self.use_vllm,
-            has_rollout_func=self.rollout_func is not None,
-            is_vlm=self._is_vlm,
-            is_sharded=self._is_sharded,
-        )
-        self.length_batches = LengthBatches(
-            args, self.notices, self.pad_to_multiple_of, self._loss_depends_on_micro_batches
-        )
-        self.compact = CompactForwards(
-            policy, self.critic, args, self.accelerator, self.notices, self.num_generations, self._is_vlm
-        )
-        self.compact.check_always(balances_experts=self.aux_loss_enabled)
-        self.kl_controller = token_mdp.KLController(args.kl_in_reward, args.kl_target, args.kl_horizon)
-        self.trust_region = TrustRegion(args.target_kl, self.accelerator.device)
-        self.recorder = Recorder(args.output_dir, self.accelerator.process_index)
-        self.throughput = Throughput()
-        self.cut_prompts = CutPrompts(self.prompts.max_length, self.prompts.is_cut)
 
     def _stop_dropout(self) -> None:
         """Stops dropout everywhere, where TRL stops modules of one kind; warns where it is to stay."""
@@ -274,6 +214,18 @@ class ActorCriticTrainer(TrainerBase, GRPOTrainer):
         """True if the parent compares log-probabilities of the engine that sampled with the policy's."""
         return self.use_vllm and self.vllm_importance_sampling_correction
 
+    def _set_up_prompts(self) -> None:
+        """Refuses datasets that can be seen to be unusable, and finds how long prompts may be."""
+        text_config = self.model.config.get_text_config()
+        context = getattr(text_config, "max_position_embeddings", None)  # absent where positions are unbounded
+        max_length = None if context is None else context - (self.max_completion_length or 1)
+        check_context(max_length, self.max_completion_length or 1)
+        self.prompts = Prompts(max_length, self._tokenizer.bos_token_id, is_cut=not self._is_vlm)
+        if isinstance(self.train_dataset, Dataset):
+            check_dataset_size(self.train_dataset, self.args.generation_batch_size // self.args.num_generations)
+        self._check_prompts("train_dataset", self.train_dataset)
+        self._check_prompts("eval_dataset", self.eval_dataset)
+
     def _check_prompts(self, name: str, datasets) -> None:
         """Refuses what can be seen to be unusable before anything is generated of it."""
 
@@ -284,6 +236,31 @@ class ActorCriticTrainer(TrainerBase, GRPOTrainer):
         can_count = not self._is_vlm and self.environment_factories is None
         self.prompts.check(name, datasets, lengths_of if can_count else None, self.rollout_func is None)
 
+    def _run_coroutine(self, coroutine):
+        return asyncio.run_coroutine_threadsafe(coroutine, self.async_loop).result()
+
+    def _set_up_critic(self, critic_model: PreTrainedModel | None, reward_adapters: dict[int, str]) -> None:
+        """Makes the critic, if the algorithm has one, a child of the policy."""
+        Critic.detach_from(self._model)  # an earlier trainer's
+        if not self._has_critic:
+            return
+        self.critic = start_critic(
+            self._model,
+            self.args,
+            critic_model,
+            self.reward_funcs,
+            reward_adapters,
+            self.reward_weights,
+            self.is_fsdp_enabled,
+        )
+        self._set_head(self.critic)
+        self.critic.attach_to(self._model)
+        if self.critic.trunk is not None and self.args.gradient_checkpointing:
+            # The parent asks only the policy itself, in which PEFT hides children of its wrapper
+            enable_checkpointing(self.critic.trunk, self.args)
+        if self.optimizer is not None:
+            self.optimizer.param_groups[-1]["params"].extend(self.critic.own_parameters())
+
     def _set_head(self, critic: Critic) -> None:
         """Gives the critic the head that this algorithm needs."""
         if not isinstance(critic.value_head, ValueHead):
@@ -292,10 +269,35 @@ class ActorCriticTrainer(TrainerBase, GRPOTrainer):
                 f"{type(self).__name__} needs one of V(s). Use `QActorCriticTrainer`, or leave it unset."
             )
 
-    @property
-    def _has_batch_statistics(self) -> bool:
-        """True if a completion's advantages depend on other completions of the generation batch."""
-        return self.args.whiten_advantages
+    def _set_up_rollouts(self) -> None:
+        """Makes the objects that rollouts go through, and those that outlive them."""
+        args, policy = self.args, self._model
+        self._compares_in_groups = not args.uses_raw_rewards  # what is earned are TRL's advantages then
+        self.notices = Notices()  # of options that are on and cannot be used
+        # These three leave out what need not be computed: while sampling, in a loss's padding, in a scoring pass
+        self.generation = Generation(
+            policy,
+            args,
+            self.notices,
+            use_vllm=self.use_vllm,
+            has_rollout_func=self.rollout_func is not None,
+            is_vlm=self._is_vlm,
+            is_sharded=self._is_sharded,
+        )
+        self.length_batches = LengthBatches(
+            args, self.notices, self.pad_to_multiple_of, self._loss_depends_on_micro_batches
+        )
+        self.compact = CompactForwards(
+            policy, self.critic, args, self.accelerator, self.notices, self.num_generations, self._is_vlm
+        )
+        self.compact.check_always(balances_experts=self.aux_loss_enabled)
+        # These two outlive a rollout: the coefficient of the KL in the reward, and the end of epochs by `target_kl`
+        self.kl_controller = token_mdp.KLController(args.kl_in_reward, args.kl_target, args.kl_horizon)
+        self.trust_region = TrustRegion(args.target_kl, self.accelerator.device)
+        # These tell of rollouts, and decide nothing
+        self.recorder = Recorder(args.output_dir, self.accelerator.process_index)
+        self.throughput = Throughput()
+        self.cut_prompts = CutPrompts(self.prompts.max_length, self.prompts.is_cut)
 
     @property
     def _loss_depends_on_micro_batches(self) -> bool:
@@ -317,6 +319,12 @@ class ActorCriticTrainer(TrainerBase, GRPOTrainer):
                 reads_head=self._reads_head,
             )
 
+    # --- A training begins ---
+
+    def _get_train_sampler(self, dataset=None):
+        self.train_sampler = super()._get_train_sampler(dataset)
+        return self.train_sampler
+
     @property
     def companion(self):
         return self.critic
@@ -331,34 +339,33 @@ class ActorCriticTrainer(TrainerBase, GRPOTrainer):
         self.trust_region = TrustRegion(self.args.target_kl, self.accelerator.device)
         self.recorder.begin(step, moves_files=self.args.save_rollouts and self.args.should_save)
 
-    def _get_train_sampler(self, dataset=None):
-        self.train_sampler = super()._get_train_sampler(dataset)
-        return self.train_sampler
+    # --- A step, within which the parent calls what follows ---
+
+    def training_step(self, model, inputs, num_items_in_batch):
+        rollout_is_due = self._step % (self.args.steps_per_generation * self.num_iterations) == 0
+        if self.trust_region.has_ended and not rollout_is_due:
+            self._step += 1
+            return torch.zeros((), device=self.accelerator.device)
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        if self._in_critic_warmup:
+            # Without a gradient the optimizer passes them over; zeros would still decay weights and count as steps
+            for name, parameter in self._model.named_parameters():
+                if not name.startswith(f"{CRITIC_NAME}."):
+                    parameter.grad = None
+        if self.args.target_kl is not None and self.accelerator.sync_gradients:
+            if self.trust_region.at_step(self.accelerator):
+                model.zero_grad()  # nor is the update made that was about to be (DeepSpeed has made it)
+            self._log_all({"target_kl_exceeded": float(self.trust_region.has_ended)})
+        return loss
 
     @property
-    def _mode(self) -> str:
-        return "train" if self.model.training else "eval"
+    def _in_critic_warmup(self) -> bool:
+        return self.state.global_step < self.args.critic_warmup_steps
 
-    def _log_all(self, metrics: dict[str, float]) -> None:
-        for name, value in metrics.items():
-            self._metrics[self._mode][name].append(value)
-
-    # --- Evaluation ---
-
-    def evaluate(self, eval_dataset=None, *args, **kwargs):
-        self._check_prompts("eval_dataset", eval_dataset)
-        return super().evaluate(eval_dataset, *args, **kwargs)
-
-    def get_eval_dataloader(self, eval_dataset=None):
-        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
-        self._evaluated_dataset = self.eval_dataset[dataset] if isinstance(dataset, str) else dataset
-        return super().get_eval_dataloader(eval_dataset)
-
-    def evaluation_loop(self, *args, metric_key_prefix="eval", **kwargs):
-        self.recorder.begin_evaluation(metric_key_prefix)
-        return super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
-
-    # --- A rollout ---
+    @property
+    def _is_first_update(self) -> bool:
+        """True until a training has made its first forward with gradient."""
+        return self.is_in_train and self.model.training and self.state.global_step == 0 and self._step == 0
 
     def _prepare_inputs(self, generation_batch):
         earlier = self._buffered_inputs
@@ -367,6 +374,8 @@ class ActorCriticTrainer(TrainerBase, GRPOTrainer):
             self._buffered_inputs = self.length_batches.arranged(self._buffered_inputs)
             inputs = self._buffered_inputs[self._step % self.args.steps_per_generation]
         return inputs
+
+    # --- A rollout ---
 
     def _generate_and_score_completions(self, inputs):
         is_training, is_first = self.model.training, self._is_first_update
@@ -377,14 +386,14 @@ class ActorCriticTrainer(TrainerBase, GRPOTrainer):
             self._log_all(self.throughput.at_rollout())
         plan, forward = self.forward_plan, None
 
-        def score(*args, **kwargs):
+        def answer(*args, **kwargs):
             nonlocal forward
             if not plan.trl_may_score(is_training, is_first):
                 return None, None, None
             forward = self.forward(*args, **kwargs)
             return forward.for_trl
 
-        scoring = first_scoring_by(self, score) if plan.trl_scores else nullcontext()
+        scoring = first_scoring_by(self, answer) if plan.trl_scores else nullcontext()
         # The parent would mask what ended with a stop string, too
         masking = without_masking_cut(self) if self._masks_cut else nullcontext()
         # It may switch to the reference's adapter and back
@@ -398,17 +407,32 @@ class ActorCriticTrainer(TrainerBase, GRPOTrainer):
             self.credited(rollout, forward).into(batch)
         return batch
 
-    @property
-    def _masks_cut(self) -> bool:
-        """True if completions that were cut are masked here, as the parent does not know which ended with a string."""
-        return self.mask_truncated_completions and self.stop_strings is not None
-
     def _check_rows(self, inputs: list[dict]) -> None:
         if not all(example.get("prompt", True) for example in inputs):  # of a stream: others were looked at before
             is_training = self.model.training
             dataset = self.train_dataset if is_training else self._evaluated_dataset
             refuse_missing_prompt(dataset, "`train_dataset`" if is_training else "`eval_dataset`")
         self.rewards.check_row(inputs[0])
+
+    @property
+    def _masks_cut(self) -> bool:
+        """True if completions that were cut are masked here, as the parent does not know which ended with a string."""
+        return self.mask_truncated_completions and self.stop_strings is not None
+
+    @property
+    def forward_plan(self) -> ForwardPlan:
+        """The table of which forward of the policy gives which result."""
+        return ForwardPlan.of(
+            self.args,
+            corrects_sampling=self._corrects_sampling,
+            takes_forward=self.critic is not None or self.args.kl_in_reward != 0.0,
+            has_batch_statistics=self._has_batch_statistics,
+        )
+
+    @property
+    def _has_batch_statistics(self) -> bool:
+        """True if a completion's advantages depend on other completions of the generation batch."""
+        return self.args.whiten_advantages
 
     def _generate(self, prompts):
         if self.turns is not None:
@@ -437,7 +461,7 @@ class ActorCriticTrainer(TrainerBase, GRPOTrainer):
         return outputs
 
     def _merged_adapter(self):
-        """Within the context, where completions are sampled, the adapter is merged into its base if it can be."""
+        """Merges the adapter into its base, where that can be, within the context in which completions are sampled."""
         return nullcontext() if self.rollout_func is not None else self.generation.merged_adapter()
 
     def _tokenize_prompts(self, prompts):
@@ -457,83 +481,14 @@ class ActorCriticTrainer(TrainerBase, GRPOTrainer):
         return completion_ids, logps
 
     def _generate_knows_tokenizer(self):
-        """Within the context `generate` has the tokenizer by which it reads stop strings, which the parent does not give."""
+        """Gives `generate` the tokenizer that it reads stop strings by, within the context; the parent gives none."""
         if self.stop_strings is None:
             return nullcontext()
         return generating_by(
             self._model, lambda generate, *args, **kwargs: generate(*args, tokenizer=self._tokenizer, **kwargs)
         )
 
-    def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
-        asked, dense = self.rewards.asked_by_trl(
-            self.reward_funcs,
-            self.reward_func_names,
-            self.reward_weights,
-            completions,
-            completion_ids_list,
-            self.completed,
-        )
-        with rewarded_by(self, asked):
-            rewards_per_func = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
-        self.rewarded = self.rewards.rewarded(rewards_per_func, self.reward_weights, dense)
-        if self.args.save_rollouts:
-            rows = [
-                {
-                    "step": self.state.global_step,
-                    "prompt": strip_images_from_messages(prompt),
-                    "completion": strip_images_from_messages(completion),
-                    "completion_ids": ids,
-                    "tokens": self._tokenizer.convert_ids_to_tokens(ids),
-                    **rewards,
-                }
-                for prompt, completion, ids, rewards in zip(
-                    prompts, completions, completion_ids_list, self.rewarded.named(self.reward_func_names), strict=True
-                )
-            ]
-            self.recorder.begin_rollout(rows, self.state.global_step, self.model.training)
-        return rewards_per_func
-
-    def _begun(self, batch: dict) -> Rollout:
-        """Makes a rollout of TRL's batch, of its rewards, and of where its completions ended."""
-        terminated = torch.tensor(self.completed.has_ended, device=batch["completion_ids"].device)
-        if self._masks_cut:
-            batch |= without_cut(batch, terminated, self.accelerator)
-        rewards = self.rewarded.rewards
-        if self._compares_in_groups:  # then the parent's advantages are what is earned
-            rewards = batch["advantages"].masked_fill(rewards.isnan(), math.nan)
-        rollout = Rollout.begun(batch, rewards, self.rewarded.token_rewards, terminated)
-        self._log_rollout(rollout, batch["num_items_in_batch"])
-        return rollout
-
-    def _log_rollout(self, rollout: Rollout, num_tokens: torch.Tensor) -> None:
-        metrics, num_rows = self._metrics[self._mode], len(rollout.rewards)
-        if (self.num_generations if self.model.training else self.num_generations_eval) == 1:
-            metrics.pop("frac_reward_zero_std", None)  # groups of one have no spread
-        if self.log_completions:
-            self.table = CompletionsTable(self._logs, num_rows * self.accelerator.num_processes)
-        if self.model.training:
-            self.throughput.num_tokens = num_tokens
-        if self.args.truncation == "bootstrap" and metrics["completions/clipped_ratio"][-1] == 1.0:
-            warnings.warn(
-                "Every completion of this rollout was cut. With `truncation='bootstrap'` none of them earns its score, "
-                "so nothing is learned from the reward. Raise `max_completion_length`, or use `truncation='penalty'`.",
-                stacklevel=2,
-            )
-
-    def _run_coroutine(self, coroutine):
-        return asyncio.run_coroutine_threadsafe(coroutine, self.async_loop).result()
-
-    # --- Forwards ---
-
-    @property
-    def forward_plan(self) -> ForwardPlan:
-        """The table of which forward of the policy gives what."""
-        return ForwardPlan.of(
-            self.args,
-            corrects_sampling=self._corrects_sampling,
-            takes_forward=self.critic is not None or self.args.kl_in_reward != 0.0,
-            has_batch_statistics=self._has_batch_statistics,
-        )
+    # --- Its forwards ---
 
     def forward(self, model, input_ids, attention_mask, logits_to_keep, batch_size=None, **kwargs) -> Forward:
         """Runs the policy, with the critic, on completions; the arguments are those of TRL's scoring pass."""
@@ -578,31 +533,64 @@ class ActorCriticTrainer(TrainerBase, GRPOTrainer):
         )
 
     def _scored(self, inputs: dict) -> Forward:
-        """Makes a pass of our own over a rollout, as the parent does."""
+        """Makes a pass without gradient over a rollout, as the parent does."""
         with torch.no_grad(), disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs):
             return self._forward_of(self.model, inputs, batch_size=self.args.per_device_train_batch_size)
 
-    # --- Credit ---
+    # --- Its rewards ---
 
-    def compute_advantages(
-        self,
-        rewards: torch.Tensor,
-        values: torch.Tensor | None,
-        mask: torch.Tensor,
-        bootstrap: torch.Tensor | None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """
-        Advantages of the policy and targets of the critic, `(B, T)` each, from the arguments (and in the terms) of
-        [`~trl_ext.token_mdp.generalized_advantage_estimate`]. Override it for another estimator.
-        """
-        args = self.args
-        lam_policy = args.lam if args.lam_policy is None else args.lam_policy
-        lam_value = args.lam if args.lam_value is None else args.lam_value
-        if args.length_adaptive_alpha is not None:
-            lam_policy = token_mdp.length_adaptive_lambda(mask.sum(dim=1), args.length_adaptive_alpha)
-        return token_mdp.decoupled_advantage_estimate(
-            rewards, values, mask, args.gamma, lam_policy, lam_value, bootstrap
+    def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
+        asked, dense = self.rewards.asked_by_trl(
+            self.reward_funcs,
+            self.reward_func_names,
+            self.reward_weights,
+            completions,
+            completion_ids_list,
+            self.completed,
         )
+        with rewarded_by(self, asked):
+            rewards_per_func = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+        self.rewarded = self.rewards.rewarded(rewards_per_func, self.reward_weights, dense)
+        if self.args.save_rollouts:
+            self.recorder.begin_rollout(
+                self.state.global_step,
+                self.model.training,
+                prompt=[strip_images_from_messages(prompt) for prompt in prompts],
+                completion=[strip_images_from_messages(completion) for completion in completions],
+                completion_ids=completion_ids_list,
+                tokens=[self._tokenizer.convert_ids_to_tokens(ids) for ids in completion_ids_list],
+                rewards=self.rewarded.named(self.reward_func_names),
+            )
+        return rewards_per_func
+
+    def _begun(self, batch: dict) -> Rollout:
+        """Makes a [`Rollout`] of TRL's batch, its rewards, and the ends of its completions."""
+        terminated = torch.tensor(self.completed.has_ended, device=batch["completion_ids"].device)
+        if self._masks_cut:
+            batch |= without_cut(batch, terminated, self.accelerator)
+        rewards = self.rewarded.rewards
+        if self._compares_in_groups:  # then the parent's advantages are what is earned
+            rewards = batch["advantages"].masked_fill(rewards.isnan(), math.nan)
+        rollout = Rollout.begun(batch, rewards, self.rewarded.token_rewards, terminated)
+        self._log_rollout(rollout, batch["num_items_in_batch"])
+        return rollout
+
+    def _log_rollout(self, rollout: Rollout, num_tokens: torch.Tensor) -> None:
+        metrics, num_rows = self._metrics[self._mode], len(rollout.rewards)
+        if (self.num_generations if self.model.training else self.num_generations_eval) == 1:
+            metrics.pop("frac_reward_zero_std", None)  # groups of one have no spread
+        if self.log_completions:
+            self.table = CompletionsTable(self._logs, num_rows * self.accelerator.num_processes)
+        if self.model.training:
+            self.throughput.num_tokens = num_tokens
+        if self.args.truncation == "bootstrap" and metrics["completions/clipped_ratio"][-1] == 1.0:
+            warnings.warn(
+                "Every completion of this rollout was cut. With `truncation='bootstrap'` none of them earns its score, "
+                "so nothing is learned from the reward. Raise `max_completion_length`, or use `truncation='penalty'`.",
+                stacklevel=2,
+            )
+
+    # --- Its credit ---
 
     @torch.no_grad()
     def credited(self, rollout: Rollout, forward: Forward | None) -> Rollout:
@@ -642,6 +630,36 @@ class ActorCriticTrainer(TrainerBase, GRPOTrainer):
             credit = replace(credit, advantages=token_mdp.masked_whiten(advantages, mask, mean, var))
         return replace(rollout, credit=credit)
 
+    @staticmethod
+    def _state_values(values: torch.Tensor) -> torch.Tensor:
+        """Picks V(s_t), `(B, T+1)`, out of the critic's values."""
+        return values
+
+    def compute_advantages(
+        self,
+        rewards: torch.Tensor,
+        values: torch.Tensor | None,
+        mask: torch.Tensor,
+        bootstrap: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """
+        Estimates advantages of the policy and targets of the critic, `(B, T)` each, from the arguments (and in the
+        terms) of [`~trl_ext.token_mdp.generalized_advantage_estimate`]. Override this for another estimator.
+        """
+        args = self.args
+        lam_policy = args.lam if args.lam_policy is None else args.lam_policy
+        lam_value = args.lam if args.lam_value is None else args.lam_value
+        if args.length_adaptive_alpha is not None:
+            lam_policy = token_mdp.length_adaptive_lambda(mask.sum(dim=1), args.length_adaptive_alpha)
+        return token_mdp.decoupled_advantage_estimate(
+            rewards, values, mask, args.gamma, lam_policy, lam_value, bootstrap
+        )
+
+    @staticmethod
+    def _fitted(values: torch.Tensor) -> torch.Tensor:
+        """Picks the values that are fitted to the returns, `(B, T)`, out of the critic's."""
+        return values
+
     def _observe_kl(self, rollout: Rollout, logps: torch.Tensor) -> None:
         sums = kl_sums(rollout, logps, self.accelerator)
         self._log_all(kl_metrics(sums))
@@ -650,47 +668,11 @@ class ActorCriticTrainer(TrainerBase, GRPOTrainer):
         if self.model.training and not self._in_critic_warmup:
             self.kl_controller.observe(sums["k1"], int(sums["completions"]))
 
-    @staticmethod
-    def _state_values(values: torch.Tensor) -> torch.Tensor:
-        """Returns V(s_t), `(B, T+1)`, of what the critic said."""
-        return values
-
-    @staticmethod
-    def _fitted(values: torch.Tensor) -> torch.Tensor:
-        """Returns what is fitted to the returns, `(B, T)`, of what the critic said."""
-        return values
-
     def _global_moments(self, x: torch.Tensor, mask: torch.Tensor):
         """Returns count, mean and variance of `x` `(B, T)` over the chosen tokens of all processes."""
         return token_mdp.moments_of_all([x], mask, self.accelerator.gather)[0]
 
-    # --- An update ---
-
-    @property
-    def _is_first_update(self) -> bool:
-        """True until a training has made its first forward with gradient."""
-        return self.is_in_train and self.model.training and self.state.global_step == 0 and self._step == 0
-
-    @property
-    def _in_critic_warmup(self) -> bool:
-        return self.state.global_step < self.args.critic_warmup_steps
-
-    def training_step(self, model, inputs, num_items_in_batch):
-        rollout_is_due = self._step % (self.args.steps_per_generation * self.num_iterations) == 0
-        if self.trust_region.has_ended and not rollout_is_due:
-            self._step += 1
-            return torch.zeros((), device=self.accelerator.device)
-        loss = super().training_step(model, inputs, num_items_in_batch)
-        if self._in_critic_warmup:
-            # Without a gradient the optimizer passes them over; zeros would still decay weights and count as steps
-            for name, parameter in self._model.named_parameters():
-                if not name.startswith(f"{CRITIC_NAME}."):
-                    parameter.grad = None
-        if self.args.target_kl is not None and self.accelerator.sync_gradients:
-            if self.trust_region.at_step(self.accelerator):
-                model.zero_grad()  # nor is the update made that was about to be (DeepSpeed has made it)
-            self._log_all({"target_kl_exceeded": float(self.trust_region.has_ended)})
-        return loss
+    # --- The loss ---
 
     def _compute_loss(self, model, inputs):
         rollout, in_warmup = Rollout.of(inputs), self._in_critic_warmup and self.model.training
@@ -711,7 +693,9 @@ class ActorCriticTrainer(TrainerBase, GRPOTrainer):
         self._end_update(rollout, forward, value_losses)
         if self.num_iterations > 1 and self.model.training:  # for the epochs to come, if the first one scores
             inputs.setdefault("old_per_token_logps", forward.logps.detach())
-        self._check_finite(loss, inputs)
+        if not loss.isfinite():
+            prompts = self._tokenizer.batch_decode(inputs["prompt_ids"], skip_special_tokens=True)
+            refuse_loss(loss.item(), self.state.global_step, prompts)
         return loss
 
     def _with_critic_loss(
@@ -721,8 +705,8 @@ class ActorCriticTrainer(TrainerBase, GRPOTrainer):
         Adds the critic's loss to the policy's.
 
         Returns:
-            `tuple[torch.Tensor, torch.Tensor]`: The sum, and the critic's loss `(B, T)` by itself, 0 where no token was
-            chosen; None without a critic.
+            `tuple`: The sum, and the critic's loss `(B, T)` by itself, 0 where no token was chosen; None without a
+            critic.
         """
         if self.critic is None:
             return loss, None
@@ -733,8 +717,8 @@ class ActorCriticTrainer(TrainerBase, GRPOTrainer):
 
     def _tokens_per_window(self, inputs) -> torch.Tensor:
         """
-        Tokens per process over which an optimizer step averages: the normalizer of TRL's default loss, whatever
-        `loss_type` is, so that the value loss does not depend on how the window is cut into micro-batches.
+        Counts the tokens per process over which an optimizer step averages: the normalizer of TRL's default loss,
+        whatever `loss_type` is, so that the value loss does not depend on how the window is cut into micro-batches.
         """
         tokens = inputs["num_items_in_batch"].clamp(min=1.0) / self.accelerator.num_processes
         if self.model.training:
@@ -742,7 +726,7 @@ class ActorCriticTrainer(TrainerBase, GRPOTrainer):
         return tokens
 
     def _end_update(self, rollout: Rollout, forward: Forward, value_losses: torch.Tensor | None) -> None:
-        """Observes, logs and records what a forward with gradient has shown."""
+        """Logs and records what a forward with gradient has shown, and tells the trust region."""
         logps = forward.logps.detach()
         values = None if self.critic is None else self._fitted(forward.values[:, :-1])
         sums, metrics = update_metrics(
@@ -754,15 +738,30 @@ class ActorCriticTrainer(TrainerBase, GRPOTrainer):
         if self.args.save_rollouts:
             self.recorder.add_logps(rollout, logps)  # where no estimator took them
 
-    def _check_finite(self, loss: torch.Tensor, inputs) -> None:
-        if loss.isfinite():
-            return
-        prompts = self._tokenizer.batch_decode(inputs["prompt_ids"], skip_special_tokens=True)
-        raise FloatingPointError(
-            f"The loss is {loss.item()} in the update after step {self.state.global_step}; training stops here and "
-            "the last checkpoint is kept. Common causes: too high a learning rate, or fp16. The batch's prompts: "
-            + "; ".join(repr(prompt[:80]) for prompt in prompts)
-        )
+    # --- Metrics ---
+
+    @property
+    def _mode(self) -> str:
+        return "train" if self.model.training else "eval"
+
+    def _log_all(self, metrics: dict[str, float]) -> None:
+        for name, value in metrics.items():
+            self._metrics[self._mode][name].append(value)
+
+    # --- Evaluation ---
+
+    def evaluate(self, eval_dataset=None, *args, **kwargs):
+        self._check_prompts("eval_dataset", eval_dataset)
+        return super().evaluate(eval_dataset, *args, **kwargs)
+
+    def get_eval_dataloader(self, eval_dataset=None):
+        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
+        self._evaluated_dataset = self.eval_dataset[dataset] if isinstance(dataset, str) else dataset
+        return super().get_eval_dataloader(eval_dataset)
+
+    def evaluation_loop(self, *args, metric_key_prefix="eval", **kwargs):
+        self.recorder.begin_evaluation(metric_key_prefix)
+        return super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
 
     # --- Checkpoints and the card ---
 
