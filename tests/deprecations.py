@@ -44,7 +44,7 @@ def own_caller(frame) -> str | None:
 
 @contextmanager
 def asked_for() -> Iterator[None]:
-    """Within the context a test asks for what is deprecated, as users still do."""
+    """Lets a test ask for deprecated things within the context, as users still do."""
     before = list(found)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)

@@ -81,7 +81,10 @@ def lexicon_judge() -> Judge:
 
 
 def praise(completions: list, **columns) -> list[float]:
-    """The word list as a reward function of texts or messages, whose scores are equal where the judge ranks a tie."""
+    """
+    Returns the word list as a reward function of texts or messages, whose scores are equal where the judge ranks a
+    tie.
+    """
     judge = lexicon_judge()
     texts = [c if isinstance(c, str) else c[-1]["content"] for c in completions]
     return [judge.step * round(score / judge.step) for score in judge.score(texts)]

@@ -102,7 +102,7 @@ def policy_card(trainer) -> CardContent:
 
 
 def has_readable_values(policy, critic: Critic) -> bool:
-    """True if [`token_values`] can read the critic: no trunk shows it the virtual tokens of a tuned prompt."""
+    """Returns True if [`token_values`] can read the critic: no trunk shows it the virtual tokens of a tuned prompt."""
     is_prompt = isinstance(policy, PeftModel) and policy.active_peft_config.is_prompt_learning
     return not (is_prompt and critic.reads_policy)
 
@@ -129,7 +129,9 @@ def examples(logs: dict) -> list[str]:
 
 
 def is_chat(dataset) -> bool:
-    """True if the dataset's prompts are conversations, as far as it can be known without drawing from a stream."""
+    """
+    Returns True if the dataset's prompts are conversations, as far as can be known without drawing from a stream.
+    """
     return isinstance(dataset, Dataset) and "prompt" in dataset.column_names and is_conversational(dataset[0])
 
 

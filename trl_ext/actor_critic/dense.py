@@ -66,7 +66,9 @@ def shaped_reward(
 
 
 def is_dense(reward: Any) -> bool:
-    """True for rewards of tokens or spans, in a list, tensor or array; one with a single number is of the whole."""
+    """
+    Returns True for rewards of tokens or spans, in a list, tensor or array; one with a single number is of the whole.
+    """
     if isinstance(reward, torch.Tensor | np.ndarray):
         return reward.ndim > 0 and math.prod(reward.shape) != 1
     return isinstance(reward, list | tuple)
@@ -93,12 +95,12 @@ def number_of(reward: Any) -> float:
 
 
 def is_finite(reward: float) -> bool:
-    """True for a number that float32, in which rewards are kept, can hold."""
+    """Returns True for a number that float32, in which rewards are kept, can hold."""
     return abs(reward) <= torch.finfo(torch.float32).max
 
 
 def text_of(completion: str | list[dict[str, Any]]) -> str:
-    """The text that the characters of spans are counted in: of a conversation, the one reply."""
+    """Returns the text that the characters of spans are counted in: of a conversation, the one reply."""
     if isinstance(completion, str):
         return completion
     if len(completion) != 1:
@@ -170,7 +172,7 @@ def _special_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
 
 
 def _is_position(value: Any) -> bool:
-    """True for whole numbers; those in an array of spans are floats."""
+    """Returns True for whole numbers; those in an array of spans are floats."""
     return hasattr(value, "__index__") or (isinstance(value, float) and value.is_integer())
 
 

@@ -1,4 +1,4 @@
-"""The generation of completions in TRL's ways, by the plain policy, its adapter merged where that is exact."""
+"""Generation: completions are sampled by TRL's engines, without the work that can be left out."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -47,7 +47,7 @@ class Generation:
     # --- The adapter ---
 
     def merged_adapter(self):
-        """Within the context no adapter layers are run, where merging is exact to undo; vLLM merges for itself."""
+        """Merges the adapter into its base within the context, where that is exact to undo; vLLM merges for itself."""
         if self.merges is None:
             self.merges = self._should_merge()
         return merged(self.policy, self.base_weights) if self.merges else nullcontext()
@@ -89,7 +89,7 @@ class Generation:
 
     @contextmanager
     def compact(self) -> Iterator[None]:
-        """Within the context the policy's `generate` is [`decode`], where that does the same."""
+        """Puts [`decode`] in place of the policy's `generate` within the context, where it does the same."""
         has_engine = self.use_vllm or self.args.use_transformers_continuous_batching
         if not self.args.compact_generation or has_engine:
             yield

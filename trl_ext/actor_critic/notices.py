@@ -1,4 +1,4 @@
-"""Options that are on and cannot be used say so, once."""
+"""Warnings of options that are on and cannot be used, one for each."""
 
 from accelerate.logging import get_logger
 
@@ -7,18 +7,20 @@ logger = get_logger(__name__)
 
 
 class Notices:
-    """One for each trainer. Called with an option again, it says nothing more."""
+    """Warns once of each option that is on and cannot be used. Every trainer has an object of its own."""
 
     def __init__(self):
         self.options = set()
 
     def __call__(self, option: str, reason: str, cost: str, mend: str) -> None:
         """
+        Warns of an option, unless that was done before.
+
         Args:
-            option (`str`): As it is configured.
-            reason (`str`): Why it is not in use, a clause.
-            cost (`str`): What this costs, a clause.
-            mend (`str`): What to do, a sentence.
+            option (`str`): Its name in the configuration.
+            reason (`str`): A clause that says why it is not in use.
+            cost (`str`): A clause that says what this costs.
+            mend (`str`): A sentence that says what to do.
         """
         if option not in self.options:
             self.options.add(option)

@@ -78,7 +78,7 @@ def check_prompts(
     dataset: Dataset, name: str, lengths_of: Callable[[list], list[int]] | None, max_prompt_length: int | None
 ) -> None:
     """
-    Refuse rows without a prompt, and prompts that leave no room in the model's context.
+    Refuses rows without a prompt, and prompts that leave no room in the model's context.
 
     Every token holds at least one byte, so only prompts with more bytes than the context has tokens are tokenized.
 
@@ -126,7 +126,7 @@ def check_prompts(
 
 
 def _size_of(prompt: str | list) -> tuple[int, int]:
-    """Bytes of a prompt, and how many messages it has."""
+    """Counts the bytes of a prompt, and its messages."""
     if isinstance(prompt, str):
         return len(prompt.encode()), 1
     return len(json.dumps(prompt, ensure_ascii=False, default=str).encode()), len(prompt)
@@ -157,7 +157,7 @@ def check_prompt_ids(prompt_ids: list[list[int]]) -> None:
 
 
 def cut_to_context(prompt_ids: list[int], max_prompt_length: int, bos_token_id: int | None) -> list[int]:
-    """The last tokens of a prompt that is too long, behind its beginning-of-sequence token if it has one."""
+    """Returns the last tokens of a prompt that is too long, behind its beginning-of-sequence token if it has one."""
     if len(prompt_ids) <= max_prompt_length:
         return prompt_ids
     start = prompt_ids[:1] if prompt_ids[0] == bos_token_id and max_prompt_length > 1 else []

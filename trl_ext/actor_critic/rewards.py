@@ -139,7 +139,7 @@ class Rewards:
         self.prefix_checks = {}  # by reward model, what earlier rollouts have shown of it
 
     def check_dataset(self, dataset) -> None:
-        """Refuses at once what the reward models cannot score, as far as it can be known."""
+        """Refuses at once what the reward models cannot score, as far as can be known."""
         if isinstance(dataset, Dataset) and "prompt" in dataset.column_names:
             self.check_row(dataset[0])
             for reward_model in self.reward_models.values():

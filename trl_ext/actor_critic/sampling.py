@@ -87,26 +87,27 @@ def warn_of_altered(
     """
     options = altered(settings, temperature)
     if options:
-        own = {name for name in options if not use_vllm and given.get(name) is None}
-        warnings.warn(warning_of(options, temperature, own, is_corrected), stacklevel=5)
+        inherited = {name for name in options if not use_vllm and given.get(name) is None}
+        warnings.warn(warning_of(options, temperature, inherited, is_corrected), stacklevel=5)
 
 
-def warning_of(options: dict[str, Any], temperature: float, own: set[str], is_corrected: bool) -> str:
+def warning_of(options: dict[str, Any], temperature: float, inherited: set[str], is_corrected: bool) -> str:
     """
     Says what [`altered`] options do to training, and the mend.
 
     Args:
         options (`dict`): From [`altered`].
         temperature (`float`): As there.
-        own (`set[str]`): Names of those that nobody set: they come from the model's generation config.
+        inherited (`set[str]`): Names of those that nobody set, and that the model's generation config has.
         is_corrected (`bool`): True where the engine's log-probabilities of what it sampled are corrected for.
     """
     said = [
-        f"{name}={value!r}" + " (of the model's generation config)" * (name in own) for name, value in options.items()
+        f"{name}={value!r}" + " (of the model's generation config)" * (name in inherited)
+        for name, value in options.items()
     ]
     neutral = {name: temperature if name == "temperature" else UNALTERED[name] for name in options}
     mends = [
-        f"`trainer.model.generation_config.{name} = None`" if name in own else f"`{name}={value!r}`"
+        f"`trainer.model.generation_config.{name} = None`" if name in inherited else f"`{name}={value!r}`"
         for name, value in neutral.items()
     ]
     cost = (
@@ -122,5 +123,5 @@ def warning_of(options: dict[str, Any], temperature: float, own: set[str], is_co
 
 
 def shortened(text: str, length: int = 60) -> str:
-    """The beginning of a text that is longer than `length`: lists of tokens may be."""
+    """Returns the beginning of a text that is longer than `length`, as a list of tokens may be."""
     return text if len(text) <= length else f"{text[:length]}..."

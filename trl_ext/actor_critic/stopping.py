@@ -35,7 +35,10 @@ class StopStrings:
             ) from error
 
     def length(self, prompt_ids: list[int], completion_ids: list[int]) -> int | None:
-        """Number of tokens until a stop string is complete, which may begin in the prompt; None where none is."""
+        """
+        Returns the number of tokens until a stop string is complete, which may begin in the prompt; None where none
+        is.
+        """
         met = self._met(prompt_ids, completion_ids, len(completion_ids))
         return int(met.int().argmax()) + 1 if met.any() else None
 

@@ -33,7 +33,7 @@ def can_merge(model: PeftModel) -> bool:
 
 
 def shared_adapted_weights(model: PeftModel) -> set[int]:
-    """The ids of the base's weights that an adapter is on and more than one module holds."""
+    """Returns the ids of the base's weights that an adapter is on and more than one module holds."""
     layers = (module.get_base_layer() for module in model.modules() if isinstance(module, BaseTunerLayer))
     adapted = {id(weight) for layer in layers for weight in layer.parameters()}
     held = Counter(id(weight) for module in model.modules() for weight in module._parameters.values())

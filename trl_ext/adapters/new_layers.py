@@ -84,7 +84,7 @@ def save_whole(peft_config: PeftConfig, layers: list[str]) -> None:
 
 
 def unquantized(quantization_config, layers: list[str]):
-    """A copy of a `BitsAndBytesConfig` that leaves `layers`, which are to be trained, in full precision."""
+    """Returns a copy of a `BitsAndBytesConfig` that leaves `layers`, which are to be trained, in full precision."""
     if not layers or not hasattr(quantization_config, "llm_int8_skip_modules"):
         return quantization_config
     copied = copy.deepcopy(quantization_config)

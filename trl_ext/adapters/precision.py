@@ -48,7 +48,7 @@ def keep_trainables_in_fp32(model: nn.Module, before: dict[str, torch.Tensor], i
 
 
 def cast_input(module: nn.Module, args: tuple) -> tuple:
-    """A forward pre-hook that casts a half-precision base's hidden states for a head in float32, if nothing is autocast."""
+    """Casts a half-precision base's hidden states for a head in float32, unless something is autocast; a pre-hook."""
     x = args[0]
     if x.is_floating_point() and not torch.is_autocast_enabled(x.device.type):
         return (x.to(next(module.parameters()).dtype), *args[1:])

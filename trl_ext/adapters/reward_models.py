@@ -162,7 +162,7 @@ def make_ready(model: nn.Module, processing_class, name: str) -> RewardInput | N
 
 
 def max_text_length(model: nn.Module) -> int | None:
-    """The number of positions that a model has learned; None if it computes them."""
+    """Returns the number of positions that a model has learned; None if it computes them."""
     for name, module in model.named_modules():
         if isinstance(module, nn.Embedding) and name.rpartition(".")[2] in POSITION_TABLES:
             # Some begin a few rows later: at `offset`, or after that of padding
@@ -225,7 +225,9 @@ class RewardModel:
         return reward_input_ids(prompt, completion, self.processing_class, self.how, **template_kwargs)
 
     def fits(self, ids: list[int]) -> bool:
-        """True if the model has a position for each token. Warns if it has not, or was not made for so many."""
+        """
+        Returns True if the model has a position for each token. Warns if it has not, or was not made for so many.
+        """
         made_for = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)  # absent from others
         if self.max_length is not None and len(ids) > self.max_length:
             logger.warning_once(
@@ -262,7 +264,9 @@ class RewardModel:
 
 
 def num_bytes(prompt: str | list) -> int:
-    """The largest number of tokens that a prompt can have; more than any model has positions if that is unknown."""
+    """
+    Returns the largest number of tokens that a prompt can have; more than any model has positions if that is unknown.
+    """
     if isinstance(prompt, str):
         return len(prompt.encode())
     contents = [message.get("content") for message in prompt]

@@ -94,7 +94,7 @@ def adapter_like(source: PeftModel, base: PreTrainedModel) -> PeftModel:
 
 
 def is_adapter(path: str) -> bool:
-    """True if a folder or Hub repository holds an adapter."""
+    """Returns True if a folder or Hub repository holds an adapter."""
     return find_adapter_config_file(path) is not None
 
 
@@ -110,7 +110,7 @@ def base_of_adapter(path: str) -> tuple[str, str]:
 
 
 def is_same_model(name: str | None, other: str | None) -> bool:
-    """True if two names (folders or Hub ids) are of the same model."""
+    """Returns True if two names (folders or Hub ids) are of the same model."""
     if not name or not other:
         return False
     return name == other or (Path(name).is_dir() and Path(other).is_dir() and Path(name).samefile(other))

@@ -31,6 +31,8 @@ class CompletionSampler(ReinforceTrainer):
 
     def sample(self, prompts: Dataset) -> Dataset:
         """
+        Samples completions and asks for their rewards.
+
         Args:
             prompts ([`~datasets.Dataset`]): With a column `prompt`; the others go to the reward functions.
 
@@ -65,7 +67,7 @@ class CompletionSampler(ReinforceTrainer):
 
 def keep_best(samples: Dataset, num_kept: int | None = 1, threshold: float | None = None) -> Dataset:
     """
-    The completions worth imitating.
+    Picks the completions that are worth imitating.
 
     Args:
         samples ([`~datasets.Dataset`]): From [`CompletionSampler.sample`].

@@ -34,7 +34,7 @@ FUNCTIONS = (FunctionType, MethodType, functools.partial)
 
 def snapshot(model: PreTrainedModel | PeftModel, left_out: Collection[int] = ()) -> PreTrainedModel | PeftModel:
     """
-    A copy of a model, in evaluation mode and without gradients, that shares the weights which do not train.
+    Returns a copy of a model, in evaluation mode and without gradients, that shares the weights which do not train.
 
     What was put on the model's instances (a `forward` of their own, hooks) is put on the copy's, and runs on the copy.
 
@@ -48,18 +48,20 @@ def snapshot(model: PreTrainedModel | PeftModel, left_out: Collection[int] = ())
         tensors = [*module._parameters.values(), *module._buffers.values()]
         if tensors and next(module.children(), None) is None and all(t is None or id(t) in copies for t in tensors):
             copies[id(module)] = module
-    own = [module for module in model.modules() if id(module) not in copies]
+    copied_modules = [module for module in model.modules() if id(module) not in copies]
     # Copying what functions and hooks are methods of would copy whatever that knows
-    functions = [(module, name, x) for module in own for name, x in vars(module).items() if isinstance(x, FUNCTIONS)]
+    functions = [
+        (module, name, x) for module in copied_modules for name, x in vars(module).items() if isinstance(x, FUNCTIONS)
+    ]
     copies |= {id(function): function for _, _, function in functions}
-    for module in own:
+    for module in copied_modules:
         copies |= {id(hooks): type(hooks)() for hooks in (module._forward_hooks, module._forward_pre_hooks)}
     copied = copy.deepcopy(model, copies)  # which adds everything it copies
     for _, _, function in functions:
         copies.pop(id(function), None)
     for module, name, function in functions:
         vars(copies[id(module)])[name] = rebound(function, copies)
-    for module in own:
+    for module in copied_modules:
         for hooks in (module._forward_hooks, module._forward_pre_hooks):
             kept = {key: rebound(hook, copies) for key, hook in hooks.items() if key not in left_out}
             copies[id(hooks)].update(kept)
@@ -68,8 +70,8 @@ def snapshot(model: PreTrainedModel | PeftModel, left_out: Collection[int] = ())
 
 def rebound(function: Any, copies: dict[int, Any], seen: frozenset[int] = frozenset()) -> Any:
     """
-    A function that does with copies what this one does with their originals, wherever it knows these from: as the
-    object that it is a method of, from its closure, its defaults or its module.
+    Returns a function that does with copies what this one does with their originals, wherever it knows these from: as
+    the object that it is a method of, from its closure, its defaults or its module.
 
     Args:
         function (`Any`): Whatever is no function, and has no copy, is returned as it is.
@@ -131,12 +133,12 @@ class Mask:
         self.model = model
         self.top_p, self.min_tokens_to_keep, self.always = top_p, min_tokens_to_keep, always
         self.autocast = autocast
-        self.keeps_state: bool | None = None  # whether it may read token by token, once that has been tried
+        self.keeps_state: bool | None = None  # true if it may read token by token, once that has been tried
         self.num_compared = 0
 
     @torch.no_grad()
     def read(self, **inputs):
-        """The trunk's output."""
+        """Runs the trunk, and returns its output."""
         with self.autocast():
             return base_causal_lm(self.model).base_model(**inputs)
 

@@ -162,7 +162,7 @@ class NLPOTrainer(PPOTrainer):
         return nullcontext()
 
     def _masked_generate(self):
-        """Within the context the policy's `generate` samples within the mask: TRL passes it no logits processors."""
+        """Keeps the policy's `generate` inside the mask within the context: TRL passes it no logits processors."""
 
         def masked(generate, *args, attention_mask, **kwargs):
             processors = LogitsProcessorList([MaskingProcessor(self._mask, attention_mask)])

@@ -96,8 +96,8 @@ def take_newer_names(args) -> None:
 
 def cache_argument(model) -> str | None:
     """
-    The name by which a model's forward takes, and its output gives, the states of the tokens read so far; None where
-    there is none.
+    Returns the name by which a model's forward takes, and its output gives, the states of the tokens read so far; None
+    where there is none.
 
     `past_key_values` and, of state-space models, `cache_params` became `cache` in transformers 5.24; models whose code
     comes from the Hub keep the older names.
@@ -107,7 +107,7 @@ def cache_argument(model) -> str | None:
 
 
 def attention_of(config) -> str:
-    """The implementation of attention that a model of this config runs."""
+    """Returns the implementation of attention that a model of this config runs."""
     return config._attn_implementation
 
 
@@ -122,7 +122,10 @@ def has_states_alone(model) -> bool:
 
 
 def paying_environments(trainer) -> list[type]:
-    """The classes of environments whose `get_reward` a trainer of TRL has appended to its `reward_funcs`, in order."""
+    """
+    Returns the classes of environments whose `get_reward` a trainer of TRL has appended to its `reward_funcs`, in
+    order.
+    """
     if trainer.environment_factories is None:
         return []
     classes = dict.fromkeys(type(pool[0]) for pool in trainer._environment_pool.values())

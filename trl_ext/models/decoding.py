@@ -77,7 +77,7 @@ NEEDED = {"input_ids", "attention_mask", "position_ids", "logits_to_keep"}
 
 
 def settings_of(model: PreTrainedModel | PeftModel, generation_config: GenerationConfig) -> dict:
-    """The options of a call of `generate`: those of the model, unless the call says something else."""
+    """Returns the options of a call of `generate`: those of the model, unless the call says something else."""
     configs = (base_causal_lm(model).generation_config, generation_config)
     return {name: value for config in configs for name, value in config.to_dict().items() if value is not None}
 

@@ -30,7 +30,7 @@ def stop_dropout(model: nn.Module) -> None:
 
 
 def active_dropout(model: nn.Module) -> dict[str, float]:
-    """Probabilities of dropout in a model that are not 0, by the place where they are kept."""
+    """Returns the probabilities of dropout in a model that are not 0, by the place where they are kept."""
     in_config = (
         (f"{name}.config.{key}", module.config.to_dict(), key)
         for name, module in model.named_modules()
@@ -68,7 +68,10 @@ def _probabilities(model: nn.Module) -> Iterator[tuple[str, dict, str]]:
 
 
 def _reads_config(module: nn.Module) -> list[str]:
-    """Names of probabilities, not 0, that a layer's forward reads off its config, as Falcon's and Persimmon's do."""
+    """
+    Returns the names of probabilities, not 0, that a layer's forward reads off its config, as Falcon's and Persimmon's
+    do.
+    """
     if isinstance(module, PreTrainedModel) or "config" not in vars(module):
         return []
     forward = inspect.unwrap(type(module).forward)

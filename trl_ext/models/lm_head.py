@@ -11,7 +11,7 @@ CHUNK_SIZE = 256
 
 
 def base_causal_lm(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
-    """The language model, or the classifier on one, out of its PEFT wrapper if it has one."""
+    """Returns the language model, or the classifier on one, out of its PEFT wrapper if it has one."""
     return model.get_base_model() if isinstance(model, PeftModel) else model
 
 

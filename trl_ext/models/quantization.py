@@ -8,7 +8,9 @@ QUANTIZATION_FLAGS = ("is_loaded_in_4bit", "is_loaded_in_8bit")
 
 
 def is_quantized(model: nn.Module) -> bool:
-    """True if the weights are in few bits, which neither train nor merge. Only transformers' models ever say so."""
+    """
+    Returns True if the weights are in few bits, which neither train nor merge. Only transformers' models ever say so.
+    """
     return bool(getattr(model, "is_quantized", False))
 
 

@@ -56,18 +56,18 @@ class RewardInput:
 
 
 def text_tokenizer(processing_class: PreTrainedTokenizerBase | ProcessorMixin) -> PreTrainedTokenizerBase:
-    """The tokenizer itself, or that of the processor of a model which could see images."""
+    """Returns the tokenizer itself, or that of the processor of a model which could see images."""
     return processing_class.tokenizer if isinstance(processing_class, ProcessorMixin) else processing_class
 
 
 def special_tokens_of(tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """The tokens that the tokenizer puts around a text."""
+    """Returns the tokens that the tokenizer puts around a text."""
     ids, bare = (tokenizer("", add_special_tokens=adds)["input_ids"] for adds in (True, False))
     return [] if ids == bare else tokenizer.convert_ids_to_tokens(ids)
 
 
 def input_in_training(processing_class, kind: str, bare_texts: bool = False) -> RewardInput:
-    """The note of a training with this tokenizer: on texts as TRL's `RewardTrainer` reads them, or bare."""
+    """Returns the note of a training with this tokenizer: on texts as TRL's `RewardTrainer` reads them, or bare."""
     tokenizer = text_tokenizer(processing_class)
     if kind != "text" or bare_texts:
         return RewardInput(kind, tokenizer.pad_token)
@@ -96,7 +96,7 @@ def reward_input_ids(
 
 
 def template_kwargs_of(row: dict) -> dict:
-    """The arguments of the chat template in a row of a dataset."""
+    """Returns the arguments of the chat template in a row of a dataset."""
     tools = row.get("tools")
     return {"tools": json.loads(tools) if isinstance(tools, str) else tools, **(row.get("chat_template_kwargs") or {})}
 

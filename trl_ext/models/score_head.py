@@ -12,7 +12,7 @@ from .lm_head import base_causal_lm
 
 
 def has_score_head(model: nn.Module) -> bool:
-    """True for transformers' causal models that score texts, by a head called `score`."""
+    """Returns True for transformers' causal models that score texts, by a head called `score`."""
     base = base_causal_lm(model)
     return isinstance(base, PreTrainedModel) and "score" in base._modules
 
@@ -98,5 +98,5 @@ def scores_of_prefixes_and_whole(
 
 
 def last_real_token(ids: list[int], pad_token_id: int) -> int:
-    """The index of the last token that is no padding; its state scores a text on transformers' classifiers."""
+    """Returns the index of the last token that is no padding; its state scores a text on transformers' classifiers."""
     return max((t for t, token in enumerate(ids) if token != pad_token_id), default=0)

@@ -69,7 +69,7 @@ class PrefixCheck:
         return self.verdict
 
     def _sum(self, *flags: bool) -> list[float]:
-        """The number of processes in which each flag is set."""
+        """Returns the number of processes in which each flag is set."""
         local = torch.tensor(flags, dtype=torch.float, device=self.accelerator.device)
         return self.accelerator.reduce(local, reduction="sum").tolist()
 

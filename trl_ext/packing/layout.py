@@ -103,7 +103,7 @@ def packed_inputs(
 
 
 def takes_positions(model: nn.Module) -> bool:
-    """True if the forward of a model, or of the one under an adapter, has an argument for positions."""
+    """Returns True if the forward of a model, or of the one under an adapter, has an argument for positions."""
     model = model.get_base_model() if isinstance(model, PeftModel) else model
     return "position_ids" in inspect.signature(model.forward).parameters
 
@@ -145,7 +145,9 @@ class Layout:
 
 
 def forward_cost(num_rows: int, length: int, hidden_size: int) -> int:
-    """The cost of a layer's forward, but for a factor: 12 H^2 multiplications per token, and 2 L H of attention."""
+    """
+    Returns the cost of a layer's forward, but for a factor: 12 H^2 multiplications per token, and 2 L H of attention.
+    """
     return num_rows * length * (12 * hidden_size + 2 * length)
 
 
@@ -169,14 +171,14 @@ def rows_layout(input_ids: torch.Tensor, attention_mask: torch.Tensor, num_state
 
 
 def positions_of(attention_mask: torch.Tensor) -> torch.Tensor:
-    """The positions `(B, L)` of real tokens; padding, on either side, counts for nothing."""
+    """Returns the positions `(B, L)` of real tokens; padding, on either side, counts for nothing."""
     return (attention_mask.long().cumsum(dim=1) - 1).clamp(min=0)
 
 
 def states_and_actions(
     input_ids: torch.Tensor, attention_mask: torch.Tensor, num_states: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The `mask` and the `actions` of a [`Layout`] of the last states of rows."""
+    """Returns the `mask` and the `actions` of a [`Layout`] of the last states of rows."""
     actions = nn.functional.pad(input_ids[:, 1:], (0, 1))
     return attention_mask[:, -num_states:].bool(), actions[:, -num_states:]
 

@@ -130,7 +130,7 @@ def by_length(prompt_ids: torch.Tensor, prompt_mask: torch.Tensor, completion_ma
 
 
 def real_tokens(input_ids: torch.Tensor, attention_mask: torch.Tensor) -> list[list[int]]:
-    """The tokens of each row `(B, L)` without its padding."""
+    """Returns the tokens of each row `(B, L)` without its padding."""
     return [
         [token for token, is_there in zip(ids, there, strict=True) if is_there]
         for ids, there in zip(input_ids.tolist(), attention_mask.tolist(), strict=True)

@@ -23,7 +23,7 @@ PADDING = -1  # segment of padding
 
 
 def common_prefix_length(sequences: list[list[int]]) -> int:
-    """The number of first tokens that all sequences have in common."""
+    """Returns the number of first tokens that all sequences have in common."""
     length = 0
     for tokens in zip(*sequences, strict=False):
         if len(set(tokens)) > 1:

@@ -29,12 +29,12 @@ class Texts:
         self.tokens = real_tokens(self.inputs["input_ids"], self.inputs["attention_mask"])
 
     def plain(self, rows: list[int]) -> dict[str, torch.Tensor]:
-        """The inputs of some rows, cut to the longest of them."""
+        """Returns the inputs of some rows, cut to the longest of them."""
         longest = max(len(self.tokens[row]) for row in rows)
         return {name: values[rows, :longest] for name, values in self.inputs.items()}
 
     def packed(self, rows: list[int], pad_token_id: int) -> tuple[Packed, torch.Tensor]:
-        """Some rows after their prompts, and the numbers of the tokens that score them, `(len(rows),)`."""
+        """Returns some rows after their prompts, and the numbers of the tokens that score them, `(len(rows),)`."""
         tokens = [self.tokens[row] for row in rows]
         ends = [last_real_token(ids, pad_token_id) for ids in tokens]
         packed = pack_groups(tokens, ends, [self.prompts[row] for row in rows], pad_token_id)
@@ -81,7 +81,7 @@ class RewardScoring(nn.Module):
         return self.check(scores, lambda: len({self.prompts[row] for row in rows}) < len(rows))
 
     def _scores(self, texts: Texts, rows: list[int], packs: bool) -> torch.Tensor:
-        """The scores `(len(rows), 1)`, packed if that is allowed and less work."""
+        """Returns the scores `(len(rows), 1)`, packed if that is allowed and less work."""
         plain = texts.plain(rows)
         if packs:
             packed, index = texts.packed(rows, self._config.pad_token_id)

@@ -26,7 +26,7 @@ NUM_STREAMED_ROWS = 1000
 
 
 def has_tied_pairs(columns: list[str]) -> bool:
-    """True if rows of TRL's preference type say of each pair if it is a tie."""
+    """Returns True if rows of TRL's preference type say of each pair if it is a tie."""
     return "chosen" in columns and "rejected" in columns and "tie" in columns
 
 
@@ -184,7 +184,7 @@ def why_not_learnable(row: dict, args: RankingArguments, max_order: int | None) 
 
 
 def teaches(row: dict) -> bool:
-    """True if not all completions of a row are tied."""
+    """Returns True if not all completions of a row are tied."""
     if row.get("pairs"):
         return any(preferred != 0 for _, _, preferred in row["pairs"])
     return len({row["ranks"][i] for i in judged_indices(row["ranks"], None)}) > 1

@@ -126,7 +126,7 @@ class RankingRewardTrainer(RankingTrainer, RewardTrainer):
 
     @staticmethod
     def _are_plain_pairs(columns) -> bool:
-        """True if the parent reads a dataset with these columns."""
+        """Returns True if the parent reads a dataset with these columns."""
         return "chosen" in columns and not has_tied_pairs(columns) and not is_ranking(columns)
 
     @property

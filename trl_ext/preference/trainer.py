@@ -216,7 +216,7 @@ class RankingTrainer(TrainerBase):
     # --- Shared prefix ---
 
     def _packed_kwargs(self, model, inputs) -> dict:
-        """The forward's arguments for a packed batch."""
+        """Returns the forward's arguments for a packed batch."""
         columns = (inputs[f"packed_{name}"] for name in ("input_ids", "positions", "segments"))
         return packed_inputs(model, *columns) | {"use_cache": False}
 

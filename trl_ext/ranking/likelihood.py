@@ -101,7 +101,6 @@ def judgements_nll(
 
 def check_model(model: str) -> None:
     """Refuses a `model` that is none of `RANKING_MODELS`."""
-    """Refuses a `model` that is none of `RANKING_MODELS`."""
     if model not in RANKING_MODELS:
         raise ValueError(f"`model` must be one of {RANKING_MODELS}, got {model!r}.")
 

@@ -149,7 +149,6 @@ def davidson_luce_nll(scores: torch.Tensor, ranks: torch.Tensor, log_tie: torch.
 
 def check_tie_orders(sizes: torch.Tensor, log_tie: torch.Tensor) -> None:
     """Refuses rankings with tied groups of `sizes` that `log_tie` gives no probability."""
-    """Refuses rankings with tied groups of `sizes` that `log_tie` gives no probability."""
     largest = sizes.max().item() if sizes.numel() else 1
     if largest > log_tie.numel() + 1:
         raise ValueError(

@@ -135,7 +135,7 @@ def prepare_new_layers(given: dict, task_type: str) -> list[str]:
 
 
 def has_reference(model) -> bool:
-    """True if one of the adapters in `model` is the reference that the KL is taken to."""
+    """Returns True if one of the adapters in `model` is the reference that the KL is taken to."""
     return isinstance(model, PeftModel) and REFERENCE in model.peft_config
 
 
@@ -178,11 +178,11 @@ def check_trainable(model, quantization_config, peft_config) -> None:
 
 def check_something_trains(model: nn.Module) -> None:
     """Refuses a model of which nothing trains but what a trainer put into it, a critic or tie parameters."""
-    own = [(name, p) for name, p in model.named_parameters() if not {*name.split(".")} & COMPANIONS]
-    if not any(parameter.requires_grad for _, parameter in own):
+    weights = [p for name, p in model.named_parameters() if not {*name.split(".")} & COMPANIONS]
+    if not any(parameter.requires_grad for parameter in weights):
         raise ValueError(
-            f"None of the {len(own)} weights of `model` train (`requires_grad` is False for all), so it would stay as it "
-            "is. `PeftModel.from_pretrained` freezes an adapter unless `is_trainable=True`; what `merge_and_unload()` "
+            f"None of the {len(weights)} weights of `model` train (`requires_grad` is False for all), so it would stay as "
+            "it is. `PeftModel.from_pretrained` freezes an adapter unless `is_trainable=True`; what `merge_and_unload()` "
             "returns is frozen until `model.requires_grad_(True)`; and `prepare_model_for_kbit_training` freezes what is "
             "there, for a `peft_config` (or `get_peft_model`) to come after it."
         )

@@ -139,7 +139,7 @@ class Pusher:
 
     def is_free(self, last_push) -> bool:
         """
-        True if the parent pushes a checkpoint now.
+        Returns True if the parent pushes a checkpoint now.
 
         Args:
             last_push (`PushInProgress`, *optional*): The parent's; None before the first.
@@ -170,8 +170,8 @@ class Pusher:
             (checkpoint, {"path_in_repo": name}),
         ]
         begun = [job for job in jobs if job not in earlier]  # none if not in this process, now, or with this strategy
-        for job, (folder, own) in zip(begun, sources, strict=False):
-            jobs[jobs.index(job)] = self._submit(upload_or_warn, job, repo_id, folder, **own, **settings)
+        for job, (folder, files) in zip(begun, sources, strict=False):
+            jobs[jobs.index(job)] = self._submit(upload_or_warn, job, repo_id, folder, **files, **settings)
 
 
 def refuse_to_publish(folder: str | Path) -> None:
