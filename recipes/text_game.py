@@ -60,7 +60,7 @@ def parse(args: list[str]) -> tuple:
 
 
 def learn_from_demonstrations(script_args: GameArguments, args: PPOConfig, model_args: ModelConfig, game, rows) -> str:
-    """Has a careless player play, and a model imitate that; returns the model's folder."""
+    """Lets a careless player play, and a model imitate that player; returns the model's folder."""
     rng = random.Random(args.seed)
     episodes = [
         demonstrate(game, rng.choice(rows), script_args.carelessness, args.max_tool_calling_iterations, rng)

@@ -29,7 +29,7 @@ class Page:
     The parts of the page, and the answers to its events, each of which is a dict of the parts that change.
 
     Args:
-        folder (`str`): Where completions are, and judgements go.
+        folder (`str`): The folder of the completions and the judgements.
         items (`list[Item]`): All that are to be ranked.
 
     Attributes:

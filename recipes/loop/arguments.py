@@ -14,7 +14,7 @@ RECIPES = Path(__file__).parents[1]
 
 
 def check(script: str, arguments: list[str]) -> None:
-    """Has a recipe parse its arguments. Raises a ValueError, or exits as `argparse` does."""
+    """Lets a recipe parse its arguments. Raises a ValueError, or exits as `argparse` does."""
     sys.argv = [script, *arguments]  # for the program's name in errors
     args = runpy.run_path(str(RECIPES / script))["parse"](arguments)
     if script == "judge_completions.py" and args.reward_func is not None:

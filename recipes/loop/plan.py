@@ -38,7 +38,7 @@ class Plan:
     The plan of a loop.
 
     Args:
-        args (`argparse.Namespace`): Of `rlhf.py`.
+        args (`argparse.Namespace`): The arguments of `rlhf.py`.
         config (`dict`): The sections of its configuration.
         output (`Path`): Folder that takes all results.
     """

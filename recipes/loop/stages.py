@@ -23,7 +23,7 @@ class Command:
     Args:
         script (`str`): File in the folder of recipes.
         arguments (`dict`): By name, without dashes. Those that are None are left out; an empty list is the name alone.
-        trains_in (`Path`, *optional*): Where its checkpoints are. It is then run by `accelerate launch`.
+        trains_in (`Path`, *optional*): The folder of its checkpoints, for a stage that `accelerate launch` runs.
         creates (`Path`, *optional*): A folder which may not exist before.
     """
 
@@ -47,7 +47,7 @@ class Stage:
         about (`str`): A few words on what it does.
         commands (`list[Command]`): Each of which can be run again if it was stopped.
         judged_by_people (`Path`, *optional*): Folder in which people must have judged enough before it may begin.
-        shown (`tuple[str, ...]`): Which of the metrics that are logged to show.
+        shown (`tuple[str, ...]`): The logged metrics to show.
     """
 
     name: str

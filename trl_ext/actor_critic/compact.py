@@ -1,6 +1,6 @@
 """
-TRL's scoring forward (log-probabilities and entropies of completions) of no more than is needed: padding and repeated
-prompts are left out, and the LM head runs only where a token is scored.
+TRL's scoring forward (log-probabilities and entropies of completions), made compact: padding and repeated prompts are
+left out, and the LM head runs only where a token is scored.
 """
 
 import functools
@@ -28,8 +28,8 @@ class CompactForwards:
         policy (`PreTrainedModel` or `PeftModel`): The policy, before any distributed wrapper.
         critic ([`Critic`], *optional*): Its critic, which runs with it.
         args ([`ActorCriticConfig`]): The configuration.
-        accelerator (`Accelerator`): Of the processes.
-        notices ([`Notices`]): Where options that are on and cannot be used say so.
+        accelerator (`Accelerator`): Knows the processes.
+        notices ([`Notices`]): Takes warnings of options that are on and cannot be used.
         num_generations (`int`): Completions of each prompt.
         is_vlm (`bool`): The policy takes images.
     """
@@ -99,7 +99,7 @@ class CompactForwards:
         Args:
             model (`nn.Module`): The policy or its reference.
             num_tokens (`int`): T, the columns of completions.
-            values (`list`, *optional*): Where the critic puts what it says `(B, T + 1, ...)`; None if it is not asked.
+            values (`list`, *optional*): Takes the critic's values `(B, T + 1, ...)`; None if they are not asked for.
             input_ids, attention_mask, labels (`torch.Tensor` of shape `(B, L)`): TRL's.
             kwargs: TRL's other arguments of the model.
         """
@@ -184,8 +184,8 @@ def run_compactly(
 
     Args:
         model (`nn.Module`), base (`PreTrainedModel`): The model, and what is in its wrappers.
-        way (`str`), input_ids, attention_mask: Those of the layout.
-        values (`list`, *optional*): Where a critic puts what it says.
+        way (`str`), input_ids, attention_mask: The arguments of the layout.
+        values (`list`, *optional*): Takes the values of a critic.
         labels (`torch.Tensor` of shape `(B, T)`): The tokens of completions; -100 where none is scored.
         kwargs: Other arguments of the model.
 

@@ -32,7 +32,7 @@ class Prompts:
 
     Args:
         max_length (`int`, *optional*): Tokens that the context leaves to a prompt; unbounded by default.
-        bos_token_id (`int`, *optional*): Of a token that stays in front of what is cut.
+        bos_token_id (`int`, *optional*): The token that stays in front of what is cut.
         is_cut (`bool`, *optional*, defaults to `True`): False where prompts hold images, whose tokens cannot be cut.
     """
 

@@ -155,9 +155,9 @@ def update_metrics(
     Args:
         rollout ([`Rollout`]): The micro-batch.
         logps (`torch.Tensor` of shape `(B, T)`): Log-probabilities by the policy.
-        values, value_losses (`torch.Tensor` of shape `(B, T)`, *optional*): Of the critic; None without one.
+        values, value_losses (`torch.Tensor` of shape `(B, T)`, *optional*): The critic's; None without one.
         args ([`ActorCriticConfig`]): The configuration.
-        accelerator (`Accelerator`): Of the processes.
+        accelerator (`Accelerator`): Knows the processes.
         is_first (`bool`): True for the first of a training, which is compared with the policy that sampled.
 
     Returns:

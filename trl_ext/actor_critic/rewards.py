@@ -115,11 +115,11 @@ class Rewards:
     Asks reward functions and reward models.
 
     Args:
-        reward_models (`dict[int, RewardModel]`): Those that are models, by their index among all.
+        reward_models (`dict[int, RewardModel]`): The models among all rewards, by their index.
         environment_classes (`list[type]`): Environments that the last of the functions ask, turn by turn; empty without
             `turn_rewards`.
         args ([`ActorCriticConfig`]): The configuration.
-        accelerator (`Accelerator`): Of the processes.
+        accelerator (`Accelerator`): Knows the processes.
         tokenizer (`PreTrainedTokenizerBase`): The policy's.
         template_kwargs (`dict`): What the policy's chat template is given.
     """
@@ -191,9 +191,9 @@ class Rewards:
         Sums up what was given to the completions of this process.
 
         Args:
-            rewards_per_func (`torch.Tensor` of shape `(B_all, N)`): Of all processes; nan where one does not apply.
+            rewards_per_func (`torch.Tensor` of shape `(B_all, N)`): The rewards of all processes; nan where one does not apply.
             weights (`torch.Tensor` of shape `(N,)`): Weights of the functions.
-            dense ([`DenseRewards`]): Of this process, as [`asked_by_trl`] returned them.
+            dense ([`DenseRewards`]): The dense rewards of this process, as [`asked_by_trl`] returned them.
         """
         first = self.accelerator.process_index * len(dense.rewards)
         by_function = rewards_per_func[first : first + len(dense.rewards)]

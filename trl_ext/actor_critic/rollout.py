@@ -85,7 +85,7 @@ class Rollout:
         terminated (`torch.Tensor` of shape `(B,)`, bool): True where a completion ended by itself.
         index (`torch.Tensor` of shape `(B,)`): The place of each among those that were sampled together.
         ref_logps (`torch.Tensor` of shape `(B, T)`, *optional*): Log-probabilities by the reference.
-        old_logps (`torch.Tensor` of shape `(B, T)`, *optional*): Those by the policy that sampled.
+        old_logps (`torch.Tensor` of shape `(B, T)`, *optional*): Log-probabilities by the policy that sampled.
         credit ([`Credit`], *optional*): None until it is known.
         chosen (`torch.Tensor` of shape `(B, T)`, bool): True at tokens that the policy chose, of completions with a
             reward.

@@ -55,8 +55,8 @@ def altered(settings: dict[str, Any], temperature: float) -> dict[str, Any]:
     Picks the options that make an engine sample from another distribution than softmax(logits / `temperature`).
 
     Args:
-        settings (`dict`): Of the engine, by name. What is missing is taken for a value that changes nothing.
-        temperature (`float`): Of the log-probabilities that are trained.
+        settings (`dict`): The engine's options by name. What is missing is taken for a value that changes nothing.
+        temperature (`float`): The one in the log-probabilities that are trained.
 
     Returns:
         `dict`: The options with their values.
@@ -79,8 +79,8 @@ def warn_of_altered(
     Warns of an engine that samples from another distribution than the one that is trained.
 
     Args:
-        settings (`dict`): Of the engine, by name.
-        temperature (`float`): Of the log-probabilities that are trained.
+        settings (`dict`): The engine's options by name.
+        temperature (`float`): The one in the log-probabilities that are trained.
         given (`dict`): What the user has set of them, where the model's generation config has the others.
         use_vllm (`bool`): vLLM samples, which asks no generation config.
         is_corrected (`bool`): True where the engine's log-probabilities of what it sampled are corrected for.
@@ -97,7 +97,7 @@ def warning_of(options: dict[str, Any], temperature: float, inherited: set[str],
 
     Args:
         options (`dict`): From [`altered`].
-        temperature (`float`): As there.
+        temperature (`float`): The one in the log-probabilities that are trained.
         inherited (`set[str]`): Names of those that nobody set, and that the model's generation config has.
         is_corrected (`bool`): True where the engine's log-probabilities of what it sampled are corrected for.
     """

@@ -306,7 +306,7 @@ class ActorCriticTrainer(TrainerBase, GRPOTrainer):
         return self.loss_type == "bnpo" or is_of_entropy or self.aux_loss_enabled
 
     def _compare_heads(self, ids: list[int]) -> None:
-        """Has the model's own LM head score where TRL's fused one gives other log-probabilities of a text."""
+        """Lets the model's own LM head score where TRL's fused one gives other log-probabilities of a text."""
         self._head_scoring = []
         if not self._is_vlm:
             self._head_scoring = score_as_the_model_does(

@@ -1,4 +1,4 @@
-"""Ends the epochs on a rollout when the policy has moved too far from the one that sampled it (`target_kl`)."""
+"""The end of the epochs on a rollout when the policy has moved too far from the one that sampled it (`target_kl`)."""
 
 import torch
 from accelerate import Accelerator
@@ -10,7 +10,7 @@ class TrustRegion:
 
     Args:
         target_kl (`float`, *optional*): Nats per token; 1.5 times this ends the epochs. None never does.
-        device (`torch.device`): Where sums are kept.
+        device (`torch.device`): The device that sums are kept on.
     """
 
     def __init__(self, target_kl: float | None, device: torch.device):

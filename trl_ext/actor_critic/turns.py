@@ -13,7 +13,7 @@ class Turns:
     Asks the environments of a rollout what their reward would be, turn by turn.
 
     Args:
-        environment_classes (`list[type]`): Those that have rewards.
+        environment_classes (`list[type]`): The classes of environments that have rewards.
         run (`Callable`): Runs a coroutine and returns its result.
     """
 

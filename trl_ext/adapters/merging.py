@@ -1,4 +1,4 @@
-"""An adapter merged into the weights of its base, for good, or for a while, after which the base is the same to the bit."""
+"""Merging an adapter into the weights of its base: for good, or for a while, after which the base is as before, to the bit."""
 
 from collections import Counter
 from collections.abc import Iterator

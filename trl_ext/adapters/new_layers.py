@@ -27,7 +27,7 @@ def new_layers(model: str | PreTrainedModel | PeftModel, model_init_kwargs: dict
 
     Args:
         model: Folder or Hub id of a classifier with one label; or such a classifier, whose config names its origin.
-        model_init_kwargs (`dict`): Those of the trainer.
+        model_init_kwargs (`dict`): The arguments that the trainer loads the model with.
 
     Returns:
         `list[str]`: The paths of the largest modules without a loaded weight. Empty where nobody knows: of models that
@@ -76,7 +76,7 @@ def largest_modules(model: nn.Module, weights: set[str]) -> list[str]:
 
 
 def save_whole(peft_config: PeftConfig, layers: list[str]) -> None:
-    """Has an adapter train and save `layers` whole, as PEFT does by itself with heads of the usual names."""
+    """Makes an adapter train and save `layers` whole, as PEFT does by itself with heads of the usual names."""
     if hasattr(peft_config, "modules_to_save"):  # learned prompts have none
         given = list(peft_config.modules_to_save or [])
         new = [path for path in layers if path not in SEQ_CLS_HEAD_NAMES and path not in given]

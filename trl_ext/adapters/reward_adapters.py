@@ -52,7 +52,7 @@ def load_reward_adapter(policy, path: str, tokenizer, args, accelerator: Acceler
         path (`str`): Folder or Hub id of the adapter.
         tokenizer (`PreTrainedTokenizerBase`, *optional*): Its tokenizer; by default that beside it.
         args ([`~trl.GRPOConfig`]): The configuration of the trainer.
-        accelerator (`Accelerator`): Of the processes.
+        accelerator (`Accelerator`): Knows the processes.
         is_fsdp (`bool`): FSDP shards the policy.
 
     Returns:

@@ -23,7 +23,7 @@ def stop_repacking() -> None:
 
 
 def keep_4bit_unpacked(model: nn.Module) -> None:
-    """Does as [`stop_repacking`] for the layers of a model that was loaded before it, and unpacks those that are packed."""
+    """Keeps the layers of a model that was loaded before [`stop_repacking`] as they are, and unpacks those that are packed."""
     if not is_bitsandbytes_available():
         return
     from bitsandbytes.nn import Linear4bit

@@ -32,7 +32,7 @@ def _swapped(owner, name: str, value) -> Iterator[None]:
 
 
 def with_reference(args):
-    """Has TRL prepare a reference for a trainer that is made within the context, if the KL is used anywhere."""
+    """Makes TRL prepare a reference for a trainer that is made within the context, if the KL is used anywhere."""
     return _swapped(args, "beta", args.beta or args.kl_in_reward)
 
 
@@ -92,7 +92,7 @@ def adapter_kept(model) -> Iterator[None]:
 @contextmanager
 def requires_grad_kept(model: nn.Module) -> Iterator[None]:
     """
-    Has the weights train afterwards that did before. PEFT's ways to add an adapter, and to switch to another and back,
+    Keeps the choice of weights that train. PEFT's ways to add an adapter, and to switch to another and back,
     leave all of the active one's to train, those that were frozen with them, or none.
     """
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
@@ -119,7 +119,7 @@ def parallel_walks_within(
     callbacks: list[TrainerCallback], context: Callable[[nn.Module], AbstractContextManager]
 ) -> Iterator[None]:
     """
-    Has the callbacks of `sync_ref_model` and of averaging, the trainer's own and a user's, walk the model's parameters
+    Makes the callbacks of `sync_ref_model` and of averaging, the trainer's own and a user's, walk the model's parameters
     within `context(model)`, which leaves those that the reference and the average have.
     """
 
@@ -141,13 +141,13 @@ def parallel_walks_within(
 
 
 def generating_by(model, generate: Callable):
-    """Has `model.generate` be `generate`, which is given the former one and the arguments, within the context."""
+    """Replaces `model.generate`, within the context, by a function of the former one and the arguments."""
     former = model.generate
     return _swapped(model, "generate", functools.wraps(former)(functools.partial(generate, former)))
 
 
 def rewarded_by(trainer, reward_funcs: list):
-    """Has TRL's trainer ask these functions in place of its own, one for each, within the context."""
+    """Makes TRL's trainer ask these functions in place of its own, one for each, within the context."""
     return _swapped(trainer, "reward_funcs", reward_funcs)
 
 

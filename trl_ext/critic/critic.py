@@ -63,7 +63,7 @@ class Critic(Companion):
 
         Args:
             policy (`PreTrainedModel` or `PeftModel`): The policy.
-            hidden_states (`torch.Tensor` of shape `(R, L, H)`): Those of its trunk; may be `None` if not `reads_policy`.
+            hidden_states (`torch.Tensor` of shape `(R, L, H)`): The last ones of its trunk; None is enough if not `reads_policy`.
             layout ([`Layout`]): Inputs of the policy's forward, and the places of the states in them.
 
         Returns:

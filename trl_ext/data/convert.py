@@ -124,7 +124,7 @@ def to_pairs(dataset: Dataset, ties: bool = False) -> Dataset:
     the same, up to the order of completions and those that nobody judged.
 
     Args:
-        dataset ([`~datasets.Dataset`]): Of the ranking type. Rows with both `ranks` and `pairs` give their pairs.
+        dataset ([`~datasets.Dataset`]): Rankings. Rows with both `ranks` and `pairs` give their pairs.
         ties (`bool`, *optional*, defaults to `False`): True keeps ties, with the earlier completion as `chosen`.
 
     Returns:

@@ -1,4 +1,4 @@
-"""The merging of a trained adapter into its base, with everything beside it, and the loss of precision by that."""
+"""Merging a trained adapter into its base, with everything that lies beside it, and measuring what rounding loses."""
 
 import copy
 import shutil

@@ -97,14 +97,13 @@ def _similar_licence(written: str) -> str | None:
     return squeezed[found[0]] if found else None
 
 
-def check_language(language: str | list[str], argument: str = "language") -> None:
+def check_language(language: str | list[str]) -> None:
     """
     Refuses languages that the Hub would refuse in a card.
 
     Args:
         language (`str` or `list[str]`): Codes of two letters (ISO 639-1) or, unchecked beyond that, of three (ISO 639-2
             and 639-3), or one of [`NO_LANGUAGES`].
-        argument (`str`, *optional*, defaults to `"language"`): Name of the argument in messages.
 
     Raises:
         ValueError: with the code that may have been meant.
@@ -115,7 +114,7 @@ def check_language(language: str | list[str], argument: str = "language") -> Non
             known = _similar_language(str(code))
             meant = f" Write {known!r} for {LANGUAGES[known]}." if known else ""
             raise ValueError(
-                f"`{argument}` takes codes of ISO 639 in lower case, such as 'en', and 'multilingual' and 'code' beside "
+                f"`language` takes codes of ISO 639 in lower case, such as 'en', and 'multilingual' and 'code' beside "
                 f"them, and {code!r} is none.{meant} A country has no place in it."
             )
 

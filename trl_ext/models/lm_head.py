@@ -74,7 +74,7 @@ def mean_over_actions(
 
     Args:
         model (`PreTrainedModel`): The policy.
-        hidden_states (`torch.Tensor` of shape `(N, H)`): Those of its trunk in the states s.
+        hidden_states (`torch.Tensor` of shape `(N, H)`): The last ones of its trunk, in the states s.
         table (`torch.Tensor` of shape `(V, R)`): One row for each action.
         temperature (`float`, *optional*, defaults to `1.0`): The temperature of pi.
 

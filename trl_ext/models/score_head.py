@@ -19,7 +19,7 @@ def has_score_head(model: nn.Module) -> bool:
 
 @contextmanager
 def scores_of_all_tokens(model: PreTrainedModel | PeftModel) -> Iterator[None]:
-    """Has the `logits` of `model`'s outputs within the context be those of all tokens, `(B, L, 1)`, not of the last."""
+    """Makes the `logits` of `model`'s outputs within the context those of all tokens, `(B, L, 1)`, not of the last."""
     logits = []
 
     def keep(module, args, output):

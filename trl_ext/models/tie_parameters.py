@@ -39,7 +39,7 @@ class TieParameters(Companion):
 
     Args:
         ranking_model (`str`): The likelihood.
-        log_tie (`list[float]`): Where to start.
+        log_tie (`list[float]`): The values that learning starts from.
     """
 
     child_name = TIE_PARAMETERS_NAME

@@ -241,8 +241,8 @@ class Pass:
     Args:
         num_states (`int`): S, one more than completions have columns.
         layout ([`Layout`], *optional*): The rows that it is of; None if the model is run on completions as they are.
-        values (`list`, *optional*): A critic puts what it says here; None if it is not asked.
-        hidden_states (`torch.Tensor`, *optional*): Those of the policy's trunk, as soon as there are any.
+        values (`list`, *optional*): Takes the values of a critic; None if they are not asked for.
+        hidden_states (`torch.Tensor`, *optional*): The last ones of the policy's trunk, once it has run.
     """
 
     num_states: int

@@ -22,7 +22,7 @@ from .resuming import local_checkpoint
 
 class TrainerBase:
     """
-    Comes right before the TRL trainer in a trainer's bases. What it changes:
+    The base of all trainers here, which comes right before TRL's own among their bases. What it changes:
 
     - of models with adapters: the adapter's task type is that of the model, whatever the `peft_config` says; one whose
       folder or Hub id is given as `model` is trained further, with a copy of its start as reference; what trains is

@@ -113,7 +113,7 @@ def score_as_the_model_does(
         model (`nn.Module`): The model with TRL's fused LM head, perhaps in a distributed wrapper.
         models (`list[PreTrainedModel | PeftModel]`): The same without it, and its reference if that is another.
         ids (`list[int]`): A text.
-        temperature (`float`, *optional*, defaults to `1.0`): Of the fused LM head.
+        temperature (`float`, *optional*, defaults to `1.0`): The temperature of the fused LM head.
         is_half (`bool`, *optional*, defaults to `False`): The model computes in half precision.
         is_sharded (`bool`, *optional*, defaults to `False`): Its weights are split over processes.
         reads_head (`bool`, *optional*, defaults to `False`): The trainer uses [`logits_of`] in any case.

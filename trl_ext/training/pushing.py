@@ -157,7 +157,7 @@ class Pusher:
                 shutil.copy(source, target)
 
     def see_checkpoint_through(self, jobs: list[Future], earlier: list[Future], repo_id, checkpoint: str, step: int):
-        """Has the `jobs` that are not among `earlier` ones tried again if they fail, in their place."""
+        """Puts in place of the `jobs` that are not among `earlier` ones others, which try again if these fail."""
         settings = {
             "private": self.args.hub_private_repo,
             "token": self.args.hub_token,
