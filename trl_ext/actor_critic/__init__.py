@@ -1,0 +1,1 @@
+"""The trainer with a critic: a batch from prompt to loss."""

@@ -343,18 +343,18 @@ class ActorCriticTrainer(TrainerBase, GRPOTrainer):
 
     def training_step(self, model, inputs, num_items_in_batch):
         rollout_is_due = self._step % (self.args.steps_per_generation * self.num_iterations) == 0
-        if self.trust_region.has_ended and not rollout_is_due:
+        if self.trust_region.has_ended and not rollout_is_due:  # this micro-batch is of the rollout that is done with
             self._step += 1
             return torch.zeros((), device=self.accelerator.device)
         loss = super().training_step(model, inputs, num_items_in_batch)
         if self._in_critic_warmup:
-            # Without a gradient the optimizer passes them over; zeros would still decay weights and count as steps
+            # The optimizer passes over weights without a gradient; zeros would still decay them and count as steps
             for name, parameter in self._model.named_parameters():
                 if not name.startswith(f"{CRITIC_NAME}."):
                     parameter.grad = None
         if self.args.target_kl is not None and self.accelerator.sync_gradients:
             if self.trust_region.at_step(self.accelerator):
-                model.zero_grad()  # nor is the update made that was about to be (DeepSpeed has made it)
+                model.zero_grad()  # which cancels the update that was about to be made (DeepSpeed has made it)
             self._log_all({"target_kl_exceeded": float(self.trust_region.has_ended)})
         return loss
 
@@ -396,7 +396,7 @@ class ActorCriticTrainer(TrainerBase, GRPOTrainer):
         scoring = first_scoring_by(self, answer) if plan.trl_scores else nullcontext()
         # The parent would mask what ended with a stop string, too
         masking = without_masking_cut(self) if self._masks_cut else nullcontext()
-        # It may switch to the reference's adapter and back
+        # The parent may switch to the reference's adapter and back
         keeping = requires_grad_kept(self._model) if isinstance(self._model, PeftModel) else nullcontext()
         with scoring, masking, keeping:
             batch = super()._generate_and_score_completions(inputs)
@@ -513,8 +513,8 @@ class ActorCriticTrainer(TrainerBase, GRPOTrainer):
         self, model, input_ids, attention_mask, logits_to_keep, batch_size=None, *args, values=None, **kwargs
     ):
         """
-        Makes the parent's scoring pass without what need not be computed; the reference's, too. To `values`, if given,
-        the critic adds what it says of each chunk.
+        Makes the parent's scoring pass, of policy or reference, without the work that can be left out. The critic adds
+        its values of each chunk to `values`, if given.
         """
         scoring = functools.partial(self.compact, model, logits_to_keep, values)
         return super()._get_per_token_logps_and_entropies(

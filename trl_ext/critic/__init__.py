@@ -1,0 +1,1 @@
+"""The critic: V(s) or Q(s, a), on whatever trunk it sits."""

@@ -1,0 +1,1 @@
+"""Functions of any causal language model, and the modules that travel beside one."""

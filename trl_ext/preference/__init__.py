@@ -1,0 +1,1 @@
+"""Reward models and DPO from rankings with ties."""

@@ -146,7 +146,7 @@ class RankingRewardTrainer(RankingTrainer, RewardTrainer):
         return self._values(model, inputs, packed=self._use_shared_prefix(model, inputs))
 
     def _values(self, model, inputs, packed):
-        """Returns scores `(B, K)`."""
+        """Returns the model's scores, which are the log-worths, `(B, K)`."""
         if packed:
             with scores_of_all_tokens(self._model):
                 outputs = model(**self._packed_kwargs(model, inputs))
