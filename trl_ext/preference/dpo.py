@@ -136,14 +136,6 @@ class RankingDPOTrainer(RankingTrainer, DPOTrainer):
         with requires_grad_kept(model):
             return super().compute_ref_log_probs(model, inputs)
 
-    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
-        if prediction_loss_only or "ranks" not in inputs:
-            return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
-        inputs = self._prepare_inputs(inputs)
-        with torch.no_grad(), self.compute_loss_context_manager():
-            loss, outputs = self.compute_loss(model, inputs, return_outputs=True)
-        return loss.detach(), (outputs.logits, outputs.ranks), ()
-
     def _log_worths(self, model, inputs):
         if not self._heads_compared:
             self._compare_heads(model, inputs["input_ids"][0][inputs["attention_mask"][0].bool()].tolist())
@@ -197,3 +189,11 @@ class RankingDPOTrainer(RankingTrainer, DPOTrainer):
 
     def _log_worth_metrics(self, log_worths):
         return {"rewards/mean": log_worths.mean()}
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        if prediction_loss_only or "ranks" not in inputs:
+            return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            loss, outputs = self.compute_loss(model, inputs, return_outputs=True)
+        return loss.detach(), (outputs.logits, outputs.ranks), ()
