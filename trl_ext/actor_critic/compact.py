@@ -100,7 +100,7 @@ class CompactForwards:
             model (`nn.Module`): The policy or its reference.
             num_tokens (`int`): T, the columns of completions.
             values (`list`, *optional*): Takes the critic's values `(B, T + 1, ...)`; None if they are not asked for.
-            input_ids, attention_mask, labels (`torch.Tensor` of shape `(B, L)`): TRL's.
+            input_ids, attention_mask, labels (`torch.Tensor` of shape `(B, L)`): The rows that TRL runs.
             kwargs: TRL's other arguments of the model.
         """
         is_policy = self.accelerator.unwrap_model(model) is self.policy

@@ -120,7 +120,7 @@ class Rewards:
             `turn_rewards`.
         args ([`ActorCriticConfig`]): The configuration.
         accelerator (`Accelerator`): Knows the processes.
-        tokenizer (`PreTrainedTokenizerBase`): The policy's.
+        tokenizer (`PreTrainedTokenizerBase`): The tokenizer of the policy.
         template_kwargs (`dict`): What the policy's chat template is given.
     """
 

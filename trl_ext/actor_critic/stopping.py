@@ -21,7 +21,7 @@ class StopStrings:
     Finds where a completion ends with a stop string, as `generate` does.
 
     Args:
-        tokenizer (`PreTrainedTokenizerBase`): The policy's.
+        tokenizer (`PreTrainedTokenizerBase`): The tokenizer of the policy.
         strings (`str` or `list[str]`): With the token that completes the first of them a completion ends.
     """
 

@@ -70,8 +70,8 @@ def with_loaded_reward_models(reward_funcs: list, args, other_args: tuple, kwarg
     the arguments that TRL loads them by.
 
     Args:
-        reward_funcs (`list`): TRL's.
-        args (`GRPOConfig`): TRL's.
+        reward_funcs (`list`): The rewards that the trainer was given.
+        args (`GRPOConfig`): The arguments of the trainer.
         other_args (`tuple`), kwargs (`dict`): The arguments after `args`, by position and by name.
 
     Returns:

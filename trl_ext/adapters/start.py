@@ -34,8 +34,8 @@ def take_up_adapter(path: str, args, task_type: str, quantization_config=None) -
 
     Args:
         path (`str`): Folder or Hub id of the adapter.
-        args: The trainer's; `model_init_kwargs` are of the base, but for a `revision`, which is the adapter's.
-        task_type (`str`): The trainer's. A reward model takes up a language model's adapter, and has a new head.
+        args: The arguments of the trainer; `model_init_kwargs` are of the base, but for a `revision`, which is the adapter's.
+        task_type (`str`): The kind of model that is trained. A reward model takes up a language model's adapter, and has a new head.
         quantization_config (`BitsAndBytesConfig`, *optional*): The base is quantized so.
 
     Returns:

@@ -54,7 +54,7 @@ class Companion(nn.Module):
         Writes files beside the model's. There are none of a companion that the model's config tells all about.
 
         Args:
-            folder (`str` or `Path`): The model's.
+            folder (`str` or `Path`): The folder that the model is saved to.
             state_dict (`dict[str, torch.Tensor]`, *optional*): The gathered weights, where they are sharded.
         """
 

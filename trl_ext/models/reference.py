@@ -18,7 +18,7 @@ def take_up_start(reference: nn.Module | None, policy, is_sharded: bool) -> None
 
     Args:
         reference (`torch.nn.Module`, *optional*): As the parent loaded it, wherever it was wrapped. None for none.
-        policy: As the user gave it. From a name, or for a quantized model, nothing is copied.
+        policy: The model, or its name, that the user gave. From a name, or for a quantized model, nothing is copied.
         is_sharded (`bool`): True where FSDP or DeepSpeed holds the reference, whose weights then stay as they are.
 
     Raises:

@@ -85,7 +85,7 @@ def policy_metrics(
     Returns what DPO logs of the policy's forward over a batch, of all processes.
 
     Args:
-        accelerator (`Accelerator`): The trainer's.
+        accelerator (`Accelerator`): Knows the processes.
         logps (`torch.Tensor` of shape `(B, K)`): Log-probabilities of the completions.
         outputs ([`FusedCausalLMOutput`]): Output of the forward, with `entropy` and `is_top1` of each token.
         inputs (`dict[str, torch.Tensor]`): The batch.

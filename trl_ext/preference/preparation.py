@@ -59,7 +59,7 @@ def prepare_ranking_dataset(
     Args:
         dataset (`Dataset` or `IterableDataset`): Rows of the ranking type, see [`~trl_ext.data.rankings`], or of the preference type with a `tie` column.
         processing_class: The tokenizer, or the processor that has it.
-        args ([`RankingArguments`]): The trainer's.
+        args ([`RankingArguments`]): The arguments of the trainer.
         dataset_name (`str`): The dataset's name in messages.
         tokenize_row (`Callable`): Gives the `tokenized_columns` of a row, one list of ids for each completion in the
             last of them.

@@ -33,7 +33,7 @@ class Pusher:
     raises [`~trl_ext.hub.uploading.PublishError`], with that command, once all is on disk.
 
     Args:
-        args (`TrainingArguments`): The trainer's.
+        args (`TrainingArguments`): The arguments of the trainer.
     """
 
     def __init__(self, args: TrainingArguments):
@@ -142,7 +142,7 @@ class Pusher:
         Returns True if the parent pushes a checkpoint now.
 
         Args:
-            last_push (`PushInProgress`, *optional*): The parent's; None before the first.
+            last_push (`PushInProgress`, *optional*): The parent's last push; None before the first.
         """
         is_free = self.args.hub_always_push or last_push is None or last_push.is_done()
         return is_free and self.args.hub_strategy != "end"
