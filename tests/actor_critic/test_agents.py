@@ -96,7 +96,7 @@ def test_environments(tool_model, tmp_path):
 @given(st.lists(st.tuples(st.integers(1, 4), st.integers(1, 3), st.integers(-5, 5)), min_size=1, max_size=5))
 @hypothesis_settings(max_examples=200, deadline=None)
 def test_each_turn_earns_what_it_adds(turns):
-    """Turns of so many own tokens, tool tokens after them, and that reward; the last one without tool tokens."""
+    """Turns of so many chosen tokens, tool tokens after them, and that reward; the last one without tool tokens."""
     mask, totals = [], [0.0]
     for own, tool, reward in turns:
         mask += [1] * own + [0] * tool
@@ -150,7 +150,7 @@ def test_environments_of_one_name_pay_their_own_turns(tool_model, tmp_path):
 
 
 def turns_of(batch, row=0):
-    """For each run of own tokens its first and last position."""
+    """For each run of chosen tokens its first and last position."""
     own = (batch["completion_mask"][row].bool() & batch["tool_mask"][row].bool()).tolist()
     starts = [t for t, x in enumerate(own) if x and (t == 0 or not own[t - 1])]
     ends = [t for t, x in enumerate(own) if x and (t + 1 == len(own) or not own[t + 1])]
@@ -173,7 +173,7 @@ def test_rewards_land_on_the_turn_that_earned_them(tool_model, tmp_path, environ
     assert len(turns) == 5
     assert batch["token_rewards"][0].nonzero()[:, 0].tolist() == [turns[i][1] for i in (0, 1, 3)]
     assert batch["token_rewards"][0, [turns[i][1] for i in range(5)]].tolist() == [3, -1, 0, 5, 0]
-    # Discounted by own tokens alone, whatever the environment said between them
+    # Discounted by chosen tokens alone, whatever the environment said between them
     lengths = [end - start + 1 for start, end in turns]
     for turn, (start, _) in enumerate(turns):
         expected, passed = 0.0, 0

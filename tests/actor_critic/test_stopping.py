@@ -33,7 +33,7 @@ def own_ids(batch):
 @pytest.mark.parametrize("ends", [[1, 7, 9], [7, 9], 7])
 @pytest.mark.parametrize("by", ["generation_kwargs", "model"])
 def test_end_tokens(policy, tokenizer, prompts, tmp_path, ends, by):
-    """The last own token is the first that ends, and nothing is own after it."""
+    """The last chosen token is the first that ends, and nothing is chosen after it."""
     overrides = {"generation_kwargs": {"eos_token_id": ends}}
     if by == "model":
         policy.generation_config.eos_token_id, overrides = ends, {}

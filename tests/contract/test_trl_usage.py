@@ -270,7 +270,7 @@ def test_prompts_of_many_lengths_and_callbacks(policy_path, prompts, tmp_path):
 
 
 def test_environment_tokens_are_not_time_steps(policy, tokenizer, prompts, tmp_path):
-    """`env_mask` of a custom rollout: the same own tokens get the same returns with and without a tool between them."""
+    """`env_mask` of a custom rollout: the same chosen tokens get the same returns with and without a tool between them."""
 
     def with_tool_text(prompts, trainer):
         output = scripted_rollout(prompts, trainer)

@@ -157,12 +157,12 @@ def random_batch(rows=6, length=8):
     return rewards, values, mask, torch.randn(rows, generator=generator, dtype=torch.float64)
 
 
-def own_tokens(row, mask):
+def chosen_entries(row, mask):
     return [x for x, own in zip(row.tolist(), mask.tolist(), strict=True) if own]
 
 
 def scatter(rows, mask):
-    """The inverse of `own_tokens` over a batch, 0 elsewhere."""
+    """The inverse of `chosen_entries` over a batch, 0 elsewhere."""
     out = torch.zeros(mask.shape, dtype=torch.float64)
     out[mask] = f64([x for row in rows for x in row])
     return out
@@ -175,7 +175,7 @@ def test_gae_is_the_double_sum_of_td_errors(gamma, lam, cut):
     rewards, values, mask, bootstrap = random_batch()
     expected = []
     for b in range(len(mask)):
-        r, v = own_tokens(rewards[b], mask[b]), own_tokens(values[b], mask[b])
+        r, v = chosen_entries(rewards[b], mask[b]), chosen_entries(values[b], mask[b])
         following = [*v[1:], bootstrap[b].item() if cut else 0.0]
         deltas = [r[k] + gamma * following[k] - v[k] for k in range(len(r))]
         expected.append(
@@ -196,7 +196,7 @@ def test_returns_are_discounted_sums_and_lam_one_subtracts_the_value(gamma, cut)
     tail = bootstrap if cut else torch.zeros_like(bootstrap)
     expected = []
     for b in range(len(mask)):
-        r = [*own_tokens(rewards[b], mask[b]), tail[b].item()]  # the rest of the episode, in one last reward
+        r = [*chosen_entries(rewards[b], mask[b]), tail[b].item()]  # the rest of the episode, in one last reward
         expected.append([sum(gamma ** (k - t) * r[k] for k in range(t, len(r))) for t in range(len(r) - 1)])
     expected = scatter(expected, mask)
     end = bootstrap if cut else None
@@ -206,9 +206,9 @@ def test_returns_are_discounted_sums_and_lam_one_subtracts_the_value(gamma, cut)
     assert_close(advantages, torch.where(mask, expected - values, 0))
 
 
-def test_bandit_returns_are_the_whole_reward_at_every_own_token():
+def test_bandit_returns_are_the_whole_reward_at_every_chosen_token():
     rewards, _, mask, bootstrap = random_batch()
-    totals = [math.fsum(own_tokens(rewards[b], mask[b])) for b in range(len(mask))]
+    totals = [math.fsum(chosen_entries(rewards[b], mask[b])) for b in range(len(mask))]
     for end, tails in [(None, [0.0] * len(mask)), (bootstrap, bootstrap.tolist())]:
         expected = [[totals[b] + tails[b]] * int(mask[b].sum()) for b in range(len(mask))]
         assert_close(one_step_returns(rewards, mask, end), scatter(expected, mask))
@@ -274,7 +274,7 @@ junk = st.sampled_from([math.inf, -math.inf, math.nan, 0.0, 1e30, -7.5])
 
 @st.composite
 def batches(draw):
-    """The same own tokens twice: alone, and with masked junk before, between and after them."""
+    """The same chosen tokens twice: alone, and with masked junk before, between and after them."""
     rows = draw(st.lists(st.lists(st.tuples(eighths, eighths), max_size=4), min_size=1, max_size=3))
     gaps = st.lists(st.tuples(junk, junk), max_size=2)
     stuffed = []
@@ -335,8 +335,8 @@ def test_place_on_last_token():
     mask = torch.tensor(
         [
             [1, 1, 1, 0, 0],  # padding on the right
-            [1, 1, 0, 0, 1],  # a tool's text between own tokens
-            [1, 0, 1, 0, 0],  # a tool's text after the last own token
+            [1, 1, 0, 0, 1],  # a tool's text between chosen tokens
+            [1, 0, 1, 0, 0],  # a tool's text after the last chosen token
             [0, 0, 0, 1, 0],
             [0, 0, 0, 0, 0],
         ]
@@ -354,7 +354,7 @@ def test_first_own_token():
     assert torch.equal(first_own_token(values, mask), f64([1, 5, 9, 0]))
 
 
-def test_rows_without_own_tokens_give_zeros():
+def test_rows_without_chosen_tokens_give_zeros():
     content = torch.full((2, 3), math.nan, dtype=torch.float64)
     mask, zeros = torch.zeros(2, 3, dtype=torch.bool), torch.zeros(2, 3, dtype=torch.float64)
     bootstrap = f64([2.0, -1.0])
