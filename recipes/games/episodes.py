@@ -36,7 +36,7 @@ def prompts(game_rows: list[dict], count: int) -> Dataset:
 
 
 class Winner:
-    """A reward of weight 0, which is logged: whether the game was won. Keeps the last episodes to show them."""
+    """Logs the games that were won, as a reward of weight 0, and keeps the last episodes to show them."""
 
     __name__ = "won"
 
