@@ -166,7 +166,8 @@ def test_what_is_on_and_not_in_use_says_so_once(
 @pytest.mark.parametrize("shards", ["is_fsdp_enabled", "is_deepspeed_enabled"])
 def test_generation_of_sharded_policies_says_so_once(tokenizer, prompts, tmp_path, caplog, shards):
     trainer = make(tokenizer, tmp_path, prompts, build(tokenizer, "llama"))
-    trainer.generation.is_sharded = True
+    setattr(trainer, shards, True)
+    trainer._set_up_rollouts()
     with caplog.at_level(logging.WARNING):
         for _ in range(2):
             with trainer.generation.compact():

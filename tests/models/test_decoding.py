@@ -30,7 +30,8 @@ def test_processes_that_shard_weights_generate_as_trl_does(policy_path, prompts,
     trainer = ReinforceTrainer(policy_path, count_good, ReinforceConfig(**settings(tmp_path)), prompts)
     if shards is not None:
         setattr(trainer, shards, True)
-    with trainer._compact_generate():
+        trainer._set_up_rollouts()
+    with trainer.generation.compact():
         assert ("generate" in vars(trainer._model)) is (shards is None)
     assert "generate" not in vars(trainer._model)
 

@@ -161,7 +161,6 @@ class ActorCriticTrainer(TrainerBase, GRPOTrainer):
         reward_funcs, other_args, kwargs = with_loaded_reward_models(reward_funcs, args, other_args, kwargs)
         with with_reference(args):
             super().__init__(model, reward_funcs, args, *other_args, **kwargs)
-        self._is_sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
         take_up_start(self.ref_model, model, self._is_sharded)
         self._stop_dropout()
         self._set_up_sampling()
@@ -208,6 +207,11 @@ class ActorCriticTrainer(TrainerBase, GRPOTrainer):
     def _warn_of_altered_sampling(self, settings: dict) -> None:
         given = {} if self.use_vllm else self.generation_kwargs
         warn_of_altered(settings, self.temperature, given, self.use_vllm, self._corrects_sampling)
+
+    @property
+    def _is_sharded(self) -> bool:
+        """Returns True if FSDP or DeepSpeed splits the weights over processes."""
+        return self.is_fsdp_enabled or self.is_deepspeed_enabled
 
     @property
     def _corrects_sampling(self) -> bool:
