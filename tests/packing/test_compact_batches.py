@@ -1,6 +1,8 @@
 """Batches without padding, repeated prompts and unscored positions give what whole ones give."""
 
+import inspect
 import itertools
+from collections import defaultdict
 from dataclasses import replace
 from unittest.mock import patch
 
@@ -35,6 +37,7 @@ from trl_ext import (
     ReinforceConfig,
     ReinforceTrainer,
 )
+from trl_ext.actor_critic.compact import CompactForwards
 from trl_ext.actor_critic.forward import ForwardPlan
 from trl_ext.algorithms import ALGORITHMS
 from trl_ext.packing.layout import packed_layout, rows_layout
@@ -322,6 +325,31 @@ def test_the_same_text_has_the_same_log_probabilities_wherever_it_is_padded(toke
             torch.testing.assert_close(logps[row, : len(completion)], expected, atol=1e-5, rtol=1e-4)
     trainer.train()
     assert trainer.state.log_history[0]["ratio/max"] == pytest.approx(1, abs=1e-5)
+
+
+class OwnPass(PPOTrainer):
+    """A trainer of a user, whose hook takes what TRL's takes and nothing else."""
+
+    def _get_per_token_logps_and_entropies(self, *args, **kwargs):
+        inspect.signature(GRPOTrainer._get_per_token_logps_and_entropies).bind(self, *args, **kwargs)
+        return super()._get_per_token_logps_and_entropies(*args, **kwargs)
+
+
+def test_policy_and_reference_are_run_by_length_through_a_users_own_hook(policy_path, prompts, tmp_path):
+    args = PPOConfig(**settings(tmp_path, steps_per_generation=2, beta=0.1, max_steps=1))
+    trainer = OwnPass(policy_path, length, args, prompts)
+    run, lengths = CompactForwards.__call__, defaultdict(list)
+
+    def watched(self, model, *args, attention_mask, **kwargs):
+        if not torch.is_grad_enabled():
+            lengths[model] += attention_mask.sum(dim=1).tolist()
+        return run(self, model, *args, attention_mask=attention_mask, **kwargs)
+
+    with patch.object(CompactForwards, "__call__", watched):
+        trainer.train()
+    assert {*lengths} == {trainer.model, trainer.ref_model}
+    for found in lengths.values():
+        assert len(found) == 8 and found == sorted(found, reverse=True) and found[0] > found[-1]
 
 
 # --- The way back ---

@@ -214,7 +214,8 @@ def run(model: nn.Module, base: PreTrainedModel, current: Pass, index: torch.Ten
     """Runs a model as the pass `current`, and its LM head on the states `index` `(N,)` alone, if given."""
 
     def keep_states(module, args, output):
-        current.hidden_states = output.last_hidden_state
+        if current.values is not None:
+            current.hidden_states = output.last_hidden_state
         if index is not None:
             states = output.last_hidden_state.flatten(0, 1)
             output.last_hidden_state = states[index.to(states.device)].unsqueeze(0)

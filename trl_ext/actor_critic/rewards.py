@@ -178,7 +178,7 @@ class Rewards:
         first_turn_reward = len(reward_funcs) - len(self.environment_classes)
         named = zip(reward_funcs, names, weights.tolist(), strict=True)
         for index, (func, name, weight) in enumerate(named):
-            if index in self.reward_models:
+            if isinstance(func, nn.Module):
                 pay = functools.partial(self._pay_prefixes, completed) if self.args.prefix_rewards else self._pay_texts
                 func = functools.partial(pay, func, self.reward_models[index])
             elif index >= first_turn_reward:

@@ -145,6 +145,7 @@ class ActorCriticTrainer(TrainerBase, GRPOTrainer):
     completed: Completed | None = None
     rewarded: Rewarded | None = None
     table: CompletionsTable | None = None
+    _values: list[torch.Tensor] | None = None  # of the critic, in a forward that asks for them
 
     def __init__(
         self, model, reward_funcs=None, args=None, *other_args, critic_model: PreTrainedModel | None = None, **kwargs
@@ -496,34 +497,33 @@ class ActorCriticTrainer(TrainerBase, GRPOTrainer):
 
     def forward(self, model, input_ids, attention_mask, logits_to_keep, batch_size=None, **kwargs) -> Forward:
         """Runs the policy, with the critic, on completions; the arguments are those of TRL's scoring pass."""
-        rows, values = slice(None), None if self.critic is None else []
-        if batch_size is not None:
-            rows = self.compact.order(input_ids, attention_mask, logits_to_keep)
-            input_ids, attention_mask = input_ids[rows], attention_mask[rows]
-        if self.critic is not None:  # whose values are of the states before each of the T tokens, and after the last
-            kwargs["values"] = values
-        logps, entropies, aux_loss = self._get_per_token_logps_and_entropies(
-            model, input_ids, attention_mask, logits_to_keep, batch_size, **kwargs
-        )
-        back = rows if batch_size is None else rows.argsort()
-        return Forward(
-            logps=logps[back],
-            entropies=None if entropies is None else entropies[back],
-            aux_loss=aux_loss,
-            values=torch.cat(values)[back] if values else None,
-        )
+        # The critic values the states before each of the T tokens, and the one after the last
+        self._values = None if self.critic is None else []
+        try:
+            outputs = self._get_per_token_logps_and_entropies(
+                model, input_ids, attention_mask, logits_to_keep, batch_size, **kwargs
+            )
+            return Forward(*outputs, values=self._values[0] if self._values else None)
+        finally:
+            self._values = None
 
     def _get_per_token_logps_and_entropies(
-        self, model, input_ids, attention_mask, logits_to_keep, batch_size=None, *args, values=None, **kwargs
+        self, model, input_ids, attention_mask, logits_to_keep, batch_size=None, *args, **kwargs
     ):
-        """
-        Makes the parent's scoring pass, of policy or reference, without the work that can be left out. The critic adds
-        its values of each chunk to `values`, if given.
-        """
-        scoring = functools.partial(self.compact, model, logits_to_keep, values)
-        return super()._get_per_token_logps_and_entropies(
-            scoring, input_ids, attention_mask, logits_to_keep, batch_size, *args, **kwargs
+        """Makes the parent's scoring pass, of policy or reference, without the work that can be left out."""
+        scoring = functools.partial(self.compact, model, logits_to_keep, self._values)
+        if batch_size is None or batch_size >= len(input_ids):
+            return super()._get_per_token_logps_and_entropies(
+                scoring, input_ids, attention_mask, logits_to_keep, batch_size, *args, **kwargs
+            )
+        rows = self.compact.order(input_ids, attention_mask, logits_to_keep)
+        logps, entropies, aux_loss = super()._get_per_token_logps_and_entropies(
+            scoring, input_ids[rows], attention_mask[rows], logits_to_keep, batch_size, *args, **kwargs
         )
+        back = rows.argsort()
+        if self._values:
+            self._values[:] = [torch.cat(self._values)[back]]
+        return logps[back], None if entropies is None else entropies[back], aux_loss
 
     def _forward_of(self, model, inputs: dict, **kwargs) -> Forward:
         """Runs the policy on TRL's batch."""
