@@ -99,8 +99,9 @@ class ActorCriticConfig(GRPOConfig):
         default="shared",
         metadata={
             "help": "`'shared'`: a value head on the policy's trunk. `'adapter'`: a value head on an adapter of its own, on "
-            "the policy's frozen base; the policy then feels nothing of the critic's gradients, at the memory of one "
-            "base, for a forward and backward pass of its own. `'separate'`: a model of its own.",
+            "the policy's frozen base (with `peft_config`; not under FSDP or DeepSpeed ZeRO-3); the policy then feels "
+            "nothing of the critic's gradients, at the memory of one base, for a forward and backward pass of its "
+            "own. `'separate'`: a model of its own.",
             "choices": ["shared", "adapter", "separate"],
         },
     )
