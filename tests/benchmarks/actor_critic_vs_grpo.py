@@ -58,6 +58,7 @@ from transformers import (
 )
 from trl import GRPOConfig, GRPOTrainer
 
+from trl_ext import ActorCriticTrainer
 from trl_ext.algorithms import ALGORITHMS
 
 
@@ -334,12 +335,12 @@ def time_sections(trainer: GRPOTrainer, stopwatch: Stopwatch) -> None:
     sections = {
         "_generate_single_turn": "rollout",
         "_calculate_rewards": "reward",
-        "_add_advantages": "advantages",
         "_compute_loss": "loss",
     }
+    if isinstance(trainer, ActorCriticTrainer):  # GRPO has no method for its advantages
+        sections["credited"] = "advantages"
     for name, section in sections.items():
-        if hasattr(trainer, name):  # GRPO has no method for its advantages
-            setattr(trainer, name, stopwatch.timed(getattr(trainer, name), section))
+        setattr(trainer, name, stopwatch.timed(getattr(trainer, name), section))
     trainer.accelerator.backward = stopwatch.timed(trainer.accelerator.backward, "backward")
     trainer.accelerator.clip_grad_norm_ = stopwatch.timed(trainer.accelerator.clip_grad_norm_, "optimizer")
     trainer.add_callback(OptimizerTimer(stopwatch))
