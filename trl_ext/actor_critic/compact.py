@@ -142,8 +142,6 @@ class CompactForwards:
                     "more.",
                 )
             return False
-        if self.prefix_check.verdict is False:
-            return False
         ids, mask = input_ids[:NUM_COMPARED], attention_mask[:NUM_COMPARED]
 
         @functools.cache  # asked for until a batch has shown it, and then no more

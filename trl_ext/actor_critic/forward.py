@@ -12,14 +12,14 @@ The policy's forwards over a rollout, and the results that each gives.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
 
-@dataclass
-class Forward:
+class Forward(NamedTuple):
     """
-    The results of one forward of the policy over a rollout.
+    The results of one forward of the policy over a rollout. The first three are those of TRL's own pass.
 
     Args:
         logps (`torch.Tensor` of shape `(B, T)`): Log-probabilities of its tokens.
@@ -33,11 +33,6 @@ class Forward:
     entropies: torch.Tensor | None
     aux_loss: torch.Tensor | None
     values: torch.Tensor | None
-
-    @property
-    def for_trl(self) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-        """The outputs of TRL's own pass."""
-        return self.logps, self.entropies, self.aux_loss
 
 
 @dataclass(frozen=True)

@@ -396,7 +396,7 @@ class ActorCriticTrainer(TrainerBase, GRPOTrainer):
             if not plan.trl_may_score(is_training, is_first):
                 return None, None, None
             forward = self.forward(*args, **kwargs)
-            return forward.for_trl
+            return forward[:3]
 
         scoring = first_scoring_by(self, answer) if plan.trl_scores else nullcontext()
         # The parent would mask what ended with a stop string, too
@@ -689,7 +689,7 @@ class ActorCriticTrainer(TrainerBase, GRPOTrainer):
             rollout = self.credited(rollout, forward)
             rollout.into(inputs)
         kl_in_loss = without_kl_in_loss(self) if self.args.kl_in_reward else nullcontext()
-        with scoring_answered(self, (forward.logps, forward.entropies, forward.aux_loss)), kl_in_loss:
+        with scoring_answered(self, forward[:3]), kl_in_loss:
             loss = super()._compute_loss(model, inputs)
         if in_warmup:
             loss = 0 * loss
