@@ -220,6 +220,7 @@ def test_fused_output_is_what_the_scoring_forward_returns():
         ("_load_rng_state", ["self", "checkpoint"]),
         ("_push_from_checkpoint", ["self", "checkpoint_folder"]),
         ("create_optimizer", ["self", "model"]),
+        ("create_scheduler", ["self", "num_training_steps", "optimizer"]),
     ],
 )
 def test_transformers_hook_signature(name, expected):

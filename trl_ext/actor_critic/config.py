@@ -128,7 +128,8 @@ class ActorCriticConfig(GRPOConfig):
     critic_warmup_steps: int = field(
         default=0,
         metadata={
-            "help": "Optimizer steps in which only the critic's own parameters learn and the policy stays as it is."
+            "help": "Optimizer steps in which only the critic's own parameters learn, at their full rate, and the policy stays as "
+            "it is. The schedule of the learning rates, with its warm-up, begins after them."
         },
     )
     vf_coef: float = field(default=0.1, metadata={"help": "Weight of the value loss."})

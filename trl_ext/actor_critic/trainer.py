@@ -23,6 +23,7 @@ import torch
 from accelerate.logging import get_logger
 from datasets import Dataset
 from peft import PeftModel
+from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel
 from trl import GRPOTrainer
 
@@ -48,6 +49,7 @@ from ..critic.critic import Critic
 from ..critic.files import CRITIC_NAME, VALUE_HEAD_FILE
 from ..critic.heads import ValueHead
 from ..critic.start import start_critic
+from ..models.companion import OF_COMPANION
 from ..models.dropout import stop_dropout, warn_of_dropout
 from ..models.reference import take_up_start
 from ..packing.micro_batches import LengthBatches
@@ -88,6 +90,7 @@ from .sampling import warn_of_altered
 from .stopping import StopStrings, end_tokens_of, ended_metrics, have_ended, without_cut
 from .trust_region import TrustRegion
 from .turns import Turns
+from .warmup import after_warmup, warn_of_schedule
 
 
 logger = get_logger(__name__)
@@ -264,7 +267,10 @@ class ActorCriticTrainer(TrainerBase, GRPOTrainer):
             # The parent asks only the policy itself, in which PEFT hides children of its wrapper
             enable_checkpointing(self.critic.trunk, self.args)
         if self.optimizer is not None:
-            self.optimizer.param_groups[-1]["params"].extend(self.critic.own_parameters())
+            group = self.optimizer.param_groups[-1]
+            group["params"].extend(self.critic.own_parameters())
+            group[OF_COMPANION] = True
+        warn_of_schedule(self.args, is_given=self.lr_scheduler is not None)
 
     def _set_head(self, critic: Critic) -> None:
         """Gives the critic the head that this algorithm needs."""
@@ -337,6 +343,16 @@ class ActorCriticTrainer(TrainerBase, GRPOTrainer):
     @property
     def _companion_settings(self):
         return {"lr": self.args.critic_learning_rate}
+
+    def create_scheduler(self, num_training_steps, optimizer=None):
+        warmup, is_given = self.args.critic_warmup_steps, self.lr_scheduler is not None
+        if not warmup or is_given:
+            return super().create_scheduler(num_training_steps, optimizer)
+        # The schedule is that of the steps in which the policy learns; there may be none
+        scheduler = super().create_scheduler(max(num_training_steps - warmup, 1), optimizer)
+        if isinstance(scheduler, LambdaLR):
+            self.lr_scheduler = after_warmup(scheduler, warmup)
+        return self.lr_scheduler
 
     def begin_training(self, step: int) -> None:
         """Resets what outlives a rollout, before training from `step` on; a checkpoint may restore some of it."""

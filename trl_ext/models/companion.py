@@ -17,6 +17,9 @@ from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 
+OF_COMPANION = "of_companion"  # True in the optimizer's groups that hold weights of one
+
+
 class Companion(nn.Module):
     """A module that trains as a child of a model and is saved beside it. A subclass says how in the hooks below."""
 
@@ -95,4 +98,4 @@ def give_settings(optimizer: torch.optim.Optimizer, parameters: Iterable[nn.Para
         moved = [parameter for parameter in group["params"] if id(parameter) in ids]
         group["params"] = [parameter for parameter in group["params"] if id(parameter) not in ids]
         if moved:
-            optimizer.add_param_group({**group, "params": moved, **settings})
+            optimizer.add_param_group({**group, "params": moved, OF_COMPANION: True, **settings})
