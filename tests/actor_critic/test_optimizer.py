@@ -5,7 +5,7 @@ import torch
 from helpers import build_policy, by_length, settings
 from transformers import TrainerCallback
 
-from trl_ext import A2CConfig, A2CTrainer
+from trl_ext import A2CConfig, A2CTrainer, PPOConfig, PPOTrainer
 
 
 class Rates(TrainerCallback):
@@ -87,3 +87,45 @@ def test_a_schedule_that_cannot_be_moved_is_named(policy, tokenizer, prompts, tm
     rates, _ = rates_of(policy, tokenizer, prompts, tmp_path, (optimizer, own), critic_warmup_steps=1, max_steps=3)
     assert "the scheduler in `optimizers` is left as it is" in caplog.text
     assert rates.of_policy == [0.3, 0.15, 0.075]
+
+
+# --- Norms ---
+
+# Four updates on the one rollout, whose advantages are those of a critic that says 0
+CLIPPED = {"max_grad_norm": 0.01, "num_iterations": 4, "max_steps": 4, "optim": "sgd", "learning_rate": 10.0}
+
+
+def trained(tokenizer, prompts, tmp_path, **overrides):
+    """Weights of policy and critic, and what was logged."""
+    args = PPOConfig(**settings(tmp_path, **CLIPPED | overrides))
+    trainer = PPOTrainer(build_policy(tokenizer), by_length, args, prompts, processing_class=tokenizer)
+    trainer.train()
+    weights = {True: {}, False: {}}
+    for name, weight in trainer.model.named_parameters():
+        weights[name.startswith("critic.")][name] = weight
+    return weights[False], weights[True], trainer.state.log_history[:-1]
+
+
+@pytest.mark.parametrize("critic", [{"critic_detach": True}, {"critic": "separate"}])
+def test_a_critic_without_a_part_in_the_policy_does_not_scale_its_steps(tokenizer, prompts, tmp_path, critic):
+    """SGD, not Adam, which would divide most of a scale out again."""
+    first = trained(tokenizer, prompts, tmp_path, vf_coef=0.1, **critic)
+    for overrides in ({"vf_coef": 50.0}, {"critic_learning_rate": 1.0}):
+        other = trained(tokenizer, prompts, tmp_path, **{"vf_coef": 0.1} | overrides | critic)
+        assert all(torch.equal(weight, other[0][name]) for name, weight in first[0].items())
+        assert not all(torch.equal(weight, other[1][name]) for name, weight in first[1].items())
+    start = dict(build_policy(tokenizer).named_parameters())
+    assert not any(torch.equal(weight, start[name]) for name, weight in first[0].items())
+
+
+@pytest.mark.parametrize("max_grad_norm", [0.01, 0.0])
+def test_norms_are_those_of_the_gradients_before_and_after_clipping(tokenizer, prompts, tmp_path, max_grad_norm):
+    """With SGD the first step from a known start is the rate times the clipped gradient; 0 clips nothing."""
+    rates = {"learning_rate": 0.5, "critic_learning_rate": 0.25, "max_steps": 1}
+    start = dict(build_policy(tokenizer).named_parameters())
+    policy, critic, (logs,) = trained(tokenizer, prompts, tmp_path, max_grad_norm=max_grad_norm, **rates)
+    for weights, rate, name in ((policy, 0.5, "grad_norm"), (critic, 0.25, "critic/grad_norm")):
+        moved = torch.stack([(w - start[n] if n in start else w).norm() for n, w in weights.items()]).norm().item()
+        expected = min(logs[name], max_grad_norm) if max_grad_norm else logs[name]
+        assert moved / rate == pytest.approx(expected, rel=1e-3), name
+        assert logs[name] > 0.01

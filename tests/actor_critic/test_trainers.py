@@ -424,7 +424,7 @@ def test_the_critic_learns_a_constant_reward(policy, tokenizer, prompts, tmp_pat
     )
     trainer.train()
     history = trainer.state.log_history
-    assert history[0]["value_loss"] > 1 and history[5]["value_loss"] < 0.1 * history[0]["value_loss"]
+    assert history[0]["value_loss"] > 1 and history[5]["value_loss"] < 0.2 * history[0]["value_loss"]
     assert history[5]["values/mean"] == pytest.approx(3.0, abs=0.3)
 
 

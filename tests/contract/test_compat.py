@@ -221,10 +221,20 @@ def test_fused_output_is_what_the_scoring_forward_returns():
         ("_push_from_checkpoint", ["self", "checkpoint_folder"]),
         ("create_optimizer", ["self", "model"]),
         ("create_scheduler", ["self", "num_training_steps", "optimizer"]),
+        ("_clip_grad_norm", ["self", "model"]),
+        ("_get_grad_norm", ["self", "model", "grad_norm"]),
     ],
 )
 def test_transformers_hook_signature(name, expected):
     assert parameters(getattr(Trainer, name)) == expected, f"transformers.Trainer.{name} has moved"
+
+
+def test_gradients_are_clipped_by_a_hook_that_asks_for_parameters_alone():
+    assert "grad_norm = self._clip_grad_norm(model)" in inspect.getsource(Trainer)
+    assert "grad_norm = self._get_grad_norm(model, grad_norm=grad_norm)" in inspect.getsource(Trainer)
+    clipping = (Trainer._clip_grad_norm, Trainer._get_grad_norm, Trainer._mixed_mesh_grad_norm)
+    for function in (*clipping, Trainer._has_mixed_mesh_grads):
+        assert set(re.findall(r"\bmodel\.(\w+)", inspect.getsource(function))) <= {"parameters"}, function.__name__
 
 
 @pytest.mark.parametrize(

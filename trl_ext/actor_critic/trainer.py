@@ -73,6 +73,7 @@ from .config import ActorCriticConfig
 from .forward import Forward, ForwardPlan
 from .generation import Generation, engine_settings
 from .notices import Notices
+from .optimizer import Rest, after_warmup, clip, warn_of_schedule
 from .prompts import Prompts, check_context, refuse_missing_prompt
 from .recording import Recorder
 from .reporting import (
@@ -90,7 +91,6 @@ from .sampling import warn_of_altered
 from .stopping import StopStrings, end_tokens_of, ended_metrics, have_ended, without_cut
 from .trust_region import TrustRegion
 from .turns import Turns
-from .warmup import after_warmup, warn_of_schedule
 
 
 logger = get_logger(__name__)
@@ -378,6 +378,29 @@ class ActorCriticTrainer(TrainerBase, GRPOTrainer):
                 model.zero_grad()  # which cancels the update that was about to be made (DeepSpeed has made it)
             self._log_all({"target_kl_exceeded": float(self.trust_region.has_ended)})
         return loss
+
+    @property
+    def _clips_apart(self) -> bool:
+        """
+        True if policy and critic are clipped by norms of their own: else a critic that has no part in the policy would
+        scale its steps. DeepSpeed clips in its engine, FSDP1 knows the norm of the whole alone, and Accelerate unscales
+        gradients of fp16 under FSDP2 as often as it is asked for a part.
+        """
+        is_whole = self.is_fsdp_enabled and (not self.accelerator.is_fsdp2 or self.args.fp16)
+        return self.critic is not None and not self.is_deepspeed_enabled and not is_whole
+
+    def _clip_grad_norm(self, model):
+        if not self._clips_apart:
+            return super()._clip_grad_norm(model)
+        norm = super()._clip_grad_norm(Rest(model, self.critic))  # before the critic's: it unscales all
+        self._log_all({"critic/grad_norm": clip(self.critic.own_parameters(), self.args.max_grad_norm)})
+        return norm
+
+    def _get_grad_norm(self, model, grad_norm=None):
+        if grad_norm is None and self._clips_apart:  # `max_grad_norm=0` clips nothing
+            model = Rest(model, self.critic)
+            self._log_all({"critic/grad_norm": clip(self.critic.own_parameters(), math.inf)})
+        return super()._get_grad_norm(model, grad_norm)
 
     @property
     def _in_critic_warmup(self) -> bool:

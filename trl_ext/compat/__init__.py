@@ -31,7 +31,8 @@ of `RewardTrainer` and `DPOTrainer`:
 of all of them, for their model cards: `create_model_card`, `_template_file`, `_name`, `_paper`, `_tag_names`;
 
 and of `transformers.Trainer`: `_save_checkpoint`, `_save`, `_load_from_checkpoint`, `_load_best_model`,
-`_save_rng_state`, `_load_rng_state`, and of its pushing `init_hf_repo`, `push_to_hub`, `_push_from_checkpoint`,
+`_save_rng_state`, `_load_rng_state`, `_clip_grad_norm` and `_get_grad_norm` (which ask what they are given for its
+`parameters()` alone), and of its pushing `init_hf_repo`, `push_to_hub`, `_push_from_checkpoint`,
 `_finish_current_push` (the last step of `push_to_hub` before it uploads), `hub_model_id` (None until there is a repository, and in processes that do not push) and `push_in_progress.jobs` (of the
 model, then the checkpoint).
 

@@ -1,10 +1,18 @@
-"""The learning rates of a training whose critic first learns alone, for `critic_warmup_steps` optimizer steps."""
+"""
+The critic in the policy's optimizer: learning rates where it first learns alone, for `critic_warmup_steps` steps, and
+gradients that are clipped apart.
+"""
 
+from collections.abc import Iterable, Iterator
+
+import torch
 from accelerate.logging import get_logger
+from torch import nn
+from torch.distributed.tensor import DTensor
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import SchedulerType
 
-from ..models.companion import OF_COMPANION
+from ..models.companion import OF_COMPANION, Companion
 
 
 logger = get_logger(__name__)
@@ -54,3 +62,21 @@ def warn_of_schedule(args, is_given: bool) -> None:
             "`critic_warmup_steps`, in which the policy does not move. Let it wait for as many steps, or use a schedule "
             "of steps (`lr_scheduler_type='linear'`, say), which begins after them."
         )
+
+
+class Rest:
+    """Stands, where norms are taken, for a model without what its companion has for itself."""
+
+    def __init__(self, model: nn.Module, companion: Companion):
+        self.model, self.companion = model, companion
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """Returns those of the model but the companion's own."""
+        own = {id(parameter) for parameter in self.companion.own_parameters()}
+        return (parameter for parameter in self.model.parameters() if id(parameter) not in own)
+
+
+def clip(parameters: Iterable[nn.Parameter], max_norm: float) -> float:
+    """Clips gradients to a norm, and returns the one that they had; 0 where there are none."""
+    norm = torch.nn.utils.clip_grad_norm_(list(parameters), max_norm)
+    return (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
