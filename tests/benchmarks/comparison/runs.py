@@ -1,143 +1,135 @@
-"""Runs: a method is trained with a setting until its tokens are spent, and measured on the way."""
+"""Runs: a method is trained on a task until its tokens are spent, and measured on the way."""
 
-from collections.abc import Callable
+import json
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
 
 from datasets import Dataset
-from transformers import (
-    AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
-    AutoTokenizer,
-    PrinterCallback,
-    TrainerCallback,
-)
-from trl import SFTConfig, SFTTrainer
+from transformers import PrinterCallback, TrainerCallback
 
-from film_reviews.measures import load
-from film_reviews.training import common_settings
-from trl_ext import CompletionSampler, ReinforceConfig, keep_best
-
-from .methods import METHODS, Setting
-from .tasks import Counter, Stage, dense_praise, ends, evaluate, praise
+from .methods import GROUP_SIZE, METHODS
+from .tasks import TASKS
+from .tasks.base import Places, Recorder, Start
 
 
-NUM_EVALUATIONS = 8  # of a run
+@dataclass(frozen=True)
+class Job:
+    """
+    A run, and the place of its result.
+
+    Args:
+        task (`str`): The name of a task.
+        method (`str`): The name of a method.
+        learning_rate (`float`): The policy's.
+        seed (`int`): The seed of start, prompts and samples.
+        budget (`int`): Tokens to sample.
+        options (`tuple[tuple[str, object], ...]`): What is set otherwise than in the study, by name.
+    """
+
+    task: str
+    method: str
+    learning_rate: float
+    seed: int
+    budget: int
+    options: tuple[tuple[str, object], ...] = ()
+
+    def file(self, output_dir: str) -> Path:
+        options = [f"{name}={value}".replace("/", "-") for name, value in self.options]
+        parts = [self.task, self.method, f"{self.learning_rate:g}", str(self.seed), str(self.budget), *options]
+        return Path(output_dir, "runs", "_".join(parts) + ".json")
+
+    def points(self, output_dir: str) -> list[dict]:
+        return json.loads(self.file(output_dir).read_text(encoding="utf-8"))["points"]
 
 
-class Curve(TrainerCallback):
+class Evaluations(TrainerCallback):
     """A callback that measures the policy now and then, and ends the run when its tokens are spent."""
 
-    def __init__(self, measure: Callable, counter: Counter, budget: int, updates_per_rollout: int):
-        self.measure, self.counter, self.budget = measure, counter, budget
-        self.updates_per_rollout = updates_per_rollout
-        self.points = []
+    def __init__(self, start: Start, recorder: Recorder, budget: int, num_evaluations: int, updates_per_rollout: int):
+        self.start, self.recorder, self.budget = start, recorder, budget
+        self.num_evaluations, self.updates_per_rollout = num_evaluations, updates_per_rollout
 
-    def point(self, model) -> None:
-        self.points.append({"tokens": self.counter.total, **self.measure(model)})
+    def evaluate(self, model) -> None:
+        self.recorder.points.append({"tokens": self.recorder.tokens, **self.start.measure(model)})
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
-        if not self.points:
-            self.point(model)
+        if self.num_evaluations > 0:
+            self.evaluate(model)
 
     def on_step_end(self, args, state, control, model=None, **kwargs):
         if state.global_step % self.updates_per_rollout != 0:
             return
-        is_over = self.counter.total >= self.budget
-        if is_over or self.counter.total >= len(self.points) * self.budget / NUM_EVALUATIONS:
-            self.point(model)
+        is_over = self.recorder.tokens >= self.budget or control.should_training_stop
+        due = len(self.recorder.points) * self.budget / max(self.num_evaluations, 1)
+        if self.num_evaluations > 0 and (is_over or self.recorder.tokens >= due):
+            self.evaluate(model)
         control.should_training_stop = is_over
 
 
-def arguments(stage: Stage, folder: str, seed: int) -> dict:
-    return {
-        "max_completion_length": stage.task.max_completion_length,
-        "temperature": stage.task.temperature,
-        "max_steps": 100_000,  # the tokens end it
+def arguments(job: Job, output_dir: str) -> dict:
+    """Returns what the study sets for the job's method, of the names of its configuration."""
+    task, method = TASKS[job.task], METHODS[job.method]
+    num_generations = GROUP_SIZE if method.compares_groups else task.num_generations
+    given = {
+        "learning_rate": job.learning_rate,
+        "per_device_train_batch_size": task.rollout_size,
+        "steps_per_generation": 1,
+        "num_generations": num_generations,
+        "max_completion_length": task.max_completion_length,
+        method.kl_option: task.kl_price,
+        **method.overrides,
+        **dict(job.options),
+    }
+    # Minibatches are parts of a rollout, whose size is the task's
+    given["per_device_train_batch_size"] //= given["steps_per_generation"]
+    return given | {
+        "output_dir": str(Path(output_dir, "scratch")),
+        "seed": job.seed,
         "lr_scheduler_type": "constant",
         "use_cpu": True,
+        "bf16": False,
+        "gradient_checkpointing": False,
+        "dataloader_pin_memory": False,
         "disable_tqdm": True,
         "logging_strategy": "no",
-        **common_settings(folder, seed),
+        "save_strategy": "no",
+        "report_to": "none",
     }
 
 
-def run(
-    stage: Stage, output_dir: str, task_name: str, name: str, setting: Setting, seed: int, budget: int
-) -> list[dict]:
+def train(job: Job, places: Places) -> list[dict]:
     """Trains, and returns the learning curve."""
-    method = METHODS[name]
-    tokenizer = AutoTokenizer.from_pretrained(stage.paths["sft"])
-    reference = load(AutoModelForCausalLM, stage.paths["sft"])
-    reward_model = load(AutoModelForSequenceClassification, stage.paths["reward_model"])
-    counter = Counter()
-    score = stage.paths["reward_model"] if task_name == "reviews" else praise
-    if task_name == "words" and method.is_dense:
-        score = dense_praise
-    rewards = [score, ends(tokenizer.eos_token_id), counter]
-
-    def measure(model):
-        return evaluate(model, stage, task_name, reference, reward_model, tokenizer)
-
-    curve = Curve(measure, counter, budget, setting.updates_per_rollout)
-    common = arguments(stage, f"{output_dir}/scratch", seed)
-    prompts = Dataset.from_dict({"prompt": stage.task.train_prompts})
-    if name == "best-of-n":
-        filter_and_imitate(stage, common, setting, rewards, prompts, curve, tokenizer)
-        return curve.points
+    task, method = TASKS[job.task], METHODS[job.method]
+    start = task.begin(places, job.seed, not method.compares_groups)
+    recorder = Recorder(start.objective)
+    settings = arguments(job, places.output_dir)
+    # A policy that ends every completion at once would sample forever
+    rollouts = 4 * job.budget // (task.rollout_size * task.max_completion_length) + 1
+    config = method.config_class(**settings, reward_weights=[1.0] * len(start.rewards) + [0.0])
+    updates = config.num_iterations * config.steps_per_generation
+    config.max_steps = rollouts * updates
     trainer = method.trainer_class(
-        model=stage.paths["sft"],
-        reward_funcs=rewards,
-        processing_class=tokenizer,
-        train_dataset=prompts,
-        args=method.config_class(
-            learning_rate=setting.learning_rate,
-            reward_weights=[1.0, 1.0, 0.0],
-            **common | setting.arguments() | method.overrides,
-        ),
-        callbacks=[curve],
+        model=start.model,
+        reward_funcs=[*start.rewards, recorder],
+        args=config,
+        train_dataset=Dataset.from_dict({"prompt": start.prompts}),
+        processing_class=start.tokenizer,
+        peft_config=start.peft_config,
+        callbacks=[Evaluations(start, recorder, job.budget, task.num_evaluations, updates)],
     )
     trainer.remove_callback(PrinterCallback)
     trainer.train()
-    return curve.points
+    return recorder.points
 
 
-def filter_and_imitate(stage, common, setting, rewards, prompts, curve, tokenizer) -> None:
-    """Trains by best-of-n, in rounds that sample as many tokens as the others do between two measurements."""
-    model, position = stage.paths["sft"], 0
-    per_batch = 128 // setting.num_samples
-    order = prompts.shuffle(seed=common["seed"])
-    while curve.counter.total < curve.budget:
-        sampler = CompletionSampler(
-            model,
-            rewards,
-            ReinforceConfig(
-                per_device_train_batch_size=128,
-                per_device_eval_batch_size=128,
-                num_generations=setting.num_samples,
-                reward_weights=[1.0, 1.0, 0.0],
-                **common,
-            ),
-            order,
-            processing_class=tokenizer,
-        )
-        sampler.remove_callback(PrinterCallback)
-        if not curve.points:
-            curve.point(sampler.model)
-        rows = []
-        until = max(curve.counter.total + 1, len(curve.points) * curve.budget / NUM_EVALUATIONS)
-        while curve.counter.total < min(curve.budget, until):
-            chosen = [(position + i) % len(order) for i in range(per_batch)]
-            position += per_batch
-            rows += keep_best(sampler.sample(order.select(chosen))).to_list()
-        sft = {
-            name: value for name, value in common.items() if name not in ("max_completion_length", "temperature")
-        } | {"max_steps": -1, "num_train_epochs": 1}
-        trainer = SFTTrainer(
-            model=sampler.model,
-            args=SFTConfig(learning_rate=setting.learning_rate, per_device_train_batch_size=16, **sft),
-            train_dataset=Dataset.from_list([{"prompt": r["prompt"], "completion": r["completion"]} for r in rows]),
-            processing_class=tokenizer,
-        )
-        trainer.remove_callback(PrinterCallback)
-        trainer.train()
-        model = trainer.model
-        curve.point(model)
+def run(job: Job, places: Places) -> None:
+    """Trains, and leaves the learning curve in the job's file."""
+    before = time.process_time()
+    points = train(job, places)
+    file = job.file(places.output_dir)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    partial = file.with_suffix(".partial")
+    content = {**asdict(job), "cpu_seconds": round(time.process_time() - before, 1), "points": points}
+    partial.write_text(json.dumps(content), encoding="utf-8")
+    partial.rename(file)
