@@ -41,12 +41,10 @@ class TokenMDP:
     def probabilities(self):
         return self.logps.sum(dim=1).exp()
 
-    def discounts(self, gamma):
-        return gamma ** torch.arange(HORIZON, dtype=torch.float64)
-
     def objective(self, gamma):
         """J, with gradient: the sum over all episodes of probability times discounted return."""
-        returns = (torch.where(self.mask, self.rewards, 0) * self.discounts(gamma)).sum(dim=1)
+        discounts = gamma ** torch.arange(HORIZON, dtype=torch.float64)
+        returns = (torch.where(self.mask, self.rewards, 0) * discounts).sum(dim=1)
         return (self.probabilities * returns).sum()
 
     def solve(self, gamma):
@@ -60,6 +58,21 @@ class TokenMDP:
                     action_values[s, token] += gamma * values[STATE[*prefix, token]]
             values[s] = policy[s] @ action_values[s]
         return values, action_values
+
+    def followed_gradient(self, gamma):
+        """
+        sum_s d(s) sum_a grad pi(a|s) Q(s, a), with d(s) the expected number of visits to s, not discounted: what trainers
+        follow, which put no gamma^t before a token.
+        """
+        policy = self.logits.softmax(-1)
+        visits = torch.zeros(len(PREFIXES), dtype=torch.float64)
+        visits[STATE[()]] = 1
+        for prefix in PREFIXES:  # the shorter ones come first
+            for token in range(VOCAB):
+                if (*prefix, token) in STATE and not (self.early_end and token == EOS):
+                    visits[STATE[*prefix, token]] = visits[STATE[prefix]] * policy[STATE[prefix], token].detach()
+        _, action_values = self.solve(gamma)
+        return torch.autograd.grad((visits.unsqueeze(1) * policy * action_values).sum(), self.logits)[0]
 
     def true_values(self, gamma):
         """V(s_t) of each episode, `(B, T)`."""

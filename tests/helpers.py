@@ -19,6 +19,7 @@ from transformers import (
     LlamaForCausalLM,
     LlamaForSequenceClassification,
     PreTrainedTokenizerFast,
+    TrainerCallback,
 )
 
 from trl_ext import token_values
@@ -248,6 +249,24 @@ class Rollouts:
         loss = super()._compute_loss(model, inputs)
         self.updates = [*getattr(self, "updates", []), inputs]
         return loss
+
+
+def first_gradients(trainer):
+    """Trains up to the first update and returns its gradients by parameter; the weights are those of the start again."""
+    gradients = {}
+
+    class KeepGradients(TrainerCallback):
+        def on_pre_optimizer_step(self, args, state, control, **kwargs):
+            gradients.update({name: p.grad.clone() for name, p in trainer.model.named_parameters()})
+            control.should_training_stop = True
+
+    start = {name: x.detach().clone() for name, x in trainer.model.state_dict().items()}
+    trainer.add_callback(KeepGradients())
+    trainer.args.max_grad_norm = 0.0
+    trainer.train()
+    trainer.model.load_state_dict(start)
+    trainer.model.zero_grad()
+    return gradients
 
 
 def recorded(trainer_class):

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from enumerable_mdp import PREFIXES, VOCAB, TokenMDP
-from helpers import count_good, quantization_config, recorded, rows_of, scripted_rollout, settings
+from helpers import count_good, first_gradients, quantization_config, recorded, rows_of, scripted_rollout, settings
 from peft import AutoPeftModelForCausalLM, LoraConfig
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -76,9 +76,9 @@ def exact_head(mdp, gamma):
     return head
 
 
-def estimate(mdp, values, gamma, lam=0.95, **args):
+def estimate(mdp, values, gamma, lam=0.95, lam_value=None, **args):
     """Advantages and targets as the trainer computes them."""
-    args = SimpleNamespace(gamma=gamma, lam=lam, lam_value=None, **args)
+    args = SimpleNamespace(gamma=gamma, lam=lam, lam_value=lam_value, **args)
     return QActorCriticTrainer.compute_advantages(
         SimpleNamespace(args=args), mdp.rewards.float(), values, mdp.mask, None
     )
@@ -88,17 +88,17 @@ def estimate(mdp, values, gamma, lam=0.95, **args):
 @modes
 def test_the_policy_gradient_is_exact(enumerated, gamma, policy_gradient):
     mdp, hidden_states, decisions = enumerated
-    exact = torch.autograd.grad(mdp.objective(gamma), mdp.logits)[0].float()
+    exact = mdp.followed_gradient(gamma).float()
     head = exact_head(mdp, gamma)
     head.all_actions = policy_gradient == "all_actions"
     values = head(hidden_states, decisions)
     if policy_gradient == "all_actions":
-        weights = mdp.probabilities.detach().float().unsqueeze(1) * mdp.discounts(gamma).float()
+        weights = mdp.probabilities.detach().float().unsqueeze(1)
         objective = torch.where(mdp.mask, weights * values[..., Estimate.V], 0).sum()
         gradient = torch.autograd.grad(objective, decisions.policy.lm_head.weight)[0].T
     else:
         advantages, _ = estimate(mdp, values, gamma, policy_gradient=policy_gradient, q_target="sarsa")
-        gradient = mdp.expected_gradient(advantages.detach() * mdp.discounts(gamma)).float()
+        gradient = mdp.expected_gradient(advantages.detach()).float()
     torch.testing.assert_close(gradient, exact, atol=2e-6, rtol=1e-4)
     assert exact.abs().max() > 0.01
 
@@ -114,6 +114,17 @@ def test_the_expected_target_of_the_true_critic_is_the_true_value(enumerated, q_
     expected = mdp.expectation_given_action(returns.double())
     reached = ~expected.isnan()
     torch.testing.assert_close(expected[reached], action_values[reached], atol=1e-5, rtol=1e-5)
+
+
+@targets
+def test_the_lambda_of_values_is_that_of_the_targets(enumerated, q_target):
+    mdp, hidden_states, decisions = enumerated
+    values = exact_head(mdp, 0.8)(hidden_states, decisions).detach()
+
+    def targets(lam, lam_value=None):
+        return estimate(mdp, values, 0.8, lam, lam_value, policy_gradient="advantage", q_target=q_target)[1]
+
+    assert torch.equal(targets(0.3, 0.9), targets(0.9)) and not torch.allclose(targets(0.3), targets(0.9))
 
 
 @targets
@@ -143,8 +154,8 @@ def test_the_critic_converges_to_the_true_values(enumerated, q_target, lam):
     advantages, _ = estimate(mdp, values, gamma, lam, policy_gradient="advantage", q_target=q_target)
     torch.testing.assert_close(advantages[own], q - v, atol=0.03, rtol=0)
     assert (q - v).abs().max() > 0.5 and (q - v).abs().min() < 0.5
-    exact = torch.autograd.grad(mdp.objective(gamma), mdp.logits)[0].float()
-    gradient = mdp.expected_gradient(advantages * mdp.discounts(gamma)).float()
+    exact = mdp.followed_gradient(gamma).float()
+    gradient = mdp.expected_gradient(advantages).float()
     torch.testing.assert_close(gradient, exact, atol=0.01, rtol=0)
 
 
@@ -187,26 +198,13 @@ def test_gradient_equals_that_of_the_plain_objective(
         temperature=0.7,
         gamma=0.9,
         vf_coef=0.5,
-        max_grad_norm=0.0,
         num_iterations=num_iterations,
         truncation="bootstrap",
     )
     head = trainer.critic.value_head
     for parameter in (head.weight, head.embedding, head.target_weight, head.target_embedding):
         torch.nn.init.normal_(parameter, std=0.3)
-    gradients = {}
-
-    class KeepGradients(TrainerCallback):
-        def on_pre_optimizer_step(self, args, state, control, **kwargs):
-            if state.global_step == 0:
-                gradients.update({n: p.grad.clone() for n, p in trainer.model.named_parameters()})
-                control.should_training_stop = True
-
-    trainer.add_callback(KeepGradients())
-    start = {name: x.detach().clone() for name, x in trainer.model.state_dict().items()}
-    trainer.train()
-    trainer.model.load_state_dict(start)
-    trainer.model.zero_grad()
+    gradients = first_gradients(trainer)
 
     batch, loss = trainer.updates[0], 0
     for i, (prompt, completion) in enumerate(rows_of(batch)):
@@ -417,6 +415,22 @@ def test_resuming_restores_the_target_too(policy_path, prompts, tmp_path):
         whole.model.state_dict().items(), broken.model.state_dict().values(), strict=True
     ):
         assert torch.equal(first, second), name
+
+
+def test_the_value_of_a_state_is_the_mean_of_its_actions_values(policy, tokenizer, prompts, tmp_path):
+    """The mean is over every token that may follow, by the critic's own head; the target head says something else."""
+    head = make(policy, tmp_path, prompts, kwargs={"processing_class": tokenizer}, temperature=0.7).critic.value_head
+    for name in ("weight", "embedding", "target_weight", "target_embedding"):
+        torch.nn.init.normal_(getattr(head, name), std=0.3)
+    following = torch.arange(len(tokenizer))[:, None]
+    for n in (1, 4, 6):
+        prefix = IDS[:, :n]
+        actions = torch.cat([prefix.expand(len(tokenizer), -1), following], dim=1)
+        with torch.no_grad():
+            pi = (policy(input_ids=prefix).logits[0, -1] / 0.7).softmax(-1)
+        q = token_action_values(policy, policy.critic, actions, torch.ones_like(actions))[:, -1]
+        v = token_values(policy, policy.critic, prefix, torch.ones_like(prefix))[0, -1]
+        torch.testing.assert_close(v, pi @ q, atol=1e-5, rtol=1e-5)
 
 
 def test_a_critic_of_states_has_no_action_values(policy, tokenizer, prompts, tmp_path):

@@ -64,14 +64,18 @@ def test_expected_returns_are_action_values(mdp, gamma):
     assert_close(expected[reached], action_values[reached])
 
 
+def test_what_is_followed_is_the_gradient_of_the_objective_without_discounting_alone(mdp):
+    for gamma in (1.0, 0.8):
+        exact = torch.autograd.grad(mdp.objective(gamma), mdp.logits)[0]
+        difference = (mdp.followed_gradient(gamma) - exact).abs().max()
+        assert exact.abs().max() > 0.01 and (difference < 1e-12 if gamma == 1 else difference > 0.01)
+
+
 @gammas
 @pytest.mark.parametrize("baseline", [0.0, 3.7])
 def test_reinforce_gradient_is_exact(mdp, gamma, baseline):
-    exact = torch.autograd.grad(mdp.objective(gamma), mdp.logits)[0]
-    assert exact.abs().max() > 0.01
-    # The gradient of the discounted objective also discounts the state's time; for gamma = 1 this is nothing
-    weights = (discounted_returns(mdp.rewards, mdp.mask, gamma) - baseline) * mdp.discounts(gamma)
-    assert_close(mdp.expected_gradient(weights), exact, atol=1e-10)
+    weights = discounted_returns(mdp.rewards, mdp.mask, gamma) - baseline
+    assert_close(mdp.expected_gradient(weights), mdp.followed_gradient(gamma), atol=1e-10)
 
 
 @pytest.mark.parametrize("baseline", [False, True])
@@ -86,19 +90,18 @@ def test_bandit_gradient_is_exact(mdp, baseline):
 @gammas
 @lams
 def test_actor_critic_gradient_is_exact(mdp, gamma, lam):
-    exact = torch.autograd.grad(mdp.objective(gamma), mdp.logits)[0]
     advantages, _ = generalized_advantage_estimate(mdp.rewards, mdp.true_values(gamma), mdp.mask, gamma, lam)
-    assert_close(mdp.expected_gradient(advantages * mdp.discounts(gamma)), exact, atol=1e-10)
+    assert_close(mdp.expected_gradient(advantages), mdp.followed_gradient(gamma), atol=1e-10)
 
 
 @gammas
 def test_any_critic_leaves_lam_one_unbiased_and_only_it(mdp, gamma):
-    exact = torch.autograd.grad(mdp.objective(gamma), mdp.logits)[0]
+    exact = mdp.followed_gradient(gamma)
     wrong = mdp.true_values(gamma) + torch.linspace(-2, 3, len(PREFIXES), dtype=torch.float64)[mdp.states]
 
     def gradient(lam):
         advantages, _ = generalized_advantage_estimate(mdp.rewards, wrong, mdp.mask, gamma, lam)
-        return mdp.expected_gradient(advantages * mdp.discounts(gamma))
+        return mdp.expected_gradient(advantages)
 
     assert_close(gradient(1.0), exact, atol=1e-10)
     assert (gradient(0.5) - exact).abs().max() > 0.01
