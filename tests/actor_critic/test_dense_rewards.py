@@ -349,11 +349,12 @@ def test_prefix_scores_are_those_of_the_prefixes(reward_model, tokenizer):
 
 @pytest.mark.parametrize("use_adapter", [False, True])
 def test_a_reward_model_pays_every_token(policy_path, reward_model_path, tokenizer, prompts, tmp_path, use_adapter):
-    """The return of each is what the whole scores more than the prefix that it is added to."""
+    """The return of each is what the whole, as far off as it is, scores more than the prefix that it is added to."""
     path, peft_config, ending = reward_model_path, None, ""
     if use_adapter:  # trained on texts that end
         path, peft_config, ending = reward_adapter(policy_path, tmp_path / "adapter"), LoraConfig(r=4), "<eos>"
-    args = PPOConfig(**settings(tmp_path, prefix_rewards=True, lam=1.0, max_steps=1, reward_weights=[2.0]))
+    overrides = {"prefix_rewards": True, "gamma": 0.9, "lam": 1.0, "reward_weights": [2.0]}
+    args = PPOConfig(**settings(tmp_path, max_steps=1, **overrides))
     trainer = recorded(PPOTrainer)(policy_path, path, args, prompts, peft_config=peft_config)
     trainer.train()
     rollout, model = trainer.rollouts[0], trainer.reward_funcs[0]
@@ -369,7 +370,8 @@ def test_a_reward_model_pays_every_token(policy_path, reward_model_path, tokeniz
         completion = rollout["completion_ids"][b][mask].tolist()
         text = tokenizer.decode(prompt) + tokenizer.decode(completion, skip_special_tokens=True)
         end = score(tokenizer(text + ending)["input_ids"])
-        expected = [2 * (end - score(prompt + completion[:t])) for t in range(len(completion))]
+        n = len(completion)
+        expected = [2 * (0.9 ** (n - 1 - t) * end - score(prompt + completion[:t])) for t in range(n)]
         assert rollout["returns"][b][mask].tolist() == pytest.approx(expected, abs=1e-5)
 
 

@@ -22,7 +22,7 @@ def trained(trainer_class, args, tokenizer, prompts, rollout_func=None):
         prompts,
         processing_class=tokenizer,
         rollout_func=rollout_func,
-        peft_config=peft_config if args.critic == "adapter" else None,
+        peft_config=peft_config if args.critic == "adapter" or args.kl_in_reward else None,
     )
     trainer.train()
     return {name: p.detach() for name, p in trainer.model.named_parameters()}
@@ -33,6 +33,7 @@ CASES = [
     ("ppo", {"num_iterations": 1}),  # whitening spans micro-batches: a scoring pass of our own
     ("a2c", {}),  # values from the training forward
     ("reinforce", {}),
+    ("reinforce", {"baseline": "batch_mean", "kl_in_reward": 0.1}),  # its mean spans micro-batches, too
     ("a2c", {"loss_type": "grpo", "critic": "separate"}),
     ("q_actor_critic", {"q_rank": 4}),
     ("q_actor_critic", {"q_rank": 4, "policy_gradient": "all_actions", "num_iterations": 2}),
@@ -65,10 +66,9 @@ def test_padding_changes_nothing(tokenizer, prompts, tmp_path, algorithm, overri
     config_class, trainer_class = ALGORITHMS[algorithm]
     results = []
     for multiple in (None, 16):
+        truncation = "penalty" if algorithm == "reinforce" else "bootstrap"  # which takes a critic
         args = config_class(
-            **settings(tmp_path, pad_to_multiple_of=multiple, max_steps=4, truncation="bootstrap", **overrides)
-            if algorithm != "reinforce"
-            else settings(tmp_path, pad_to_multiple_of=multiple, max_steps=4)
+            **settings(tmp_path, pad_to_multiple_of=multiple, max_steps=4, truncation=truncation, **overrides)
         )
         results.append(trained(trainer_class, args, tokenizer, prompts, scripted_rollout))
     for name, weight in results[0].items():

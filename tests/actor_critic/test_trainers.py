@@ -1,10 +1,21 @@
 """The trainers against independent computations of what they should do."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import build_policy, by_length, count_good, recorded, rows_of, scripted_rollout, settings
+from helpers import (
+    PROMPTS,
+    build_policy,
+    by_length,
+    count_good,
+    first_gradients,
+    recorded,
+    rows_of,
+    scripted_rollout,
+    settings,
+)
 from peft import LoraConfig
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, TrainerCallback
 
@@ -34,17 +45,48 @@ def plain_logps(model, prompt_ids, completion_ids):
 # --- What the batch holds ---
 
 
-@pytest.mark.parametrize("num_iterations", [1, 2])
-def test_returns_are_the_discounted_score_of_the_completion(policy, tokenizer, prompts, tmp_path, num_iterations):
-    args = PPOConfig(
-        **settings(tmp_path, gamma=0.9, lam=1.0, learning_rate=0.0, max_steps=1), num_iterations=num_iterations
-    )
-    trainer = recorded(PPOTrainer)(policy, by_length, args, prompts, processing_class=tokenizer)
+@pytest.mark.parametrize(
+    "algorithm, overrides",
+    [
+        ("ppo", {"lam": 1.0, "num_iterations": 1}),
+        ("ppo", {"lam": 1.0, "num_iterations": 2}),
+        ("reinforce", {"baseline": "none"}),
+    ],
+)
+def test_returns_are_the_discounted_score_of_the_completion(
+    policy, tokenizer, prompts, tmp_path, algorithm, overrides
+):
+    config_class, trainer_class = ALGORITHMS[algorithm]
+    args = config_class(**settings(tmp_path, gamma=0.9, learning_rate=0.0, max_steps=1, **overrides))
+    trainer = recorded(trainer_class)(policy, by_length, args, prompts, processing_class=tokenizer)
     trainer.train()
     for i, (_, completion) in enumerate(rows_of(batch := trainer.updates[0])):
         n = len(completion)
         expected = [n * 0.9 ** (n - 1 - t) for t in range(n)] + [0.0] * (batch["returns"].size(1) - n)
-        torch.testing.assert_close(batch["returns"][i], torch.tensor(expected))
+        for name in ("returns", "advantages") if algorithm == "reinforce" else ("returns",):
+            torch.testing.assert_close(batch[name][i], torch.tensor(expected))
+
+
+def test_each_lambda_is_that_of_what_it_is_named_for(policy, tokenizer, prompts, tmp_path):
+    """Advantages and targets are those of runs with that one lambda."""
+    trainer = A2CTrainer(policy, by_length, A2CConfig(**settings(tmp_path)), prompts, processing_class=tokenizer)
+    lengths = torch.tensor([2, 4, 6])
+    rewards, values = torch.randn(2, 3, 6, generator=torch.Generator().manual_seed(0))
+    mask = torch.arange(6) < lengths.unsqueeze(1)
+
+    def estimate(lam, **others):
+        for name in ("lam_policy", "lam_value", "length_adaptive_alpha"):
+            setattr(trainer.args, name, others.get(name))
+        trainer.args.lam = lam
+        return trainer.compute_advantages(rewards, values, mask, None)
+
+    advantages, returns = estimate(0.5, lam_policy=0.2, lam_value=0.9)
+    assert torch.equal(advantages, estimate(0.2)[0]) and not torch.allclose(advantages, estimate(0.5)[0])
+    assert torch.equal(returns, estimate(0.9)[1]) and not torch.allclose(returns, estimate(0.5)[1])
+    advantages, returns = estimate(0.5, lam_policy=0.2, length_adaptive_alpha=0.5)
+    assert torch.equal(returns, estimate(0.5)[1])
+    for row, lam in enumerate([0.0, 0.5, 2 / 3]):  # 1 - 1 / (alpha length)
+        torch.testing.assert_close(advantages[row], estimate(lam)[0][row])
 
 
 @pytest.mark.parametrize("critic", ["shared", "separate"])
@@ -116,6 +158,33 @@ def test_a_cut_completion_is_worth_the_value_of_its_last_state(policy, tokenizer
     assert any(cut) and not all(cut)
 
 
+@pytest.mark.parametrize("one_step_mdp", [False, True])
+def test_reinforce_is_paid_less_what_the_critic_expected(policy, tokenizer, prompts, tmp_path, one_step_mdp):
+    """A bandit once for all its tokens, less the value of its prompt; a cut completion by the value of its last state."""
+    own = {"one_step_mdp": one_step_mdp, "baseline": "value", "truncation": "bootstrap", "gamma": 0.5}
+    args = ReinforceConfig(**settings(tmp_path, learning_rate=0.0, critic_learning_rate=0.0, **own))
+    trainer = recorded(ReinforceTrainer)(
+        policy, by_length, args, prompts, processing_class=tokenizer, rollout_func=scripted_rollout
+    )
+    torch.nn.init.normal_(trainer.critic.value_head.weight)
+    trainer.train()
+    cut = []
+    for batch in trainer.updates:
+        for i, (prompt, completion) in enumerate(rows_of(batch)):
+            n, ids = len(completion), torch.tensor([[*prompt, *completion]])
+            values = token_values(policy, trainer.critic, ids, torch.ones_like(ids))[0, len(prompt) - 1 :].tolist()
+            cut.append(completion[-1] != tokenizer.eos_token_id)
+            if one_step_mdp:
+                returns, baselines = [values[-1] if cut[-1] else float(n)] * n, [values[0]] * n
+            else:
+                end = 0.5 * values[-1] if cut[-1] else float(n)
+                returns, baselines = [end * 0.5 ** (n - 1 - t) for t in range(n)], values[:-1]
+            expected = {"returns": returns, "advantages": [g - v for g, v in zip(returns, baselines, strict=True)]}
+            for name, row in expected.items():
+                assert batch[name][i, :n].tolist() == pytest.approx(row, abs=1e-4), name
+    assert any(cut) and not all(cut)
+
+
 def test_a_cut_completion_pays_the_missing_eos_penalty(policy, tokenizer, prompts, tmp_path):
     args = A2CConfig(**settings(tmp_path, missing_eos_penalty=10.0))
     trainer = recorded(A2CTrainer)(
@@ -165,30 +234,66 @@ def test_kl_in_reward_is_the_log_ratio_to_the_reference(policy_path, tokenizer, 
     assert trainer.beta == 0.5 and trainer.args.beta == 0.0
 
 
-def test_kl_in_reward_stays_out_of_the_loss(policy_path, tokenizer, prompts, tmp_path):
-    """With equal advantages (none) the gradient of a KL in the loss would be the only one left."""
-    args = A2CConfig(**settings(tmp_path, kl_in_reward=1e-9, vf_coef=0.0, max_steps=2))
-    policy = AutoModelForCausalLM.from_pretrained(policy_path)
-    trainer = A2CTrainer(
-        policy, lambda completions, **kw: [0.0] * len(completions), args, prompts, processing_class=tokenizer
+def test_kl_in_reward_is_a_reward_and_nothing_else(policy_path, tokenizer, prompts, tmp_path):
+    """An update with it is one in which a reward function pays the penalty, and no reference is known."""
+    fixed = {"lam": 0.9, "whiten_advantages": False, "loss_type": "dapo", "vf_coef": 0.1}
+
+    def gradients_of(**overrides):
+        policy, reference = (AutoModelForCausalLM.from_pretrained(policy_path) for _ in range(2))
+
+        def penalized(prompts, completion_ids, **kwargs):
+            rewards = []
+            for prompt, ids in zip(prompts, completion_ids, strict=True):
+                prompt_ids = tokenizer(prompt)["input_ids"]
+                k1 = plain_logps(policy, prompt_ids, ids) - plain_logps(reference, prompt_ids, ids)
+                rewards.append([*(-0.5 * k1[:-1]).tolist(), len(ids) - 0.5 * k1[-1].item()])
+            return rewards
+
+        args = A2CConfig(**settings(tmp_path, **fixed, **overrides))
+        reward = by_length if args.kl_in_reward else penalized
+        trainer = A2CTrainer(policy, reward, args, prompts, processing_class=tokenizer, rollout_func=scripted_rollout)
+        torch.nn.init.normal_(trainer.critic.value_head.weight, generator=torch.Generator().manual_seed(0))
+        with torch.no_grad():
+            policy.lm_head.weight.mul_(1.5)  # off the reference, which is the policy as it was given
+        return first_gradients(trainer)
+
+    expected = gradients_of()
+    for name, gradient in gradients_of(kl_in_reward=0.5).items():
+        torch.testing.assert_close(gradient, expected[name], atol=1e-5, rtol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_adaptive_kl_coefficient_is_what_a_nat_costs(policy_path, tokenizer, prompts, tmp_path):
+    """Steered by the mean of log pi/pi_ref, of all completions; the policy and its KL stay as they are."""
+    policy, reference = (AutoModelForCausalLM.from_pretrained(policy_path) for _ in range(2))
+    scripted = scripted_rollout(PROMPTS, SimpleNamespace(processing_class=tokenizer))
+    with torch.no_grad():
+        policy.lm_head.weight.mul_(0.5)
+        pairs = list(zip(scripted["prompt_ids"], scripted["completion_ids"], strict=True))
+        kl = {tuple(ids): plain_logps(policy, p, ids) - plain_logps(reference, p, ids) for p, ids in pairs}
+        policy.lm_head.weight.mul_(2)
+    assert len(kl) == len(pairs)
+    mean = sum(k1.sum().item() for k1 in kl.values()) / len(pairs)
+    assert mean > 0.5
+    own = {"kl_in_reward": 0.4, "kl_target": mean / 1.1, "kl_horizon": 16, "lam": 1.0}
+    still = {"learning_rate": 0.0, "critic_learning_rate": 0.0, "per_device_train_batch_size": 8, "max_steps": 3}
+    trainer = recorded(A2CTrainer)(
+        policy,
+        by_length,
+        A2CConfig(**settings(tmp_path, **own, **still)),
+        prompts,
+        processing_class=tokenizer,
+        rollout_func=scripted_rollout,
     )
     with torch.no_grad():
-        policy.lm_head.weight.mul_(1.5)  # off the reference, which is the policy as it was given
+        policy.lm_head.weight.mul_(0.5)
     trainer.train()
-    history = trainer.state.log_history
-    assert history[0]["kl/k3"] > 1e-3 and history[0]["grad_norm"] < 1e-6
-
-
-def test_adaptive_kl_coefficient_moves_towards_its_target(policy_path, tokenizer, prompts, tmp_path):
-    def last_coef(target):
-        args = A2CConfig(
-            **settings(tmp_path, kl_in_reward=0.1, kl_target=target, kl_horizon=20, max_steps=6, learning_rate=1e-2)
-        )
-        trainer = A2CTrainer(policy_path, count_good, args, prompts)
-        trainer.train()
-        return trainer.kl_controller.coef
-
-    assert last_coef(1e-6) > 0.1 > last_coef(1e6)
+    # Ten percent too much, over half a horizon
+    for step, coef in enumerate([0.4, 0.4 * 1.05, 0.4 * 1.05**2]):
+        batch = trainer.updates[step]
+        assert trainer.state.log_history[step]["kl/coef"] == pytest.approx(coef, rel=1e-4)
+        for i, (_, completion) in enumerate(rows_of(batch)):
+            expected = len(completion) - coef * kl[tuple(completion)].flip(0).cumsum(0).flip(0)
+            torch.testing.assert_close(batch["returns"][i, : len(completion)], expected, atol=1e-4, rtol=1e-4)
 
 
 def test_rows_without_a_score_teach_nothing(policy, tokenizer, prompts, tmp_path):
@@ -209,47 +314,65 @@ def test_rows_without_a_score_teach_nothing(policy, tokenizer, prompts, tmp_path
 # --- The gradient ---
 
 
-@pytest.mark.parametrize("case", ["a2c", "ppo", "reinforce", "bandit", "separate"])
+def with_tool_text(prompts, trainer):
+    """Scripted completions whose second token is a tool's."""
+    output = scripted_rollout(prompts, trainer)
+    return output | {"env_mask": [[int(t != 1) for t in range(len(ids))] for ids in output["completion_ids"]]}
+
+
+def of_odd_lengths(completion_ids, **kwargs):
+    return [float(len(ids)) if len(ids) % 2 else None for ids in completion_ids]
+
+
+@pytest.mark.parametrize(
+    "case", ["a2c", "ppo", "reinforce", "bandit", "separate", "accumulated", "minibatches", "tools", "unscored"]
+)
 def test_gradient_equals_that_of_the_plain_objective(policy, tokenizer, prompts, tmp_path, case):
     """One update's gradient against autograd through ordinary logits and hidden states, row by row, unpadded."""
-    trainer_class, args = {
-        "a2c": (A2CTrainer, A2CConfig(**settings(tmp_path, gamma=0.9, vf_coef=0.5))),
-        "ppo": (PPOTrainer, PPOConfig(**settings(tmp_path, vf_coef=0.5))),
-        "reinforce": (ReinforceTrainer, ReinforceConfig(**settings(tmp_path, gamma=0.9, baseline="none"))),
-        "bandit": (ReinforceTrainer, ReinforceConfig(**settings(tmp_path, one_step_mdp=True, baseline="value"))),
-        "separate": (A2CTrainer, A2CConfig(**settings(tmp_path, critic="separate"))),
+    trainer_class, overrides = {
+        "a2c": (A2CTrainer, {"gamma": 0.9, "vf_coef": 0.5}),
+        "ppo": (PPOTrainer, {"vf_coef": 0.5}),
+        "reinforce": (ReinforceTrainer, {"gamma": 0.9, "baseline": "none"}),
+        "bandit": (ReinforceTrainer, {"one_step_mdp": True, "baseline": "value"}),
+        "separate": (A2CTrainer, {"critic": "separate"}),
+        "accumulated": (A2CTrainer, {"vf_coef": 0.5, "gradient_accumulation_steps": 2}),
+        "minibatches": (PPOTrainer, {"vf_coef": 0.5, "steps_per_generation": 2}),
+        "tools": (A2CTrainer, {"vf_coef": 0.5}),
+        "unscored": (A2CTrainer, {"vf_coef": 0.5}),
     }[case]
-    trainer = recorded(trainer_class)(policy, by_length, args, prompts, processing_class=tokenizer)
+    args = trainer_class.config_class(**settings(tmp_path, loss_type="dapo", **overrides))
+    trainer = recorded(trainer_class)(
+        policy,
+        of_odd_lengths if case == "unscored" else by_length,
+        args,
+        prompts,
+        processing_class=tokenizer,
+        rollout_func={"tools": with_tool_text, "unscored": scripted_rollout}.get(case),
+    )
     if trainer.critic is not None:
         torch.nn.init.normal_(trainer.critic.value_head.weight, std=0.3)
-    gradients = {}
+    gradients = first_gradients(trainer)
 
-    class KeepGradients(TrainerCallback):
-        def on_pre_optimizer_step(self, args, state, control, **kwargs):
-            if state.global_step == 0:
-                gradients.update({n: p.grad.clone() for n, p in trainer.model.named_parameters()})
-                control.should_training_stop = True
-
-        def on_optimizer_step(self, args, state, control, **kwargs):
-            pass
-
-    trainer.add_callback(KeepGradients())
-    trainer.args.max_grad_norm = 0.0
-    start = {n: p.detach().clone() for n, p in trainer.model.named_parameters()}
-    trainer.train()
-    trainer.model.load_state_dict(start)
-    trainer.model.zero_grad()
-
-    batch = trainer.updates[0]
-    num_tokens = batch["completion_mask"].sum()
-    loss = 0
-    for i, (prompt, completion) in enumerate(rows_of(batch)):
-        n, ids = len(completion), torch.tensor([[*prompt, *completion]])
-        loss = loss - (plain_logps(policy, prompt, completion) * batch["advantages"][i, :n]).sum()
-        if trainer.critic is not None:
-            trunk = trainer.critic.trunk or policy.model
-            values = trainer.critic.value_head(trunk(ids).last_hidden_state)[0, len(prompt) - 1 : -1]
-            loss = loss + args.vf_coef * 0.5 * (values - batch["returns"][i, :n]).square().sum()
+    loss, num_tokens = 0, 0
+    for _, completion in rows_of(trainer.rollouts[0]):
+        num_tokens += len(completion) - (case == "tools" and len(completion) > 1)
+    num_tokens /= 2 if case == "minibatches" else 1  # an update takes half of the rollout
+    assert len(trainer.updates) == (2 if case == "accumulated" else 1)
+    kinds = set()
+    for batch in trainer.updates:
+        for i, (prompt, completion) in enumerate(rows_of(batch)):
+            n, ids = len(completion), torch.tensor([[*prompt, *completion]])
+            chosen = torch.tensor([case != "tools" or t != 1 for t in range(n)])
+            is_scored = case != "unscored" or n % 2 == 1
+            kinds.add(is_scored)
+            if not is_scored:
+                continue
+            loss = loss - (plain_logps(policy, prompt, completion) * batch["advantages"][i, :n])[chosen].sum()
+            if trainer.critic is not None:
+                trunk = trainer.critic.trunk or policy.model
+                values = trainer.critic.value_head(trunk(ids).last_hidden_state)[0, len(prompt) - 1 : -1]
+                loss = loss + args.vf_coef * 0.5 * (values - batch["returns"][i, :n])[chosen].square().sum()
+    assert len(kinds) == (2 if case == "unscored" else 1)
     (loss / num_tokens).backward()
     assert gradients.keys() == {n for n, _ in trainer.model.named_parameters()}
     for name, parameter in trainer.model.named_parameters():
