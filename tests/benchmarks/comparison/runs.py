@@ -39,8 +39,9 @@ class Job:
         parts = [self.task, self.method, f"{self.learning_rate:g}", str(self.seed), str(self.budget), *options]
         return Path(output_dir, "runs", "_".join(parts) + ".json")
 
-    def points(self, output_dir: str) -> list[dict]:
-        return json.loads(self.file(output_dir).read_text(encoding="utf-8"))["points"]
+    def result(self, output_dir: str) -> dict:
+        """Returns what [`run`] left: the job's own fields, `points` and `cpu_seconds`."""
+        return json.loads(self.file(output_dir).read_text(encoding="utf-8"))
 
 
 class Evaluations(TrainerCallback):
@@ -104,11 +105,9 @@ def train(job: Job, places: Places) -> list[dict]:
     start = task.begin(places, job.seed, not method.compares_groups)
     recorder = Recorder(start.objective)
     settings = arguments(job, places.output_dir)
-    # A policy that ends every completion at once would sample forever
-    rollouts = 4 * job.budget // (task.rollout_size * task.max_completion_length) + 1
     config = method.config_class(**settings, reward_weights=[1.0] * len(start.rewards) + [0.0])
     updates = config.num_iterations * config.steps_per_generation
-    config.max_steps = rollouts * updates
+    config.max_steps = task.max_rollouts * updates
     trainer = method.trainer_class(
         model=start.model,
         reward_funcs=[*start.rewards, recorder],

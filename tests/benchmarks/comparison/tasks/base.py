@@ -31,7 +31,7 @@ class Start:
     The beginning of a run: the same for every method at the same seed.
 
     Args:
-        model (`PreTrainedModel`): The policy.
+        model (`PreTrainedModel` or `str`): The policy.
         tokenizer (`PreTrainedTokenizerBase`): Its tokenizer.
         prompts (`list`): Texts or conversations, whose order the trainer draws by its seed.
         rewards (`list[Callable]`): Reward functions, each of weight 1.
@@ -42,7 +42,7 @@ class Start:
         peft_config (`PeftConfig`, *optional*): The adapter to train, in place of the whole model.
     """
 
-    model: PreTrainedModel
+    model: PreTrainedModel | str
     tokenizer: PreTrainedTokenizerBase
     prompts: list
     rewards: list[Callable]
@@ -60,31 +60,37 @@ class Task:
         name (`str`): Its name on the command line.
         begin (`Callable`): A function of `places, seed, is_dense` that returns a [`Start`]. `is_dense` is True for methods
             that take a reward at the token which earns it, where the task has such; others have the sum at the end.
-        learning_rate (`float`): The rate in the middle, tuned for GRPO.
         max_completion_length (`int`): The most tokens of a completion.
         budget (`int`): Tokens that a run samples.
+        max_rollouts (`int`): Rollouts after which it ends in any case: a policy that ends every completion at once
+            would sample forever.
         rollout_size (`int`): Completions per rollout.
         num_generations (`int`): Completions per prompt; methods that compare them take 8 where this is 1.
         kl_price (`float`): The price of a nat of KL to the start, in units of the reward.
         num_evaluations (`int`): Evaluations of a run; 0 where the rollouts themselves are the measure.
-        prepare (`Callable`, *optional*): A function of `places` that makes what all runs share, or ends the program where
-            something is missing.
-        tunes_rate (`bool`): True if the learning rate is tuned; False where it was given.
-        seeds (`int`): Seeds by default.
+        prepare (`Callable`): A function of `places` that makes what all runs share, if it is not there already.
+        needs (`tuple[str, ...]`): The options of the command line that give what the task cannot do without.
+        learning_rate (`float`, *optional*): The rate in the middle; tuned for GRPO where none is given.
+        num_seeds (`int`): Seeds by default.
     """
 
     name: str
     begin: Callable
-    learning_rate: float
     max_completion_length: int
     budget: int
+    max_rollouts: int
     rollout_size: int = 64
     num_generations: int = 8
     kl_price: float = 0.0
     num_evaluations: int = 0
-    prepare: Callable | None = None
-    tunes_rate: bool = True
-    seeds: int = 5
+    prepare: Callable = lambda places: None
+    needs: tuple[str, ...] = ()
+    learning_rate: float | None = None
+    num_seeds: int = 5
+
+    def missing(self, places: Places) -> str:
+        """Returns the options that are needed and not given, as words."""
+        return " and ".join(f"--{name}" for name in self.needs if getattr(places, name) is None)
 
 
 class Recorder:

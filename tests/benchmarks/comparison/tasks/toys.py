@@ -142,17 +142,18 @@ def toy(
     pays: Callable,
     length: int,
     rollouts: int,
-    learning_rate: float = 1e-3,
     prompts: Callable = single_symbols,
     offset: Callable = lambda prompt: 0.0,
     has_dense: bool = False,
+    rollout_size: int = 64,
     **sizes,
 ) -> Task:
     return Task(
         name,
         partial(begin, pays=pays, prompts=prompts, length=length, offset=offset, has_dense=has_dense),
-        learning_rate,
         max_completion_length=length,
-        budget=rollouts * sizes.get("rollout_size", 64) * length,
+        budget=rollouts * rollout_size * length,
+        max_rollouts=2 * rollouts,
+        rollout_size=rollout_size,
         **sizes,
     )
