@@ -1,5 +1,5 @@
 """
-Toy tasks over ten symbols in a circle, `a` to `j`, each a word; the policy is a Llama of some 10,000 parameters that
+Toy tasks over ten symbols in a circle, `a` to `j`, each a word; the policy is a Llama of some 20,000 parameters that
 begins with all of them equally likely.
 
 - `count-end`, `count-dense`: each symbol is right that follows the one before it (`c` after `b`), the first one that
