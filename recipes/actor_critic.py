@@ -43,6 +43,7 @@ from trl import ModelConfig, get_peft_config, get_quantization_config
 from shared.arguments import parse_arguments, prepare_model_args
 from shared.rewards import RewardArguments, get_rewards, load_prompts
 from shared.saving import save
+from trl_ext import load_rollouts
 from trl_ext.algorithms import ALGORITHMS
 
 
@@ -51,6 +52,13 @@ class ActorCriticArguments(RewardArguments):
     """Arguments of this script."""
 
     algorithm: str = field(default="ppo", metadata={"help": "What to train with.", "choices": list(ALGORITHMS)})
+    pretrain_critic: str | None = field(
+        default=None,
+        metadata={
+            "help": "Folder of an earlier run with `--save_rollouts`, of any algorithm, on whose completions the critic "
+            "is trained before the policy learns."
+        },
+    )
 
 
 def choose_algorithm(args: list[str]) -> str:
@@ -87,6 +95,8 @@ def main() -> None:
         quantization_config=get_quantization_config(model_args),
         peft_config=get_peft_config(model_args),
     )
+    if script_args.pretrain_critic is not None and training_args.resume_from_checkpoint is None:
+        trainer.pretrain_critic(load_rollouts(script_args.pretrain_critic)["train"])
     trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
     save(trainer, script_args)
 

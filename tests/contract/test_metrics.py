@@ -12,6 +12,7 @@ from trl_ext import (
     RankingDPOTrainer,
     RankingRewardConfig,
     RankingRewardTrainer,
+    load_rollouts,
 )
 from trl_ext.algorithms import ALGORITHMS
 
@@ -22,7 +23,7 @@ RUNS = {
     "ppo": {"kl_in_reward": 0.1, "target_kl": 1e-6, "cliprange_value": 0.2, "num_iterations": 2},
     "nlpo": {"min_tokens_to_keep": 2, "entropy_coef": 0.01, "num_iterations": 1},
     "q_actor_critic": {"q_rank": 2, "loss_type": "vespo"},
-    "reinforce": {"num_generations": 2, "beta": 0.1, "loss_type": "cispo"},
+    "reinforce": {"num_generations": 2, "beta": 0.1, "loss_type": "cispo", "save_rollouts": True},
     "a2c": {},  # on a stream, of which a prompt is too long
 }
 RANKING_RUNS = {
@@ -62,6 +63,10 @@ def of_actor_critics(policy_path, prompts, tmp_path_factory):
         if name == "a2c":
             dataset = Dataset.from_dict({"prompt": ["the film was " * 30] * 8}).to_iterable_dataset()
         trainer = trainer_class(policy_path, count_good, args, dataset, eval_dataset=prompts.select(range(4)))
+        if name == "reinforce":
+            rollouts = args.output_dir
+        if name == "ppo":
+            trainer.pretrain_critic(load_rollouts(rollouts)["train"])
         found[name] = logged(trainer)
     return found
 

@@ -81,7 +81,7 @@ def test_help_explains(run_recipe, capsys, tmp_path, script, args, options):
 # --- Training ---
 
 
-def test_reinforce_with_a_python_reward(folder, policy_path):
+def test_reinforce_with_a_python_reward(folder, policy_path, run_recipe):
     run_program(
         *(RECIPES / "actor_critic.py", "--algorithm", "reinforce", *FAST),
         *("--model_name_or_path", policy_path, "--dataset_name", "prompts.jsonl", "--output_dir", "out"),
@@ -97,6 +97,15 @@ def test_reinforce_with_a_python_reward(folder, policy_path):
     card = (folder / "out" / "README.md").read_text()
     assert "| lam |" in card and "save_rollouts" not in card  # which is no setting of the training
     assert not (folder / "out" / "value_head.safetensors").exists()  # a mean return is the baseline
+    run_recipe(
+        *("actor_critic.py", "--algorithm", "ppo", *FAST, "--max_steps", 1, "--save_strategy", "steps"),
+        *("--model_name_or_path", policy_path, "--dataset_name", "prompts.jsonl", "--output_dir", "out-ppo"),
+        *("--reward_funcs", "my_rewards.count_letters", "--max_completion_length", 4, "--save_steps", 1),
+        *("--pretrain_critic", "out"),
+        cwd=folder,
+    )
+    state = json.loads((folder / "out-ppo" / "checkpoint-1" / "trainer_state.json").read_text())
+    assert state["log_history"][0]["pretraining/rollouts"] == 8
 
 
 def test_a2c_of_an_adapter_with_a_reward_model(folder, policy_path, reward_model_path, run_recipe):

@@ -123,6 +123,25 @@ def check_turn_rewards(paying_environments: list[type], rollout_func: Callable |
         )
 
 
+def check_pretraining(trainer) -> None:
+    """Refuses to pretrain a critic that is not there, is sharded, or reads what rollouts do not hold."""
+    if trainer.critic is None:
+        raise ValueError(
+            f"{type(trainer).__name__} has no critic to pretrain with these settings. Use another algorithm, or "
+            "`baseline='value'` of REINFORCE."
+        )
+    if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+        raise ValueError(
+            "FSDP and DeepSpeed shard the critic, and gather its weights only where the policy runs. Pretrain it in one "
+            "process, or under DDP, save it with `save_model`, and start from there by `critic_model_name_or_path`."
+        )
+    if trainer._is_vlm or trainer.environment_factories is not None:
+        raise ValueError(
+            "Rollouts hold neither the images of their prompts nor what an environment has added to them, so the critic "
+            "cannot read them again. Use `critic_warmup_steps`."
+        )
+
+
 def checked_rollout(rollout_func: Callable) -> Callable:
     """Returns a `rollout_func` that refuses an empty completion."""
 

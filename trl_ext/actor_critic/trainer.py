@@ -64,16 +64,19 @@ from .checks import (
     check_completion_ids,
     check_critic_model,
     check_dataset_size,
+    check_pretraining,
     check_reference,
     checked_rollout,
     refuse_loss,
 )
 from .compact import CompactForwards
 from .config import ActorCriticConfig
+from .episodes import read_episodes
 from .forward import Forward, ForwardPlan
 from .generation import Generation, engine_settings
 from .notices import Notices
 from .optimizer import Rest, after_warmup, clip, warn_of_schedule
+from .pretraining import CriticPretraining
 from .prompts import Prompts, check_context, refuse_missing_prompt
 from .recording import Recorder
 from .reporting import (
@@ -353,6 +356,44 @@ class ActorCriticTrainer(TrainerBase, GRPOTrainer):
         if isinstance(scheduler, LambdaLR):
             self.lr_scheduler = after_warmup(scheduler, warmup)
         return self.lr_scheduler
+
+    def pretrain_critic(
+        self, rollouts: Dataset, num_epochs: int = 20, learning_rate: float | None = None
+    ) -> dict[str, float]:
+        """
+        Fits the critic's own parameters to stored rollouts, before training or in place of `critic_warmup_steps`; the
+        policy stays as it is. See [`pretraining`].
+
+        Args:
+            rollouts ([`~datasets.Dataset`]): Completions that some training, of any algorithm, recorded with
+                `save_rollouts=True`, such as `load_rollouts(output_dir)["train"]`, by a policy like this one, and with
+                the same rewards.
+            num_epochs (`int`, *optional*, defaults to `20`): Epochs at most. Training ends before them when the error on
+                the tenth that is held out no longer falls, and the best weights are kept.
+            learning_rate (`float`, *optional*): Rate of AdamW, `critic_learning_rate` by default.
+
+        Returns:
+            `dict[str, float]`: Numbers of `rollouts` and `epochs`, and `explained_variance_before` and
+            `explained_variance`, of the returns that were held out. They are logged with the first update, as
+            `pretraining/...`.
+
+        Raises:
+            ValueError: where there is no critic, or FSDP or DeepSpeed shards it; and for rollouts that do not fit.
+        """
+        check_pretraining(self)
+        episodes = read_episodes(
+            rollouts,
+            self._tokenizer,
+            self._model.get_input_embeddings().num_embeddings,
+            lambda prompts: self._tokenize_prompts(prompts)[0],
+            self.args,
+        )
+        rate = self.args.critic_learning_rate if learning_rate is None else learning_rate
+        pretraining = CriticPretraining(self._model, self.critic, self._fitted, self.args, self.accelerator, rate)
+        found = pretraining.fit(episodes, num_epochs)
+        for name, value in found.items():
+            self._metrics["train"][f"pretraining/{name}"].append(value)
+        return found
 
     def begin_training(self, step: int) -> None:
         """Resets what outlives a rollout, before training from `step` on; a checkpoint may restore some of it."""

@@ -6,7 +6,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..models.lm_head import base_causal_lm
-from ..packing.layout import last_states
+from ..packing.layout import Layout, last_states
 from .critic import Critic
 from .heads import ActionValueHead, Estimate
 
@@ -59,10 +59,15 @@ def token_action_values(
 def all_estimates(model, critic, input_ids, attention_mask) -> torch.Tensor:
     """Returns the critic's estimates of every prefix, `(B, L)` or `(B, L, 4)`."""
     layout = last_states(input_ids, attention_mask, num_states=input_ids.size(1))
-    hidden_states = None
-    if critic.reads_policy:
-        if isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning:
-            raise ValueError("`token_values` does not see the virtual tokens of a prompt-tuned policy.")
-        trunk = base_causal_lm(model).base_model
-        hidden_states = trunk(**layout.inputs_of(trunk), use_cache=False).last_hidden_state
-    return critic(model, hidden_states, layout)
+    return critic(model, policy_states(model, critic, layout), layout)
+
+
+@torch.no_grad()
+def policy_states(model: PreTrainedModel | PeftModel, critic: Critic, layout: Layout) -> torch.Tensor | None:
+    """Returns the last hidden states `(R, L, H)` of the policy's trunk over the rows of a layout, if the critic needs them."""
+    if not critic.reads_policy:
+        return None
+    if isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning:
+        raise ValueError("`token_values` does not see the virtual tokens of a prompt-tuned policy.")
+    trunk = base_causal_lm(model).base_model
+    return trunk(**layout.inputs_of(trunk), use_cache=False).last_hidden_state
