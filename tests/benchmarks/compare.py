@@ -61,8 +61,12 @@ def perform_all(jobs: list[Job], places: Places, num_workers: int, title: str) -
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(num_workers, mp_context=context) as pool:
         futures = [pool.submit(perform, job, places) for job in missing]
-        for future in tqdm(as_completed(futures), desc=title, total=len(missing), disable=not missing):
-            future.result()
+        try:
+            for future in tqdm(as_completed(futures), desc=title, total=len(missing), disable=not missing):
+                future.result()
+        except BaseException:
+            pool.shutdown(cancel_futures=True)  # an error shows now, not when all other runs are over
+            raise
     return [job.result(places.output_dir) for job in jobs]
 
 

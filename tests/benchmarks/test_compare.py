@@ -18,7 +18,9 @@ from comparison.results import Run, area, compare, final, half_width, holm, p_va
 from comparison.runs import Job, arguments  # noqa: E402
 from comparison.tables import overview, sweep_table, task_table  # noqa: E402
 from comparison.tasks import TASKS  # noqa: E402
+from comparison.tasks.base import Places  # noqa: E402
 from comparison.tasks.film_reviews import dense_praise, praise  # noqa: E402
+from comparison.tasks.smollm2 import is_right, openings  # noqa: E402
 from comparison.tasks.toys import chosen, counted, decided, four_symbols, level, symbol_tokenizer  # noqa: E402
 
 
@@ -127,7 +129,7 @@ def test_what_is_tuned_is_tuned_for_all():
     }
     assert {job.seed for job in tried} == set(tuning.SEEDS) and not set(tuning.SEEDS) & set(range(5))
     assert {dict(job.options).get("kl_in_reward") for job in tried if job.method == "ppo"} == {None, 0.0667, 0.6}
-    assert set(tuning.read_tuned()) >= set(TASKS)
+    assert set(tuning.read_tuned()) == set(TASKS)
 
 
 # --- Rewards ---
@@ -171,12 +173,32 @@ def test_dense_and_delayed_praise_are_worth_the_same():
     assert [texts[0][start:end] for start, end, _ in dense_praise(texts)[0]] == ["good", "bad"]
 
 
+def test_sums_are_right_by_their_first_number():
+    assert is_right(" 6\nState the final", "6") and is_right("-3", "-3") and is_right(" 06", "6")
+    assert not any(is_right(text, "6") for text in (" 16", "The answer is 6", "", " -6", "- 6"))
+
+
+def test_openings_are_the_first_words_of_negative_reviews():
+    rows = [
+        {"text": "a b c d e f g h", "label": 0},
+        {"text": "a b c d e f x", "label": 0},
+        {"text": "good", "label": 1},
+    ]
+    assert openings(rows) == ["a b c d e f"]
+
+
+def test_tasks_that_need_files_say_so():
+    assert TASKS["smollm2-reviews"].missing(Places("out")) == "--smollm2 and --data"
+    assert TASKS["smollm2-reviews"].missing(Places("out", smollm2="model", data="reviews.jsonl")) == ""
+    assert TASKS["words"].missing(Places("out")) == ""
+
+
 # --- The whole ---
 
 
 @pytest.mark.slow
 def test_a_small_study(tmp_path):
-    command = [HERE / "compare.py", "--tasks", "single", "words", "--methods", "a2c", "grpo", "--rates", 1, 3]
+    command = [HERE / "compare.py", "--tasks", "single", "words", "--methods", "a2c", "grpo", "--rates", 3]
     command += ["--seeds", 1, "--budget", 1000, "--corpus_size", 300, "--output_dir", "out", "--jobs", 1]
     printed = run_program(*command, "--set", "vf_coef=0.2", cwd=tmp_path)
     assert "| a2c | 3 | " in printed and "| a2c - grpo | at: " in printed
@@ -186,7 +208,7 @@ def test_a_small_study(tmp_path):
         "compare_overview.png",
     }
     files = sorted((tmp_path / "out" / "runs").glob("*.json"))
-    assert len(files) == 8 and sum("vf_coef=0.2" in file.name for file in files) == 4
+    assert len(files) == 4 and sum("vf_coef=0.2" in file.name for file in files) == 2
     times = [file.stat().st_mtime_ns for file in files]
     assert run_program(*command, "--set", "vf_coef=0.2", cwd=tmp_path) == printed
     assert [file.stat().st_mtime_ns for file in files] == times

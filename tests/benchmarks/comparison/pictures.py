@@ -68,6 +68,7 @@ def draw_overview(runs_of: dict[str, list[Run]], path: Path) -> None:
     )
     for axis in axes.flat[len(runs_of) :]:
         axis.axis("off")
+    handles = {}
     for axis, (task, comparisons) in zip(axes.flat, comparisons_of.items(), strict=False):
         settings = sorted({c.setting for c in comparisons})
         for c in comparisons:
@@ -78,13 +79,14 @@ def draw_overview(runs_of: dict[str, list[Run]], path: Path) -> None:
             if len(c.differences) > 1:
                 axis.plot([c.mean - c.half, c.mean + c.half], [y, y], color=color, linewidth=2)
                 axis.plot([c.mean - c.half_of_all, c.mean + c.half_of_all], [y, y], color=color, linewidth=0.6)
-        widest = max(abs(c.mean) + (c.half if len(c.differences) > 1 else 0) for c in comparisons)
+        widest = max((abs(c.mean) + (c.half if len(c.differences) > 1 else 0) for c in comparisons), default=0)
         axis.set_xlim(-1.1 * widest - 1e-3, 1.1 * widest + 1e-3)
         axis.axvline(0, color="black", linewidth=0.8)
         axis.set_title(task)
         axis.set_yticks([-i for i in range(len(pairs))], [f"{method} - {baseline}" for method, baseline in pairs])
+        axis.locator_params(axis="x", nbins=5)
         axis.grid(axis="x", alpha=0.3)
-        handles = dict(zip(*axis.get_legend_handles_labels()[::-1], strict=True))
+        handles |= dict(zip(*axis.get_legend_handles_labels()[::-1], strict=True))
     figure.legend(handles.values(), handles.keys(), loc="outside right upper", title="learning rate")
     figure.savefig(path, dpi=90)
     plt.close(figure)

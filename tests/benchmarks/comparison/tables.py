@@ -35,7 +35,18 @@ def task_table(runs: list[Run]) -> str:
     """Returns the table of a task: each method at each rate, and its difference to its first baseline."""
     comparisons = {(c.method, c.setting, c.baseline): c for c in compare(runs)}
     extras = [key for key in runs[0].points[-1] if key not in ("tokens", "objective")]
-    header = ["method", "rate", "objective", "area", "less", "difference", "all at once", "p (Holm)", *extras, "CPU s"]
+    header = [
+        "method",
+        "rate",
+        "objective",
+        "area",
+        "baseline",
+        "difference",
+        "all at once",
+        "p (Holm)",
+        *extras,
+        "CPU s",
+    ]
     rows = []
     for (method, setting), group in grouped(runs).items():
         of_group = [c for (name, at, _), c in comparisons.items() if (name, at) == (method, setting)] or [None]
