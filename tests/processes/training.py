@@ -18,6 +18,7 @@ from trl_ext import (
     RankingDPOTrainer,
     RankingRewardConfig,
     RankingRewardTrainer,
+    load_rollouts,
 )
 from trl_ext.algorithms import ALGORITHMS
 
@@ -67,6 +68,9 @@ def train_actor_critic(case, policy, output_dir, batch_size):
         peft_config=peft_config,
         rollout_func=helpers.scripted_rollout,
     )
+    if case == "ppo-lora-adapter":  # on what an earlier case has sampled
+        rollouts = load_rollouts(Path(output_dir).with_name("ppo"))["train"]
+        trainer.pretrain_critic(rollouts, num_epochs=2, learning_rate=1e-2)
     trainer.train()
     return trainer, whole_weights(trainer._model)
 

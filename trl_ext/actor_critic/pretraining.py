@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast
 from peft import PeftModel
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
@@ -80,6 +81,7 @@ class CriticPretraining:
         self.policy.eval()
         training, held_out = divided(episodes, self.args.seed)
         try:
+            self._share_start()
             self._keep_states(episodes)
             lowest, before = self._judge(held_out)
             best, explained, waiting, epoch = self._copies(), before, 0, 0
@@ -108,6 +110,14 @@ class CriticPretraining:
             "explained_variance_before": before,
             "explained_variance": explained,
         }
+
+    @torch.no_grad()
+    def _share_start(self) -> None:
+        """Gives all processes the weights of the first, as DDP will: adapters begin with random numbers of each one's own."""
+        if self.accelerator.num_processes > 1:
+            for weight in self.policy.parameters():
+                if weight.requires_grad:
+                    weight.copy_(broadcast(weight.detach()))
 
     def _copies(self) -> list[torch.Tensor]:
         return [weight.detach().to("cpu", copy=True) for weight in self.weights]
@@ -199,4 +209,4 @@ class CriticPretraining:
                 states = layout.states(policy_states(self.policy, self.critic, layout))
             kept = states[:, :-1][chosen].cpu().split([sum(e.chosen) for e in batch])
             for episode, of_episode in zip(batch, kept, strict=True):
-                episode.states = of_episode.clone()
+                episode.states = of_episode

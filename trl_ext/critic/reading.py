@@ -68,6 +68,8 @@ def policy_states(model: PreTrainedModel | PeftModel, critic: Critic, layout: La
     if not critic.reads_policy:
         return None
     if isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning:
-        raise ValueError("`token_values` does not see the virtual tokens of a prompt-tuned policy.")
+        raise ValueError(
+            "`token_values` and `pretrain_critic` do not see the virtual tokens of a prompt-tuned policy."
+        )
     trunk = base_causal_lm(model).base_model
     return trunk(**layout.inputs_of(trunk), use_cache=False).last_hidden_state
