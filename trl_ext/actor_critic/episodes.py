@@ -64,7 +64,7 @@ def read_episodes(
             f"`rollouts` is a {type(rollouts).__name__} that lacks the columns {missing}. Pass the completions of a "
             "training with `save_rollouts=True`: `load_rollouts(output_dir)['train']`."
         )
-    rows = rollouts.select_columns(COLUMNS).to_list()
+    rows = list(rollouts.select_columns(COLUMNS))  # `to_list` of datasets 4 leaves messages in JSON
     check_tokens(rows, tokenizer, vocab_size)
     rows = [row for row in rows if any(row["own"]) and (row["terminated"] or args.truncation == "penalty")]
     if len(rows) < 2:

@@ -388,7 +388,7 @@ class ActorCriticTrainer(TrainerBase, GRPOTrainer):
             lambda prompts: self._tokenize_prompts(prompts)[0],
             self.args,
         )
-        rate = self.args.critic_learning_rate if learning_rate is None else learning_rate
+        rate = self._companion_settings["lr"] if learning_rate is None else learning_rate
         pretraining = CriticPretraining(self._model, self.critic, self._fitted, self.args, self.accelerator, rate)
         found = pretraining.fit(episodes, num_epochs)
         for name, value in found.items():
