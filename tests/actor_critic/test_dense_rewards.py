@@ -41,7 +41,7 @@ from trl_ext import (
 )
 from trl_ext.actor_critic.dense import rewards_of_tokens, token_ends
 from trl_ext.models.score_head import scores_of_prefixes_and_whole
-from trl_ext.token_mdp import carry_to_own_token, shaped_rewards
+from trl_ext.token_mdp import carry_to_own_token, rewards_of_completions, shaped_rewards
 
 
 # --- Spans ---
@@ -217,6 +217,8 @@ def test_rewards_between_own_tokens_are_earned_by_those_before(row, pad):
         if before:
             expected[before[-1]] += reward
     assert carried == pytest.approx(expected, abs=1e-5)
+    paid = rewards_of_completions(torch.zeros(1), torch.ones(1, dtype=torch.bool), mask, token_rewards=rewards)
+    assert paid[0].tolist() == pytest.approx(expected, abs=1e-5)
 
 
 def constant_rollout(prompts, trainer):
@@ -347,13 +349,18 @@ def test_prefix_scores_are_those_of_the_prefixes(reward_model, tokenizer):
             assert score.item() == pytest.approx(expected, abs=1e-5)
 
 
-@pytest.mark.parametrize("use_adapter", [False, True])
-def test_a_reward_model_pays_every_token(policy_path, reward_model_path, tokenizer, prompts, tmp_path, use_adapter):
-    """The return of each is what the whole, as far off as it is, scores more than the prefix that it is added to."""
+@pytest.mark.parametrize("use_adapter, truncation", [(False, "penalty"), (True, "penalty"), (False, "bootstrap")])
+def test_a_reward_model_pays_every_token(
+    policy_path, reward_model_path, tokenizer, prompts, tmp_path, use_adapter, truncation
+):
+    """
+    The return of each is what the whole, as far off as it is, scores more than the prefix that it is added to; of a
+    completion that somebody goes on with, the last prefix is the whole.
+    """
     path, peft_config, ending = reward_model_path, None, ""
     if use_adapter:  # trained on texts that end
         path, peft_config, ending = reward_adapter(policy_path, tmp_path / "adapter"), LoraConfig(r=4), "<eos>"
-    overrides = {"prefix_rewards": True, "gamma": 0.9, "lam": 1.0, "reward_weights": [2.0]}
+    overrides = {"prefix_rewards": True, "gamma": 0.9, "lam": 1.0, "reward_weights": [2.0], "truncation": truncation}
     args = PPOConfig(**settings(tmp_path, max_steps=1, **overrides))
     trainer = recorded(PPOTrainer)(policy_path, path, args, prompts, peft_config=peft_config)
     trainer.train()
@@ -371,8 +378,11 @@ def test_a_reward_model_pays_every_token(policy_path, reward_model_path, tokeniz
         text = tokenizer.decode(prompt) + tokenizer.decode(completion, skip_special_tokens=True)
         end = score(tokenizer(text + ending)["input_ids"])
         n = len(completion)
-        expected = [2 * (0.9 ** (n - 1 - t) * end - score(prompt + completion[:t])) for t in range(n)]
+        goes_on = truncation == "bootstrap" and not rollout["terminated"][b]
+        last = 0.9 * score(prompt + completion) if goes_on else end
+        expected = [2 * (0.9 ** (n - 1 - t) * last - score(prompt + completion[:t])) for t in range(n)]
         assert rollout["returns"][b][mask].tolist() == pytest.approx(expected, abs=1e-5)
+    assert len(rollout["terminated"].unique()) == 2 or use_adapter
 
 
 def reward_adapter(policy_path, folder):

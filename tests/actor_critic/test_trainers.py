@@ -276,21 +276,24 @@ def test_adaptive_kl_coefficient_is_what_a_nat_costs(policy_path, tokenizer, pro
     assert mean > 0.5
     own = {"kl_in_reward": 0.4, "kl_target": mean / 1.1, "kl_horizon": 16, "lam": 1.0}
     still = {"learning_rate": 0.0, "critic_learning_rate": 0.0, "per_device_train_batch_size": 8, "max_steps": 3}
+    evaluation = {"eval_strategy": "steps", "eval_steps": 1, "per_device_eval_batch_size": 8}
     trainer = recorded(A2CTrainer)(
         policy,
         by_length,
-        A2CConfig(**settings(tmp_path, **own, **still)),
+        A2CConfig(**settings(tmp_path, **own, **still) | evaluation),
         prompts,
+        eval_dataset=prompts,
         processing_class=tokenizer,
         rollout_func=scripted_rollout,
     )
     with torch.no_grad():
         policy.lm_head.weight.mul_(0.5)
     trainer.train()
-    # Ten percent too much, over half a horizon
+    # Ten percent too much, over half a horizon; evaluations between the updates steer nothing
+    logged = [logs["kl/coef"] for logs in trainer.state.log_history if "kl/coef" in logs]
     for step, coef in enumerate([0.4, 0.4 * 1.05, 0.4 * 1.05**2]):
-        batch = trainer.updates[step]
-        assert trainer.state.log_history[step]["kl/coef"] == pytest.approx(coef, rel=1e-4)
+        batch = trainer.updates[2 * step]
+        assert logged[step] == pytest.approx(coef, rel=1e-4)
         for i, (_, completion) in enumerate(rows_of(batch)):
             expected = len(completion) - coef * kl[tuple(completion)].flip(0).cumsum(0).flip(0)
             torch.testing.assert_close(batch["returns"][i, : len(completion)], expected, atol=1e-4, rtol=1e-4)
@@ -455,11 +458,11 @@ def test_target_kl_ends_the_epochs_until_the_next_rollout(policy, tokenizer, pro
     assert moved == [True, False, False, False] * 2
 
 
-def test_evaluation_does_not_hide_the_kl_that_ends_the_epochs(policy, tokenizer, prompts, tmp_path):
-    def steps_taken(**overrides):
-        args = PPOConfig(
-            **settings(tmp_path, learning_rate=5e-2, num_iterations=4, max_steps=4, target_kl=0.3, **overrides)
-        )
+def test_evaluation_does_not_hide_the_kl_that_ends_the_epochs(tokenizer, prompts, tmp_path):
+    """The KL of the second step is a little more than is allowed, and that of evaluations is 0."""
+
+    def logged(name, **overrides):
+        args = PPOConfig(**settings(tmp_path, learning_rate=5e-2, num_iterations=4, **overrides))
         trainer = PPOTrainer(
             build_policy(tokenizer),
             count_good,
@@ -470,10 +473,11 @@ def test_evaluation_does_not_hide_the_kl_that_ends_the_epochs(policy, tokenizer,
             rollout_func=scripted_rollout,
         )
         trainer.train()
-        return [logs["target_kl_exceeded"] for logs in trainer.state.log_history if "target_kl_exceeded" in logs]
+        return [logs[name] for logs in trainer.state.log_history if name in logs]
 
-    without = steps_taken()
-    assert without[-1] == 1 and without == steps_taken(eval_strategy="steps", eval_steps=1)
+    target_kl = 0.8 * logged("approx_kl", max_steps=2)[1] / 1.5
+    for evaluation in ({}, {"eval_strategy": "steps", "eval_steps": 1}):
+        assert logged("target_kl_exceeded", max_steps=4, target_kl=target_kl, **evaluation) == [0, 1]
 
 
 def test_warmup_leaves_the_kl_coefficient_alone(policy_path, prompts, tmp_path):
@@ -526,13 +530,21 @@ def test_given_optimizer_trains_the_critic(policy, tokenizer, prompts, tmp_path)
 
 
 def test_value_clipping_bounds_the_pull_on_the_critic(policy, tokenizer, prompts, tmp_path):
-    args = PPOConfig(**settings(tmp_path, cliprange_value=1e-3, num_iterations=3, max_steps=3))
+    """The first update takes every value further down than it may go, and none of the others moves the critic."""
+    own = {"critic": "separate", "optim": "sgd", "weight_decay": 0.0, "num_iterations": 3, "max_steps": 3}
+    args = PPOConfig(**settings(tmp_path, cliprange_value=1e-3, critic_learning_rate=0.1, **own))
     trainer = PPOTrainer(policy, by_length, args, prompts, processing_class=tokenizer)
+    trainer.compute_advantages = lambda rewards, values, mask, bootstrap: (rewards, values - torch.arange(10.0, 16.0))
+    weights = [trainer.critic.value_head.bias.item()]
+
+    class KeepWeights(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            weights.append(trainer.critic.value_head.bias.item())
+
+    trainer.add_callback(KeepWeights())
     trainer.train()
-    assert (
-        trainer.state.log_history[0]["value_clip_ratio"] == 0
-        and trainer.state.log_history[2]["value_clip_ratio"] > 0.5
-    )
+    assert weights[0] > weights[1] == weights[2] == weights[3]
+    assert [logs["value_clip_ratio"] for logs in trainer.state.log_history[:3]] == [0, 1, 1]
 
 
 # --- Learning ---

@@ -192,7 +192,7 @@ def test_gradient_equals_that_of_the_plain_objective(
         policy,
         tmp_path,
         prompts,
-        kwargs={"processing_class": tokenizer},
+        kwargs={"processing_class": tokenizer, "rollout_func": scripted_rollout},
         policy_gradient=policy_gradient,
         q_target=q_target,
         temperature=0.7,
@@ -206,10 +206,11 @@ def test_gradient_equals_that_of_the_plain_objective(
         torch.nn.init.normal_(parameter, std=0.3)
     gradients = first_gradients(trainer)
 
-    batch, loss = trainer.updates[0], 0
+    batch, loss, lengths = trainer.updates[0], 0, set()
     for i, (prompt, completion) in enumerate(rows_of(batch)):
         n = len(completion)
         table, pi = plain_estimates(policy, head, prompt, completion, 0.7)
+        lengths.add(n)
         logps = pi[:-1].log().gather(1, torch.tensor(completion)[:, None])[:, 0]
         q = table[:-1].gather(1, torch.tensor(completion)[:, None])[:, 0]
         v = (pi * table).sum(-1)
@@ -232,6 +233,7 @@ def test_gradient_equals_that_of_the_plain_objective(
                 returns[t] = 0.9 * (0.05 * of_next[t + 1].item() + 0.95 * returns[t + 1])
         torch.testing.assert_close(batch["returns"][i, :n], torch.tensor(returns), atol=1e-4, rtol=1e-4)
         loss = loss + 0.5 * 0.5 * (q - batch["returns"][i, :n]).square().sum()
+    assert len(lengths) > 1 and batch["terminated"].any() and not batch["terminated"].all()
     (loss / batch["completion_mask"].sum()).backward()
     for name, parameter in trainer.model.named_parameters():
         torch.testing.assert_close(
