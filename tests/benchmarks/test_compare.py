@@ -97,7 +97,7 @@ def test_tables_show_every_run():
 
 
 def test_methods_are_at_their_defaults():
-    """What the study sets is the same for all, but for what makes a method this one."""
+    """The study sets the same for all, but for what makes a method this one."""
     common = [name for name in METHODS if name not in ("reinforce-none", "reinforce-value")]
     for name in common:
         job = Job("words", name, 1e-3, 0, 100)
