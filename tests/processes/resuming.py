@@ -41,6 +41,7 @@ def train(model, output_dir, resume=False, callbacks=()):
             target_kl=0.5,
             per_device_train_batch_size=2,
             lr_scheduler_type="linear",
+            critic_warmup_steps=6,  # within which the first kill falls
             save_rollouts=True,
         )
     )
