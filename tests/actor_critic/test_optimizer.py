@@ -129,3 +129,19 @@ def test_norms_are_those_of_the_gradients_before_and_after_clipping(tokenizer, p
         expected = min(logs[name], max_grad_norm) if max_grad_norm else logs[name]
         assert moved / rate == pytest.approx(expected, rel=1e-3), name
         assert logs[name] > 0.01
+
+
+@pytest.mark.parametrize("max_grad_norm", [0.01, 0.0])
+def test_norms_are_of_gradients_without_the_scale_of_half_precision(tokenizer, prompts, tmp_path, max_grad_norm):
+    """The scaler takes it off when it is asked for the first time, and then no more."""
+    logs = []
+    for scale in (1.0, 1024.0):
+        args = PPOConfig(
+            **settings(tmp_path, **CLIPPED | {"max_grad_norm": max_grad_norm, "max_steps": 1, "fp16": True})
+        )
+        trainer = PPOTrainer(build_policy(tokenizer), by_length, args, prompts, processing_class=tokenizer)
+        trainer.accelerator.scaler, trainer.accelerator.native_amp = torch.amp.GradScaler("cpu", scale), True
+        trainer.train()
+        logs += [trainer.state.log_history[0]]
+    for name in ("grad_norm", "critic/grad_norm"):
+        assert logs[0][name] == pytest.approx(logs[1][name], rel=1e-4)

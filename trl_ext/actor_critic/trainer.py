@@ -438,10 +438,11 @@ class ActorCriticTrainer(TrainerBase, GRPOTrainer):
         return norm
 
     def _get_grad_norm(self, model, grad_norm=None):
-        if grad_norm is None and self._clips_apart:  # `max_grad_norm=0` clips nothing
-            model = Rest(model, self.critic)
-            self._log_all({"critic/grad_norm": clip(self.critic.own_parameters(), math.inf)})
-        return super()._get_grad_norm(model, grad_norm)
+        if grad_norm is not None or not self._clips_apart:
+            return super()._get_grad_norm(model, grad_norm)
+        norm = super()._get_grad_norm(Rest(model, self.critic))  # `max_grad_norm=0` clips nothing
+        self._log_all({"critic/grad_norm": clip(self.critic.own_parameters(), math.inf)})
+        return norm
 
     @property
     def _in_critic_warmup(self) -> bool:
