@@ -45,7 +45,7 @@ SWEEPS = {
     },
     "completions": {number: (("num_generations", number),) for number in (1, 2, 8)},
 }
-SWEPT_METHODS = {"updates": ["grpo", "rloo", "ppo", "nlpo"], "completions": list(METHODS)}
+SWEPT_METHODS = {"updates": ["grpo-epochs", "rloo-epochs", "ppo", "nlpo"], "completions": list(METHODS)}
 
 
 def perform(job: Job, places: Places) -> None:

@@ -79,6 +79,12 @@ def test_methods_are_compared_seed_by_seed_at_the_same_rate():
     assert compare(better) == []
 
 
+def test_a_verdict_allows_for_all_comparisons():
+    base, better = runs("grpo", 1.0, [0.0, 0.0, 0.0]), runs("reinforce", 1.0, [1.0, 1.5, 2.0])
+    assert [c.verdict for c in compare(base + better)] == ["above"]
+    assert [c.verdict for c in compare(base + better + runs("rloo", 1.0, [0.0, 0.1, 0.2]))] == ["at", "at"]
+
+
 def test_tables_show_every_run():
     of_task = runs("grpo", 1.0, [1.0, 2.0]) + runs("a2c", 1.0, [2.0, 3.001]) + runs("reinforce", 1.0, [2.0, 3.0])
     text = task_table(of_task)
