@@ -58,15 +58,13 @@ def test_a_warmup_only_moves_the_policys_schedule(tokenizer, prompts, tmp_path, 
     assert moved.of_policy == [0, 0, *whole.of_policy] and moved.of_critic == [0.02, 0.02, *whole.of_critic]
 
 
-@pytest.mark.parametrize("stopped_at", [1, 4])
-def test_rates_go_on_where_they_were(policy_path, tokenizer, prompts, tmp_path, stopped_at):
+def test_rates_go_on_where_they_were(policy_path, tokenizer, prompts, tmp_path):
+    """From within the warm-up; and a training that is begun anew by the same trainer begins with it, too."""
     run = tokenizer, prompts, tmp_path
-    whole, _ = rates_of(policy_path, *run, save_strategy="steps", save_steps=stopped_at, **LINEAR)
-    resumed, trainer = rates_of(policy_path, *run, resume=str(tmp_path / f"checkpoint-{stopped_at}"), **LINEAR)
-    assert resumed.of_policy == whole.of_policy[stopped_at:] and resumed.of_critic == whole.of_critic[stopped_at:]
-    # A training that is begun anew by the same trainer begins with the warm-up, too
-    rates = Rates(trainer)
-    trainer.add_callback(rates)
+    whole, _ = rates_of(policy_path, *run, save_strategy="steps", save_steps=1, **LINEAR)
+    resumed, trainer = rates_of(policy_path, *run, resume=str(tmp_path / "checkpoint-1"), **LINEAR)
+    assert resumed.of_policy == whole.of_policy[1:] and resumed.of_critic == whole.of_critic[1:]
+    trainer.add_callback(rates := Rates(trainer))
     trainer.train()
     assert rates.of_policy == whole.of_policy and rates.of_critic == whole.of_critic
 
