@@ -31,6 +31,9 @@ from .optimizer import clip
 
 
 PATIENCE = 3  # epochs without a smaller error
+# The default of a head that learns alone: on 320 completions of SmolLM2-135M it explained .17 of the held-out returns of
+# a reward of words, and .09 and .03 at 1e-4 and 1e-5; the best ridge regression explained .15
+HEAD_RATE = 1e-3
 MAX_KEPT_BYTES = 2**31  # of hidden states that do not change, and are kept on the CPU
 
 

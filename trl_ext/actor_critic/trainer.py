@@ -76,7 +76,7 @@ from .forward import Forward, ForwardPlan
 from .generation import Generation, engine_settings
 from .notices import Notices
 from .optimizer import Rest, after_warmup, clip, warn_of_schedule
-from .pretraining import CriticPretraining
+from .pretraining import HEAD_RATE, CriticPretraining
 from .prompts import Prompts, check_context, refuse_missing_prompt
 from .recording import Recorder
 from .reporting import (
@@ -370,7 +370,8 @@ class ActorCriticTrainer(TrainerBase, GRPOTrainer):
                 the same rewards.
             num_epochs (`int`, *optional*, defaults to `20`): Epochs at most. Training ends before them when the error on
                 the tenth that is held out no longer falls, and the best weights are kept.
-            learning_rate (`float`, *optional*): Rate of AdamW, `critic_learning_rate` by default.
+            learning_rate (`float`, *optional*): Rate of AdamW; by default that of training, but for a head on the
+                policy's own states, which alone learns here, 1e-3.
 
         Returns:
             `dict[str, float]`: Numbers of `rollouts` and `epochs`, and `explained_variance_before` and
@@ -388,8 +389,11 @@ class ActorCriticTrainer(TrainerBase, GRPOTrainer):
             lambda prompts: self._tokenize_prompts(prompts)[0],
             self.args,
         )
-        rate = self._companion_settings["lr"] if learning_rate is None else learning_rate
-        pretraining = CriticPretraining(self._model, self.critic, self._fitted, self.args, self.accelerator, rate)
+        if learning_rate is None:
+            learning_rate = HEAD_RATE if self.critic.trunk is None else self._companion_settings["lr"]
+        pretraining = CriticPretraining(
+            self._model, self.critic, self._fitted, self.args, self.accelerator, learning_rate
+        )
         found = pretraining.fit(episodes, num_epochs)
         for name, value in found.items():
             self._metrics["train"][f"pretraining/{name}"].append(value)
