@@ -111,6 +111,9 @@ def test_methods_are_at_their_defaults():
         assert given.pop("num_iterations", METHODS["grpo-epochs"].overrides["num_iterations"]) > 1
         shared = {k: v for k, v in given.items() if k not in ("beta", "kl_in_reward")}
         assert shared == {k: v for k, v in arguments(Job("words", "ppo", 1e-3, 0, 100), "out").items() if k in shared}
+    assert arguments(Job("words", "grpo", 1e-3, 0, 100), "out")["beta"] == 0.2
+    assert arguments(Job("words", "ppo", 1e-3, 3, 100), "out")["kl_in_reward"] == 0.2
+    assert arguments(Job("words", "ppo", 1e-3, 3, 100), "out")["seed"] == 3
     assert arguments(Job("single", "ppo", 1e-3, 0, 100), "out")["num_generations"] == 1
     assert arguments(Job("single", "grpo", 1e-3, 0, 100), "out")["num_generations"] == 8
     updates = arguments(Job("words", "ppo", 1e-3, 0, 100, (("steps_per_generation", 4),)), "out")
@@ -149,7 +152,7 @@ def test_a_count_goes_round():
     assert counted("i", ids_of("j a b c")) == [1 / 8] * 4
     assert counted("a d i", ids_of("j j a <eos>")) == [1 / 8, 0, 1 / 8, 0]
     assert counted("a", ids_of("c d")) == [0, 1 / 8]  # what follows a wrong symbol may be right
-    assert counted("j", ids_of("<pad> a")) == [0, 0]
+    assert counted("j", ids_of("<unk> a")) == [0, 0]
 
 
 def test_the_first_symbol_decides_if_all_are_there():
@@ -162,6 +165,9 @@ def test_symbols_of_a_kind_and_the_level_of_a_prompt():
     assert sum(chosen("a", ids_of("a c d <eos>"))) == pytest.approx(2 / 256)
     assert level("a j j j") == 0 and level("j a a a") == 2
     assert len(set(four_symbols())) == 10_000
+    start = TASKS["single"].begin(None, 0, is_dense=True)
+    assert start.rewards[0](["j a b c"], [""], [ids_of("d a <eos>")]) == [2 + 1 / 8]
+    assert start.objective(["j a b c"], [""], [ids_of("d a <eos>")]) == [1 / 8]
 
 
 def test_dense_rewards_are_worth_what_is_paid_at_the_end():
