@@ -60,9 +60,9 @@ METHODS = {
     "rloo-epochs": of_trl(RLOOConfig, RLOOTrainer, ("grpo-epochs",), NORMALIZED, num_iterations=EPOCHS),
     "reinforce-none": ours("reinforce", baseline="none"),
     "reinforce": ours("reinforce"),
-    "reinforce-value": ours("reinforce", baseline="value"),
+    "reinforce-value": ours("reinforce", ("reinforce",), baseline="value"),
     "a2c": ours("a2c", ("reinforce",)),
     "q-actor-critic": ours("q_actor_critic", ("reinforce",)),
     "ppo": ours("ppo"),
-    "nlpo": ours("nlpo"),
+    "nlpo": ours("nlpo", ("ppo",)),
 }
