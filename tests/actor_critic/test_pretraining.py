@@ -8,7 +8,7 @@ from datasets import Dataset, DatasetDict, concatenate_datasets
 from helpers import PROMPTS, build_policy, by_length, recorded, rows_of, settings
 from peft import LoraConfig
 
-from trl_ext import PPOConfig, ReinforceConfig, ReinforceTrainer, load_rollouts, token_mdp, token_values
+from trl_ext import ReinforceConfig, ReinforceTrainer, load_rollouts, token_mdp, token_values
 from trl_ext.actor_critic.episodes import divided, read_episodes
 from trl_ext.algorithms import ALGORITHMS
 
@@ -119,6 +119,20 @@ def test_the_policy_stays_as_it_is(policy_path, tokenizer, prompts, tmp_path, cr
     assert trainer.optimizer is None and all(module.training for module in trainer.model.modules())
 
 
+def test_the_units_are_those_of_the_returns(tokenizer, prompts, tmp_path):
+    """A reward that is a thousand times as large, and moved, is learned as well, and at the same rate."""
+    found = []
+    for scale, shift in ((1.0, 0.0), (1000.0, -5000.0)):
+        rollouts = rollouts_of(tokenizer, 40, lambda pair: scale * good(pair) + shift * (pair[1] == "<eos>"))  # noqa: B023
+        trainer = make("ppo", build_policy(tokenizer), tokenizer, prompts, tmp_path, max_grad_norm=10.0)
+        seen = trainer.pretrain_critic(rollouts, num_epochs=5, learning_rate=0.03)
+        ids = torch.tensor([rollouts[0]["completion_ids"]])
+        values = token_values(trainer.model, trainer.critic, ids, torch.ones_like(ids))
+        found.append((seen["explained_variance"], (values - shift) / scale))
+    assert found[0][0] == pytest.approx(found[1][0], abs=1e-2) and found[0][0] > 0.1
+    torch.testing.assert_close(found[0][1], found[1][1], atol=2e-2, rtol=0)
+
+
 def test_rows_may_come_in_any_order(tokenizer, prompts, tmp_path):
     rollouts = rollouts_of(tokenizer, 30, good)
     weights = []
@@ -140,6 +154,10 @@ def test_the_best_weights_are_kept(policy, tokenizer, prompts, tmp_path):
 # --- What it reads ---
 
 
+def discounted(gamma):
+    return lambda rewards, mask, kl: token_mdp.discounted_returns(rewards, mask, gamma)
+
+
 @pytest.mark.parametrize("data", ["prompts", "chats"])
 def test_episodes_are_what_a_run_without_critic_has_sampled(request, policy, tokenizer, tmp_path, data):
     dataset = request.getfixturevalue(data)
@@ -147,7 +165,8 @@ def test_episodes_are_what_a_run_without_critic_has_sampled(request, policy, tok
     trainer = recorded(ReinforceTrainer)(policy, by_length, args, dataset, processing_class=tokenizer)
     trainer.train()
     rollouts = load_rollouts(tmp_path)["train"]
-    episodes = read_episodes(rollouts, tokenizer, 27, lambda x: trainer._tokenize_prompts(x)[0], args)
+    tokenize = lambda texts: trainer._tokenize_prompts(texts)[0]  # noqa: E731
+    episodes = read_episodes(rollouts, tokenizer, 27, tokenize, trainer._targets_of, "penalty")
     sampled = [row for batch in trainer.rollouts for row in rows_of(batch)]
     assert [(e.prompt_ids, e.completion_ids) for e in episodes] == sorted(sampled)
     returns = sorted((row["completion_ids"], row["returns"]) for row in rollouts)
@@ -157,7 +176,7 @@ def test_episodes_are_what_a_run_without_critic_has_sampled(request, policy, tok
     assert critic.pretrain_critic(rollouts, num_epochs=1)["rollouts"] == len(rollouts)
 
 
-def test_returns_are_those_of_the_policys_own_tokens(tokenizer, tmp_path):
+def test_returns_are_those_of_the_policys_own_tokens(tokenizer):
     """A tool's answer is no time step, and a cut completion has a return only if the limit is the horizon."""
     common = {
         "tokens": ["good", "bad", "good"],
@@ -171,8 +190,8 @@ def test_returns_are_those_of_the_policys_own_tokens(tokenizer, tmp_path):
     rollouts = concatenate_datasets([Dataset.from_list(rows)] * 2)
 
     def returns(truncation):
-        args = PPOConfig(**settings(tmp_path, gamma=0.5, truncation=truncation))
-        episodes = read_episodes(rollouts, tokenizer, 27, lambda prompts: [[5] for _ in prompts], args)
+        tokenize = lambda prompts: [[5] for _ in prompts]  # noqa: E731
+        episodes = read_episodes(rollouts, tokenizer, 27, tokenize, discounted(0.5), truncation)
         return [e.returns for e in episodes]
 
     whole, cut = [3.0, 0.0, 4.0], [2.0, 4.0, 8.0]
@@ -180,12 +199,27 @@ def test_returns_are_those_of_the_policys_own_tokens(tokenizer, tmp_path):
     assert returns("bootstrap") == returns("mask") == [whole, whole]
 
 
-def test_prompts_are_held_out_whole_where_there_are_ten(tokenizer, tmp_path):
+def test_a_critic_of_actions_is_fitted_to_what_comes_after_the_tokens_own_kl(
+    policy_path, tokenizer, prompts, tmp_path
+):
+    """It knows that one; where nothing else is paid, the last token is worth nothing."""
+    rollouts = rollouts_of(tokenizer, 2, good)
+    kl = [0.5, -1.0, 2.0, 0.0, 1.0, 3.0, 4.0]
+    rows = (
+        rollouts.remove_columns("rewards").add_column("kl", [kl] * 2).add_column("rewards", [[-x / 4 for x in kl]] * 2)
+    )
+    trainer = make("q_actor_critic", policy_path, tokenizer, prompts, tmp_path, kl_in_reward=0.25)
+    tokenize = lambda prompts: [[5] for _ in prompts]  # noqa: E731
+    for episode in read_episodes(rows, tokenizer, 27, tokenize, trainer._targets_of, "penalty"):
+        assert episode.returns == pytest.approx([-sum(kl[t + 1 :]) / 4 for t in range(7)])
+
+
+def test_prompts_are_held_out_whole_where_there_are_ten(tokenizer):
     rollouts = rollouts_of(tokenizer, 60, good)
-    args = PPOConfig(**settings(tmp_path))
     for num_prompts in (20, 4):
         rows = rollouts.remove_columns("prompt").add_column("prompt", [str(i % num_prompts) for i in range(60)])
-        episodes = read_episodes(rows, tokenizer, 27, lambda prompts: [[int(prompt)] for prompt in prompts], args)
+        tokenize = lambda prompts: [[int(prompt)] for prompt in prompts]  # noqa: E731
+        episodes = read_episodes(rows, tokenizer, 27, tokenize, discounted(1.0), "penalty")
         training, held_out = divided(episodes, seed=0)
         shared = {*(e.prompt_ids[0] for e in training)} & {*(e.prompt_ids[0] for e in held_out)}
         assert len(training) == 54 and len(held_out) == 6 and bool(shared) == (num_prompts == 4)

@@ -16,8 +16,6 @@ from dataclasses import dataclass
 import torch
 from datasets import Dataset
 
-from ..token_mdp import discounted_returns
-
 
 COLUMNS = ["prompt", "completion_ids", "tokens", "own", "terminated", "rewards"]  # of those that rollouts have
 HELD_OUT = 0.1  # share of the rollouts that says when to stop
@@ -43,7 +41,12 @@ class Episode:
 
 
 def read_episodes(
-    rollouts: Dataset, tokenizer, vocab_size: int, tokenize: Callable[[list], list[list[int]]], args
+    rollouts: Dataset,
+    tokenizer,
+    vocab_size: int,
+    tokenize: Callable[[list], list[list[int]]],
+    targets_of: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor],
+    truncation: str,
 ) -> list[Episode]:
     """
     Reads recorded rollouts, in an order that does not depend on theirs.
@@ -53,7 +56,9 @@ def read_episodes(
         tokenizer (`PreTrainedTokenizerBase`): The policy's.
         vocab_size (`int`): Tokens that the policy knows.
         tokenize (`Callable`): Makes tokens of prompts as the trainer does.
-        args ([`ActorCriticConfig`]): The configuration; `gamma` and `truncation` say what an episode is worth.
+        targets_of (`Callable`): Makes what a critic is fitted to `(B, T)` of rewards, chosen tokens and KL (0 if none was
+            recorded), as the trainer does.
+        truncation (`str`): The trainer's, which says whether completions that were cut are worth what they earned.
 
     Raises:
         ValueError: for rollouts that lack a column, hold other tokens than the policy's, or leave nothing to learn from.
@@ -64,22 +69,24 @@ def read_episodes(
             f"`rollouts` is a {type(rollouts).__name__} that lacks the columns {missing}. Pass the completions of a "
             "training with `save_rollouts=True`: `load_rollouts(output_dir)['train']`."
         )
-    rows = list(rollouts.select_columns(COLUMNS))  # `to_list` of datasets 4 leaves messages in JSON
+    rows = list(
+        rollouts.select_columns([*COLUMNS, *({"kl"} & {*rollouts.column_names})])
+    )  # `to_list` of datasets 4 leaves messages in JSON
     check_tokens(rows, tokenizer, vocab_size)
-    rows = [row for row in rows if any(row["own"]) and (row["terminated"] or args.truncation == "penalty")]
+    rows = [row for row in rows if any(row["own"]) and (row["terminated"] or truncation == "penalty")]
     if len(rows) < 2:
         raise ValueError(
             f"{len(rows)} of {len(rollouts)} rollouts have a return that is known to its end, and one to learn from and one "
-            f"to be judged by are needed. Those without a score, or cut with `truncation={args.truncation!r}`, have none."
+            f"to be judged by are needed. Those without a score, or cut with `truncation={truncation!r}`, have none."
         )
     keys = [json.dumps(row["prompt"], sort_keys=True) for row in rows]
     prompts = list(dict(zip(keys, (row["prompt"] for row in rows), strict=True)).values())
     prompt_ids = dict(zip(dict.fromkeys(keys), tokenize(prompts), strict=True))
-    rewards, chosen = (
-        torch.nn.utils.rnn.pad_sequence([torch.tensor(row[name]) for row in rows], batch_first=True)
-        for name in ("rewards", "own")
-    )
-    returns = discounted_returns(rewards, chosen, args.gamma).tolist()
+    kl = [row.get("kl") or [0.0] * len(row["own"]) for row in rows]
+    columns = [[row["rewards"] for row in rows], [row["own"] for row in rows], kl]
+    returns = targets_of(
+        *(torch.nn.utils.rnn.pad_sequence([torch.tensor(x) for x in column], batch_first=True) for column in columns)
+    ).tolist()
     episodes = [
         Episode(prompt_ids[key], row["completion_ids"], row["own"], values[: len(row["own"])])
         for key, row, values in zip(keys, rows, returns, strict=True)

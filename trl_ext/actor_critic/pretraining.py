@@ -25,7 +25,7 @@ from ..critic.critic import Critic
 from ..critic.heads import ActionValueHead
 from ..critic.reading import policy_states
 from ..packing.layout import Layout, rows_layout
-from ..token_mdp import explained_share, moments_of_all, value_loss
+from ..token_mdp import combine_moments, explained_share, masked_moments, moments_of_all, value_loss
 from .episodes import Episode, divided
 from .optimizer import clip
 
@@ -85,6 +85,7 @@ class CriticPretraining:
         training, held_out = divided(episodes, self.args.seed)
         try:
             self._share_start()
+            self._take_units(training)
             self._keep_states(episodes)
             lowest, before = self._judge(held_out)
             best, explained, waiting, epoch = self._copies(), before, 0, 0
@@ -122,6 +123,12 @@ class CriticPretraining:
                 if weight.requires_grad:
                     weight.copy_(broadcast(weight.detach()))
 
+    def _take_units(self, episodes: list[Episode]) -> None:
+        """Gives the head the units of the returns that it is fitted to; one without units begins at their mean."""
+        returns = torch.tensor([x for e in episodes for x, chosen in zip(e.returns, e.chosen, strict=True) if chosen])
+        _, mean, var = combine_moments(masked_moments(returns, torch.ones_like(returns)).unsqueeze(0))
+        self.critic.value_head.take_units(mean, var)
+
     def _copies(self) -> list[torch.Tensor]:
         return [weight.detach().to("cpu", copy=True) for weight in self.weights]
 
@@ -137,7 +144,8 @@ class CriticPretraining:
             local = self._local(batch)
             if local:
                 values, returns = self._values(local)
-                (value_loss(values, returns).sum() / num_tokens).backward()
+                losses = value_loss(values, returns) / self.critic.value_head.std.square()
+                (losses.sum() / num_tokens).backward()
             if self.accelerator.num_processes > 1:
                 for weight in self.weights:
                     grad = torch.zeros_like(weight) if weight.grad is None else weight.grad

@@ -144,7 +144,7 @@ class Critic(Companion):
                 save_adapter(self.trunk, folder / ADAPTER_NAME)
             else:
                 self.trunk.save_pretrained(folder, state_dict=split_state_dict(state_dict, "trunk")[1])
-        save_value_head(split_state_dict(state_dict, "value_head")[1], folder)
+        save_value_head(self.value_head, split_state_dict(state_dict, "value_head")[1], folder)
 
     def restore(self, folder: str | Path) -> None:
         """Fills this critic from what one of its kind wrote to `folder`."""

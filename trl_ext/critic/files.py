@@ -15,7 +15,8 @@ from huggingface_hub import snapshot_download
 from peft import PeftModel, get_peft_model_state_dict, load_peft_weights, set_peft_model_state_dict
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from torch import nn
+
+from .heads import UNITS, Units
 
 
 CRITIC_NAME = "critic"  # attribute of the policy, prefix of the critic's parameters, and folder of a separate critic
@@ -25,11 +26,11 @@ ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_FILES = [f"{CRITIC_NAME}/*", VALUE_HEAD_FILE, ADAPTER_CONFIG, "adapter_model.safetensors"]
 
 
-def save_value_head(state_dict: dict[str, torch.Tensor], folder: Path) -> None:
-    """Writes a head's weights in float32."""
+def save_value_head(head: Units, state_dict: dict[str, torch.Tensor], folder: Path) -> None:
+    """Writes a head's weights, which `state_dict` holds gathered, and its units in float32."""
     folder.mkdir(parents=True, exist_ok=True)
-    head = {name: weight.float().contiguous() for name, weight in state_dict.items()}
-    save_file(head, folder / VALUE_HEAD_FILE, metadata={"format": "pt"})
+    tensors = {name: x.float().contiguous() for name, x in {**state_dict, **head.units}.items()}
+    save_file(tensors, folder / VALUE_HEAD_FILE, metadata={"format": "pt"})
 
 
 def embedding_shape(folder: str | Path) -> list[int] | None:
@@ -38,10 +39,12 @@ def embedding_shape(folder: str | Path) -> list[int] | None:
         return file.get_slice("embedding").get_shape() if "embedding" in file.keys() else None
 
 
-def load_value_head(head: nn.Module, folder: str | Path) -> None:
+def load_value_head(head: Units, folder: str | Path) -> None:
     """Fills a head from the file in `folder`, or raises ValueError where shapes differ."""
     path = value_head_file(folder)
     state = load_file(path)
+    # Files of older versions hold values in units of 1
+    units = {name: state.pop(name, torch.tensor(float(name != "mean"))) for name in UNITS}
     saved = {name: tuple(weight.shape) for name, weight in state.items()}
     expected = {name: tuple(weight.shape) for name, weight in head.state_dict().items()}
     if saved != expected:
@@ -50,6 +53,7 @@ def load_value_head(head: nn.Module, folder: str | Path) -> None:
             "the critic was saved with, or start a new critic by removing the file."
         )
     head.load_state_dict(state)
+    head.units = units
 
 
 def value_head_file(folder: str | Path) -> Path:

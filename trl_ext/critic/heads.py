@@ -1,10 +1,14 @@
 r"""
 The critic's heads, which read values off the hidden state h(s) of a trunk.
 
-    V(s)    = w . h(s) + b                              [`ValueHead`]
-    Q(s, a) = w . h(s) + b + (U h(s)) . E_a             [`ActionValueHead`], with U of shape (R, H) and E of (V, R)
+    V(s)    = m + d (w . h(s) + b)                      [`ValueHead`]
+    Q(s, a) = m + d (w . h(s) + b + (U h(s)) . E_a)     [`ActionValueHead`], with U of shape (R, H) and E of (V, R)
 
-Both compute in float32 outside autocast, whatever the trunk's dtype.
+with m and d the mean and the deviation of returns so far, so that what is learned is of the size of 1 whatever rewards
+are. Both compute in float32 outside autocast, whatever the trunk's dtype.
+
+Reference: van Hasselt et al. 2016, Learning values across many orders of magnitude (PopArt),
+https://huggingface.co/papers/1602.07714.
 """
 
 from dataclasses import dataclass
@@ -40,12 +44,75 @@ class Decisions:
         return means.new_zeros(*self.mask.shape, table.size(1)).masked_scatter(self.mask.unsqueeze(-1), means)
 
 
-class ValueHead(nn.Module):
-    """
-    V(s) = w . h(s) + b.
+FORGETTING = 0.1  # share by which a rollout replaces those before it in the units of values
+UNITS = {"mean": 0.0, "std": 1.0, "num_rollouts": 0.0}  # before the first
 
-    Starts at V = 0: a random head would be noise in the first advantages (Huang et al. 2022, The 37 implementation
-    details of PPO). Drawing no random numbers also leaves the rollouts those of a run without a critic.
+
+class Units(nn.Module):
+    """
+    A head whose values are in units of the returns: their `mean` and deviation `std`, over `num_rollouts` so far.
+
+    A subclass names in `_scaled` the parameters that its values are proportional to, and in `_shifted` its biases.
+    """
+
+    _scaled: tuple[str, ...] = ("weight", "bias")
+    _shifted: tuple[str, ...] = ("bias",)
+
+    def __init__(self):
+        super().__init__()
+        # Not part of `state_dict`: FSDP2 takes whatever is there for weights that it shards
+        for name, value in UNITS.items():
+            self.register_buffer(name, torch.tensor(value), persistent=False)
+
+    @property
+    def units(self) -> dict[str, torch.Tensor]:
+        """Returns the units by name, scalars."""
+        return {name: getattr(self, name) for name in UNITS}
+
+    @units.setter
+    def units(self, units: dict[str, torch.Tensor]) -> None:
+        for name, value in units.items():
+            getattr(self, name).copy_(value)
+
+    @property
+    def has_units(self) -> bool:
+        """True once it has taken any."""
+        return self.num_rollouts.item() > 0
+
+    @torch.no_grad()
+    def take_units(self, mean: torch.Tensor, var: torch.Tensor) -> bool:
+        """
+        Moves the units towards a rollout's. All values stay what they are, but at first: a head that says 0 of
+        everything says the mean from then on.
+
+        Args:
+            mean, var (`torch.Tensor`): Of the rollout's returns, scalars; without variance they have no units.
+
+        Returns:
+            `bool`: True at first.
+        """
+        begins = not self.has_units
+        share = max(FORGETTING, 1 / (self.num_rollouts.item() + 1))
+        old_mean, old_std = self.mean.clone(), self.std.clone()
+        self.mean.lerp_(mean.to(self.mean), share)
+        if var > 0:
+            self.std.copy_(self.std.square().lerp(var.to(self.std), share).sqrt())
+        if not begins:
+            for name in self._scaled:
+                getattr(self, name).mul_((old_std / self.std).item())
+            for name in self._shifted:
+                getattr(self, name).add_(((old_mean - self.mean) / self.std).item())
+        if var > 0:
+            self.num_rollouts.add_(1)
+        return begins
+
+
+class ValueHead(Units):
+    """
+    V(s) = m + d (w . h(s) + b).
+
+    Starts at the mean return: a random head would be noise in the first advantages (Huang et al. 2022, The 37
+    implementation details of PPO). Drawing no random numbers also leaves the rollouts those of a run without a critic.
     """
 
     def __init__(self, hidden_size: int):
@@ -55,7 +122,12 @@ class ValueHead(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor, decisions: Decisions | None = None) -> torch.Tensor:
         """Returns `(B, S)` of states `(B, S, H)`, whose value does not depend on what is done in them."""
-        return state_value(hidden_states, self.weight, self.bias)
+        return self.mean + self.std * state_value(hidden_states, self.weight, self.bias)
+
+    def take_up(self, weight: torch.Tensor) -> None:
+        """Starts from the `weight` `(1, H)` of a head of plain rewards, in whose units the values are at first."""
+        self.weight.copy_(weight)
+        self.num_rollouts.fill_(1)
 
 
 def state_value(hidden_states: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
@@ -73,11 +145,11 @@ class Estimate(IntEnum):
     TARGET_V = 3
 
 
-class ActionValueHead(nn.Module):
+class ActionValueHead(Units):
     r"""
-    Q(s, a) = w . h(s) + b + (U h(s)) . E_a for all of a vocabulary, from R numbers per token: what depends on the action
-    is of low rank, so that sum_a pi(a|s) Q(s, a) = w . h(s) + b + (U h(s)) . sum_a pi(a|s) E_a never needs Q of all
-    actions.
+    Q(s, a) = m + d (w . h(s) + b + (U h(s)) . E_a) for all of a vocabulary, from R numbers per token: what depends on the
+    action is of low rank, so that sum_a pi(a|s) Q(s, a) = m + d (w . h(s) + b + (U h(s)) . sum_a pi(a|s) E_a) never
+    needs Q of all actions.
 
     Starts at Q = V of `value_head` (E = 0). The target head is a moving average of this one, and is saved with it.
 
@@ -92,11 +164,15 @@ class ActionValueHead(nn.Module):
     https://huggingface.co/papers/1509.02971.
     """
 
+    _scaled = ("weight", "bias", "embedding", "target_weight", "target_bias", "target_embedding")
+    _shifted = ("bias", "target_bias")
+
     def __init__(self, value_head: ValueHead, vocab_size: int, rank: int, temperature: float = 1.0):
         super().__init__()
         hidden_size = value_head.weight.size(1)
         self.weight = nn.Parameter(value_head.weight.detach().clone())
         self.bias = nn.Parameter(value_head.bias.detach().clone())
+        self.units = value_head.units
         # From numbers of its own: the rollouts stay those of a run without a critic
         random = torch.randn(rank, hidden_size, generator=torch.Generator().manual_seed(0))
         self.projection = nn.Parameter(random.to(self.weight.device) / hidden_size**0.5)
@@ -116,7 +192,7 @@ class ActionValueHead(nn.Module):
         q, v = self._values(hidden_states, decisions, mean, "")
         with torch.no_grad():
             target_q, target_v = self._values(hidden_states, decisions, target_mean, "target_")
-        return torch.stack([q, v, target_q, target_v], dim=-1)
+        return self.mean + self.std * torch.stack([q, v, target_q, target_v], dim=-1)
 
     def _values(self, hidden_states, decisions, mean_embedding, prefix):
         """Returns Q of the actions and V, `(B, S)` each, by the weights whose names begin with `prefix`."""

@@ -168,7 +168,7 @@ def critic_from_reward_adapter(
         if parameter.requires_grad:
             parameter.copy_(source.get_parameter(name))
     score = load_peft_weights(path, device="cpu")["base_model.model.score.weight"]
-    critic.value_head.weight.copy_(reward_weight * score.to(critic.value_head.weight.device))
+    critic.value_head.take_up(reward_weight * score.to(critic.value_head.weight.device))
     return critic
 
 
@@ -231,7 +231,7 @@ def critic_from_model(
                 "whose `score` can be taken up. Pass another `critic_model_name_or_path` or `critic_model`."
             )
         with torch.no_grad():
-            critic.value_head.weight.copy_(reward_weight * model.score.weight)
+            critic.value_head.take_up(reward_weight * model.score.weight)
     elif isinstance(source, str) and (Path(source) / VALUE_HEAD_FILE).is_file():
         critic.take_up_head(source)
     return critic
