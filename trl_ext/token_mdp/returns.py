@@ -109,6 +109,38 @@ def discounted_returns(
     return generalized_advantage_estimate(rewards, torch.zeros_like(rewards), mask, gamma, 1.0, bootstrap)[1]
 
 
+def action_value_targets(
+    rewards: torch.Tensor,
+    values: torch.Tensor,
+    prices: torch.Tensor,
+    mask: torch.Tensor,
+    gamma: float = 1.0,
+    lam: float | torch.Tensor = 0.95,
+    bootstrap: torch.Tensor | None = None,
+) -> torch.Tensor:
+    r"""
+    Returns the targets of a critic of actions that need not learn what is known of them: the price c_t of a token, such
+    as that of its KL, which the policy itself gives for any token and which changes with every update.
+
+        G_t = r_t + c_t + gamma [ (1 - lambda) (X_{t+1} - c_{t+1}) + lambda (G_{t+1} - c_{t+1}) ]
+
+    with r_t after prices, and X any estimate of the value of the next state (or of the token sampled in it) before them.
+
+    Args:
+        rewards (`torch.Tensor` of shape `(B, T)`): r_t, with the prices taken off.
+        values (`torch.Tensor` of shape `(B, T)`): X_t.
+        prices (`torch.Tensor` of shape `(B, T)`): c_t, in units of the reward.
+        mask, gamma, lam, bootstrap: As [`generalized_advantage_estimate`] takes them.
+
+    Returns:
+        `torch.Tensor` of shape `(B, T)`: 0 where `mask` is 0.
+
+    Reference: Sutton & Barto 2018, eq. 12.19-12.20, without prices.
+    """
+    _, returns = generalized_advantage_estimate(rewards, values - prices, mask, gamma, lam, bootstrap)
+    return torch.where(mask.bool(), returns + prices, 0)
+
+
 def one_step_returns(rewards: torch.Tensor, mask: torch.Tensor, bootstrap: torch.Tensor | None = None) -> torch.Tensor:
     r"""
     Returns the whole reward at each chosen token, as if the completion were one action (a bandit's).
