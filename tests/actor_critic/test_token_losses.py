@@ -28,7 +28,7 @@ def trainers(policy_path, prompts, tmp_path_factory):
     own = settings(tmp_path_factory.mktemp("losses"))
     ours = PPOTrainer(policy_path, count_good, PPOConfig(**own), prompts)
     del own["critic_learning_rate"]
-    theirs = GRPOTrainer(policy_path, count_good, GRPOConfig(**own, num_generations=2), prompts)
+    theirs = GRPOTrainer(policy_path, count_good, GRPOConfig(**own | {"num_generations": 2}), prompts)
     return ours, theirs
 
 

@@ -42,6 +42,12 @@ def plain_logps(model, prompt_ids, completion_ids):
     return logps.gather(1, torch.tensor(completion_ids)[:, None])[:, 0]
 
 
+def units_of(returns):
+    """The mean and deviation of the first rollout's returns, in which a critic's values are."""
+    returns = torch.tensor(list(returns))
+    return returns.mean().item(), returns.std().item()
+
+
 # --- What the batch holds ---
 
 
@@ -50,7 +56,7 @@ def plain_logps(model, prompt_ids, completion_ids):
     [
         ("ppo", {"lam": 1.0, "num_iterations": 1}),
         ("ppo", {"lam": 1.0, "num_iterations": 2}),
-        ("reinforce", {"baseline": "none"}),
+        ("reinforce", {"baseline": "none", "scale_advantages": False}),
     ],
 )
 def test_returns_are_the_discounted_score_of_the_completion(
@@ -106,9 +112,10 @@ def test_values_are_those_of_the_unpadded_prefixes(policy, tokenizer, prompts, t
     torch.nn.init.normal_(trainer.critic.value_head.weight)
     trainer.train()
     assert trainer.updates[0]["values"].grad_fn is None and not trainer.updates[0]["values"].requires_grad
+    mean, std = units_of(float(len(ids)) for _, ids in rows_of(trainer.updates[0]) for _ in ids)
     for i, (prompt, completion) in enumerate(rows_of(batch := trainer.updates[0])):
         hidden = policy.model(torch.tensor([[*prompt, *completion]])).last_hidden_state[0]
-        expected = hidden @ trainer.critic.value_head.weight[0]
+        expected = mean + std * (hidden @ trainer.critic.value_head.weight[0])
         n = len(completion)
         torch.testing.assert_close(batch["values"][i, :n], expected[len(prompt) - 1 : -1], atol=1e-5, rtol=1e-5)
 
@@ -162,6 +169,7 @@ def test_a_cut_completion_is_worth_the_value_of_its_last_state(policy, tokenizer
 def test_reinforce_is_paid_less_what_the_critic_expected(policy, tokenizer, prompts, tmp_path, one_step_mdp):
     """A bandit once for all its tokens, less the value of its prompt; a cut completion by the value of its last state."""
     own = {"one_step_mdp": one_step_mdp, "baseline": "value", "truncation": "bootstrap", "gamma": 0.5}
+    own |= {"gate_critic": False, "scale_advantages": False}
     args = ReinforceConfig(**settings(tmp_path, learning_rate=0.0, critic_learning_rate=0.0, **own))
     trainer = recorded(ReinforceTrainer)(
         policy, by_length, args, prompts, processing_class=tokenizer, rollout_func=scripted_rollout
@@ -236,7 +244,7 @@ def test_kl_in_reward_is_the_log_ratio_to_the_reference(policy_path, tokenizer, 
 
 def test_kl_in_reward_is_a_reward_and_nothing_else(policy_path, tokenizer, prompts, tmp_path):
     """An update with it is one in which a reward function pays the penalty, and no reference is known."""
-    fixed = {"lam": 0.9, "whiten_advantages": False, "loss_type": "dapo", "vf_coef": 0.1}
+    fixed = {"lam": 0.9, "scale_advantages": False, "loss_type": "dapo", "vf_coef": 0.1}
 
     def gradients_of(**overrides):
         policy, reference = (AutoModelForCausalLM.from_pretrained(policy_path) for _ in range(2))
@@ -252,6 +260,7 @@ def test_kl_in_reward_is_a_reward_and_nothing_else(policy_path, tokenizer, promp
         args = A2CConfig(**settings(tmp_path, **fixed, **overrides))
         reward = by_length if args.kl_in_reward else penalized
         trainer = A2CTrainer(policy, reward, args, prompts, processing_class=tokenizer, rollout_func=scripted_rollout)
+        trainer._take_units = lambda rollout, forward: forward  # which are those of the rewards before any KL
         torch.nn.init.normal_(trainer.critic.value_head.weight, generator=torch.Generator().manual_seed(0))
         with torch.no_grad():
             policy.lm_head.weight.mul_(1.5)  # off the reference, which is the policy as it was given
@@ -301,7 +310,7 @@ def test_adaptive_kl_coefficient_is_what_a_nat_costs(policy_path, tokenizer, pro
 
 def test_rows_without_a_score_teach_nothing(policy, tokenizer, prompts, tmp_path):
     def half(prompts, completion_ids, **kwargs):
-        return [float(len(c)) if i % 2 else None for i, c in enumerate(completion_ids)]
+        return [float(i) if i % 2 else None for i in range(len(completion_ids))]
 
     args = PPOConfig(**settings(tmp_path, num_iterations=2, max_steps=1))
     trainer = recorded(PPOTrainer)(policy, half, args, prompts, processing_class=tokenizer)
@@ -310,8 +319,11 @@ def test_rows_without_a_score_teach_nothing(policy, tokenizer, prompts, tmp_path
     unscored = batch["scores"].isnan()
     assert unscored.sum() == 2
     assert (batch["advantages"][unscored] == 0).all() and (batch["returns"][unscored] == 0).all()
-    scored = batch["advantages"][~unscored][batch["completion_mask"][~unscored].bool()]
-    assert abs(scored.mean()) < 1e-5 and abs(scored.std() - 1) < 1e-3  # whitened over the scored tokens alone
+    # Of two scored completions each is compared with the other, and the scale is that of their tokens alone
+    better = batch["scores"][~unscored] > batch["scores"][~unscored].mean()
+    mask = batch["completion_mask"][~unscored]
+    expected = torch.where(better.unsqueeze(1), 1.0, -1.0) * mask
+    torch.testing.assert_close(batch["advantages"][~unscored], expected, atol=1e-4, rtol=0)
 
 
 # --- The gradient ---
@@ -328,12 +340,14 @@ def of_odd_lengths(completion_ids, **kwargs):
 
 
 @pytest.mark.parametrize(
-    "case", ["a2c", "ppo", "reinforce", "bandit", "separate", "accumulated", "minibatches", "tools", "unscored"]
+    "case",
+    ["a2c", "defaults", "ppo", "reinforce", "bandit", "separate", "accumulated", "minibatches", "tools", "unscored"],
 )
 def test_gradient_equals_that_of_the_plain_objective(policy, tokenizer, prompts, tmp_path, case):
     """One update's gradient against autograd through ordinary logits and hidden states, row by row, unpadded."""
     trainer_class, overrides = {
         "a2c": (A2CTrainer, {"gamma": 0.9, "vf_coef": 0.5}),
+        "defaults": (PPOTrainer, {"critic_detach": True}),
         "ppo": (PPOTrainer, {"vf_coef": 0.5}),
         "reinforce": (ReinforceTrainer, {"gamma": 0.9, "baseline": "none"}),
         "bandit": (ReinforceTrainer, {"one_step_mdp": True, "baseline": "value"}),
@@ -341,8 +355,10 @@ def test_gradient_equals_that_of_the_plain_objective(policy, tokenizer, prompts,
         "accumulated": (A2CTrainer, {"vf_coef": 0.5, "gradient_accumulation_steps": 2}),
         "minibatches": (PPOTrainer, {"vf_coef": 0.5, "steps_per_generation": 2}),
         "tools": (A2CTrainer, {"vf_coef": 0.5}),
-        "unscored": (A2CTrainer, {"vf_coef": 0.5}),
+        "unscored": (A2CTrainer, {"vf_coef": 0.5, "per_device_train_batch_size": 8}),
     }[case]
+    if case not in ("reinforce", "separate"):
+        overrides = {"critic_detach": False} | overrides
     args = trainer_class.config_class(**settings(tmp_path, loss_type="dapo", **overrides))
     trainer = recorded(trainer_class)(
         policy,
@@ -356,9 +372,13 @@ def test_gradient_equals_that_of_the_plain_objective(policy, tokenizer, prompts,
         torch.nn.init.normal_(trainer.critic.value_head.weight, std=0.3)
     gradients = first_gradients(trainer)
 
-    loss, num_tokens = 0, 0
+    loss, num_tokens, returns = 0, 0, []
     for _, completion in rows_of(trainer.rollouts[0]):
-        num_tokens += len(completion) - (case == "tools" and len(completion) > 1)
+        n, gamma = len(completion), 1.0 if case == "bandit" else args.gamma
+        num_tokens += n - (case == "tools" and n > 1)
+        if case != "unscored" or n % 2 == 1:
+            returns += [n * gamma ** (n - 1 - t) for t in range(n) if case != "tools" or t != 1]
+    mean, std = units_of(returns)
     num_tokens /= 2 if case == "minibatches" else 1  # an update takes half of the rollout
     assert len(trainer.updates) == (2 if case == "accumulated" else 1)
     kinds = set()
@@ -373,8 +393,12 @@ def test_gradient_equals_that_of_the_plain_objective(policy, tokenizer, prompts,
             loss = loss - (plain_logps(policy, prompt, completion) * batch["advantages"][i, :n])[chosen].sum()
             if trainer.critic is not None:
                 trunk = trainer.critic.trunk or policy.model
-                values = trainer.critic.value_head(trunk(ids).last_hidden_state)[0, len(prompt) - 1 : -1]
-                loss = loss + args.vf_coef * 0.5 * (values - batch["returns"][i, :n])[chosen].square().sum()
+                states = trunk(ids).last_hidden_state[0, len(prompt) - 1 : -1]
+                states = states.detach() if args.critic_detach and trainer.critic.trunk is None else states
+                head = trainer.critic.value_head
+                values = states @ head.weight[0] + head.bias
+                targets = (batch["returns"][i, :n] - mean) / std
+                loss = loss + args.vf_coef * 0.5 * (values - targets)[chosen].square().sum()
     assert len(kinds) == (2 if case == "unscored" else 1)
     (loss / num_tokens).backward()
     assert gradients.keys() == {n for n, _ in trainer.model.named_parameters()}
@@ -532,7 +556,8 @@ def test_given_optimizer_trains_the_critic(policy, tokenizer, prompts, tmp_path)
 def test_value_clipping_bounds_the_pull_on_the_critic(policy, tokenizer, prompts, tmp_path):
     """The first update takes every value further down than it may go, and none of the others moves the critic."""
     own = {"critic": "separate", "optim": "sgd", "weight_decay": 0.0, "num_iterations": 3, "max_steps": 3}
-    args = PPOConfig(**settings(tmp_path, cliprange_value=1e-3, critic_learning_rate=0.1, **own))
+    own |= {"gate_critic": False, "cliprange_value": 1e-3, "critic_learning_rate": 0.1}
+    args = PPOConfig(**settings(tmp_path, **own))
     trainer = PPOTrainer(policy, by_length, args, prompts, processing_class=tokenizer)
     trainer.compute_advantages = lambda rewards, values, mask, bootstrap: (rewards, values - torch.arange(10.0, 16.0))
     weights = [trainer.critic.value_head.bias.item()]
@@ -550,17 +575,19 @@ def test_value_clipping_bounds_the_pull_on_the_critic(policy, tokenizer, prompts
 # --- Learning ---
 
 
-def test_the_critic_learns_a_constant_reward(policy, tokenizer, prompts, tmp_path):
-    args = A2CConfig(
-        **settings(tmp_path, learning_rate=0.0, critic_learning_rate=5e-2, max_steps=60, logging_steps=10)
-    )
-    trainer = A2CTrainer(
-        policy, lambda completions, **kw: [3.0] * len(completions), args, prompts, processing_class=tokenizer
-    )
+def test_the_critic_begins_at_the_mean_and_learns_which_prompts_pay(policy, tokenizer, prompts, tmp_path):
+    def of_prompt(prompts, **kwargs):
+        return [100.0 + 10.0 * ("film" in prompt or "actor" in prompt) for prompt in prompts]
+
+    own = {"critic": "separate", "per_device_train_batch_size": 8}
+    args = A2CConfig(**settings(tmp_path, learning_rate=0.0, max_steps=40, **own))
+    trainer = A2CTrainer(policy, of_prompt, args, prompts, processing_class=tokenizer)
     trainer.train()
-    history = trainer.state.log_history
-    assert history[0]["value_loss"] > 1 and history[5]["value_loss"] < 0.2 * history[0]["value_loss"]
-    assert history[5]["values/mean"] == pytest.approx(3.0, abs=0.3)
+    history = trainer.state.log_history[:-1]
+    assert history[0]["values/mean"] == pytest.approx(history[0]["returns/mean"])
+    losses = [logs["value_loss"] for logs in history]
+    assert losses[0] == pytest.approx(0.5, abs=0.1)  # half of the variance, in its units
+    assert sum(losses[-10:]) < 0.2 * sum(losses[:10])
 
 
 @pytest.mark.parametrize(
@@ -613,6 +640,7 @@ def test_completions_table_shows_token_advantages(policy, tokenizer, prompts, tm
         **settings(
             tmp_path,
             log_completions=True,
+            scale_advantages=False,
             num_iterations=num_iterations,
             gradient_accumulation_steps=accumulation,
             max_steps=1,

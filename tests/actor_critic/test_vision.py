@@ -83,8 +83,10 @@ def trained(trainer_class, config_class, seeing, pictures, folder, **overrides):
 
 
 def test_reinforce_trains_as_grpo_does(seeing, pictures, tmp_path):
-    theirs = trained(GRPOTrainer, GRPOConfig, seeing, pictures, tmp_path, scale_rewards="group")
-    own = {"scale_rewards": "group", "baseline": "none"}  # an epoch: the next is shuffled otherwise
+    # A loss that TRL does not divide by the number of the batch's tokens, which ours, of past ones, is not
+    common = {"scale_rewards": "group", "loss_type": "dr_grpo"}
+    theirs = trained(GRPOTrainer, GRPOConfig, seeing, pictures, tmp_path, **common)
+    own = common | {"baseline": "none", "scale_advantages": False}  # an epoch: the next is shuffled otherwise
     ours = trained(ReinforceTrainer, ReinforceConfig, seeing, pictures, tmp_path, **own)
     start = LlavaNextForConditionalGeneration.from_pretrained(seeing).state_dict()
     moved = [name for name, weight in theirs.model.state_dict().items() if not torch.equal(weight, start[name])]

@@ -10,6 +10,7 @@ from transformers import TrainerCallback
 
 
 KL_CONTROLLER_FILE = "kl_controller.pt"
+PAST_ROLLOUTS_FILE = "past_rollouts.pt"
 
 
 class StartOfTraining(TrainerCallback):
@@ -32,9 +33,10 @@ class StartOfTraining(TrainerCallback):
 
 
 def save_state(trainer, checkpoint: str) -> None:
-    """Writes the KL controller and, between two updates on one rollout, that rollout."""
+    """Writes the KL controller, what is remembered of past rollouts and, between two updates on one rollout, that rollout."""
     if trainer.args.should_save:
         torch.save(asdict(trainer.kl_controller), os.path.join(checkpoint, KL_CONTROLLER_FILE))
+        torch.save(trainer.state_of_rollouts(), os.path.join(checkpoint, PAST_ROLLOUTS_FILE))
     in_rollout = trainer._step % (trainer.args.steps_per_generation * trainer.num_iterations) != 0
     rollout = {
         "layout": division_of(trainer),
@@ -54,6 +56,9 @@ def load_state(trainer, checkpoint: str) -> None:
         trainer.kl_controller.num_completions = saved["num_completions"]
         if trainer.args.kl_target is not None:  # else the coefficient is the configuration's
             trainer.kl_controller.coef = saved["coef"]
+    past_file = os.path.join(checkpoint, PAST_ROLLOUTS_FILE)
+    if os.path.isfile(past_file):
+        trainer.load_state_of_rollouts(torch.load(past_file, weights_only=True, map_location="cpu"))
     if os.path.isfile(file):
         rollout = torch.load(file, weights_only=True, map_location="cpu")
         # A rollout is cut for one division into updates; under another the next step samples anew

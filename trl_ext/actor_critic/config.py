@@ -19,8 +19,13 @@ STEP_LOSS_TYPES = ("dapo", "cispo", "vespo")
 class ActorCriticConfig(GRPOConfig):
     """Configuration of [`ActorCriticTrainer`]: what it adds to, or sets otherwise than, [`~trl.GRPOConfig`]."""
 
-    num_generations: int = field(
-        default=1, metadata={"help": "Completions per prompt. The critic replaces the group mean, so one is enough."}
+    num_generations: int | None = field(
+        default=None,
+        metadata={
+            "help": "Completions per prompt; by default TRL's 8, or the most below that share out the generation batch. With "
+            "several the mean of the others tells how hard the prompt is; one is enough where the critic can tell "
+            "that, or where a prompt can be tried once only."
+        },
     )
     disable_dropout: bool = field(
         default=True,
@@ -45,7 +50,13 @@ class ActorCriticConfig(GRPOConfig):
     )
 
     gamma: float = field(default=1.0, metadata={"help": "Discount per token."})
-    lam: float = field(default=0.95, metadata={"help": "Lambda of generalized advantage estimation."})
+    lam: float = field(
+        default=1.0,
+        metadata={
+            "help": "Lambda of generalized advantage estimation. 1 is the return less the value, which is right on average "
+            "whatever the critic says; less than 1 trusts the critic with what follows a token."
+        },
+    )
     lam_policy: float | None = field(
         default=None, metadata={"help": "Lambda of the policy's advantages, if not `lam` (VC-PPO)."}
     )
@@ -56,11 +67,20 @@ class ActorCriticConfig(GRPOConfig):
         default=None,
         metadata={"help": "Makes the policy's lambda 1 - 1/(alpha * length) for each completion (VAPO: 0.05)."},
     )
-    whiten_advantages: bool = field(
-        default=False,
+    scale_advantages: bool = field(
+        default=True,
         metadata={
-            "help": "Shift and scale advantages to mean 0 and variance 1 over the chosen tokens of the global generation "
-            "batch."
+            "help": "Divide advantages by their root mean square over the chosen tokens of the global generation batch. They "
+            "are not shifted: a shift would be a price of every token, and so of length."
+        },
+    )
+    gate_critic: bool = field(
+        default=True,
+        metadata={
+            "help": "Compare returns with a blend of the critic's values and the mean returns of other completions (of the "
+            "batch, of the prompt, at the same step), with the weights that would have left past rollouts the least "
+            "variance. A critic that knows nothing has no weight then. Without it they are compared with the critic "
+            "alone."
         },
     )
     truncation: str = field(
@@ -116,14 +136,16 @@ class ActorCriticConfig(GRPOConfig):
         },
     )
     critic_detach: bool = field(
-        default=False,
+        default=True,
         metadata={
-            "help": "Keep value gradients off the shared trunk. Where returns are many times 1, or the model is small, "
-            "they drown the policy's; a smaller `vf_coef` helps, too."
+            "help": "Keep value gradients off a shared trunk, so that the critic's errors cannot move the policy. Without it the "
+            "trunk learns what the critic needs to know, too, at the weight `vf_coef`; what it cannot know, such as "
+            "how hard a prompt of a new kind is, comes as noise."
         },
     )
-    critic_learning_rate: float = field(
-        default=1e-5, metadata={"help": "Learning rate of the critic's own parameters."}
+    critic_learning_rate: float | None = field(
+        default=None,
+        metadata={"help": "Learning rate of the critic's own parameters; by default 10 times `learning_rate`."},
     )
     critic_warmup_steps: int = field(
         default=0,
@@ -132,7 +154,13 @@ class ActorCriticConfig(GRPOConfig):
             "it is. The schedule of the learning rates, with its warm-up, begins after them."
         },
     )
-    vf_coef: float = field(default=0.1, metadata={"help": "Weight of the value loss."})
+    vf_coef: float = field(
+        default=0.1,
+        metadata={
+            "help": "Weight of the value loss, which is in units of the returns' variance. Of consequence with "
+            "`critic_detach=False`: else the optimizer makes up for any weight."
+        },
+    )
     cliprange_value: float | None = field(
         default=None, metadata={"help": "Clip range of the value loss, in units of the return. Off by default."}
     )
@@ -222,13 +250,12 @@ class ActorCriticConfig(GRPOConfig):
     )
 
     def __post_init__(self):
-        one_generation = self.num_generations == 1
-        if one_generation:
+        num_generations = self.num_generations
+        if num_generations is None or num_generations == 1:
             self.num_generations = OneGeneration()
         take_newer_names(self)
         super().__post_init__()
-        if one_generation:
-            self.num_generations = 1
+        self.num_generations = self._fitting_generations() if num_generations is None else num_generations
 
         check_choices(self)
         # Two names for one thing: TRL's switch and ours
@@ -246,8 +273,10 @@ class ActorCriticConfig(GRPOConfig):
                 f"step, and `loss_type={self.loss_type!r}`, `length_batches={self.length_batches}`. Use "
                 "`loss_type='dapo'`, 'cispo' or 'vespo', or leave it out."
             )
-        if self.critic != "shared" and self.critic_detach:
-            raise ValueError(f"`critic_detach` concerns a shared trunk, and `critic={self.critic!r}`. Remove it.")
+        if self.critic != "shared" and not self.critic_detach:
+            raise ValueError(
+                f"`critic_detach=False` concerns a shared trunk, and `critic={self.critic!r}` has one of its own. Remove it."
+            )
         if self.beta and self.kl_in_reward:
             raise ValueError(
                 f"The KL penalty is asked for twice: in the loss (`beta={self.beta}`) and in the reward "
@@ -266,14 +295,13 @@ class ActorCriticConfig(GRPOConfig):
         if self.num_generations == 1 and not self.uses_raw_rewards:
             raise ValueError(
                 "`scale_rewards='group'` or 'batch' and `multi_objective_aggregation='normalize_then_sum'` compare the "
-                "completions of a prompt, but `num_generations=1`. Raise it, or use `scale_rewards='none'` with "
-                "`whiten_advantages=True`."
+                "completions of a prompt, but `num_generations=1`. Raise it, or use `scale_rewards='none'`."
             )
         if self.target_kl is not None and self.fp16:
             # The gradient scaler fails when a step brings it no gradients
             raise ValueError("`target_kl` skips updates, which fp16 loss scaling does not survive. Use bf16.")
         for name in ("kl_in_reward", "vf_coef", "critic_learning_rate", "critic_warmup_steps", "missing_eos_penalty"):
-            if getattr(self, name) < 0:
+            if (getattr(self, name) or 0) < 0:
                 raise ValueError(f"`{name}` must not be negative, got {getattr(self, name)}.")
         for name in ("kl_target", "kl_horizon", "target_kl", "length_adaptive_alpha", "cliprange_value"):
             value = getattr(self, name)
@@ -283,6 +311,14 @@ class ActorCriticConfig(GRPOConfig):
             value = getattr(self, name)
             if value is not None and not 0 <= value <= 1:
                 raise ValueError(f"`{name}` must lie in [0, 1], got {value}.")
+
+    def _fitting_generations(self) -> int:
+        """Returns the most completions per prompt, up to TRL's default, that share out every batch."""
+        batches = [self.generation_batch_size]
+        if self.eval_strategy != "no" and self.num_generations_eval is None:
+            batches.append(self.per_device_eval_batch_size * self.world_size)
+        numbers = range(1, GRPOConfig.num_generations + 1)
+        return max(n for n in numbers if all(batch % n == 0 for batch in batches))
 
     @property
     def uses_raw_rewards(self) -> bool:

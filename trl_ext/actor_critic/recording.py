@@ -92,7 +92,8 @@ class Recorder:
         """Adds what the estimator took, `rewards` `(B, T)`, and gave."""
         if self.rows:
             mask, credit = rollout.chosen, rollout.credit
-            columns = {"rewards": rewards, **vars(credit)}
+            columns = {"rewards": rewards, "advantages": credit.advantages, "returns": credit.returns}
+            columns["values"] = credit.values
             columns = {name: None if x is None else torch.where(mask, x, 0) for name, x in columns.items()}
             self._add(rollout.index, own=mask, terminated=rollout.terminated, **columns)
 

@@ -47,7 +47,7 @@ def kl_metrics(sums: dict[str, float]) -> dict[str, float]:
 
 
 def credit_metrics(credit: Credit, mask: torch.Tensor, accelerator: Accelerator) -> dict[str, float]:
-    """Returns what advantages, returns and values are like, before whitening."""
+    """Returns what advantages, returns and values are like, before scaling."""
     moments = credit_moments(credit.advantages, credit.returns, credit.values, mask, accelerator.gather)
     return {name: value.item() for name, value in moments.items()}
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -65,11 +65,22 @@ class Credit:
         advantages (`torch.Tensor` of shape `(B, T)`): A_t, which the policy follows.
         returns (`torch.Tensor` of shape `(B, T)`): G_t, which the critic is fitted to.
         values (`torch.Tensor` of shape `(B, T)`, *optional*): What the critic said of what it is fitted to.
+        action_weights (`torch.Tensor` of shape `(B,)`, *optional*): The weight of a sum over all actions, beside the
+            advantages of those that were sampled.
     """
 
     advantages: torch.Tensor
     returns: torch.Tensor
     values: torch.Tensor | None
+    action_weights: torch.Tensor | None = None
+
+    def scaled(self, scale: torch.Tensor) -> Credit:
+        """Returns the credit with all that the policy follows times `scale`, a scalar."""
+        weights = None if self.action_weights is None else self.action_weights * scale
+        return replace(self, advantages=self.advantages * scale, action_weights=weights)
+
+
+CREDIT = [field.name for field in fields(Credit)]
 
 
 @dataclass
@@ -136,12 +147,11 @@ class Rollout:
             index=inputs["completion_index"],
             ref_logps=inputs.get("ref_per_token_logps"),
             old_logps=inputs.get("old_per_token_logps"),
-            credit=Credit(inputs["advantages"], inputs["returns"], inputs["values"]) if is_credited else None,
+            credit=Credit(*(inputs.get(name) for name in CREDIT)) if is_credited else None,
             chosen=chosen,
         )
 
     def into(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """Writes the credit of a rollout into the batch that it was made of, and returns the batch."""
-        inputs["advantages"], inputs["returns"] = self.credit.advantages, self.credit.returns
-        inputs["values"] = self.credit.values
+        inputs |= {name: getattr(self.credit, name) for name in CREDIT}
         return inputs

@@ -56,6 +56,7 @@ from ..packing.micro_batches import LengthBatches
 from ..training.arguments import checked_args
 from ..training.base import TrainerBase
 from ..training.head_scoring import COMPARED_TEXT, score_as_the_model_does
+from .baseline import Baseline, PastMean
 from .card import policy_card
 from .checkpoint import StartOfTraining, load_state, save_state
 from .checks import (
@@ -97,6 +98,11 @@ from .turns import Turns
 
 
 logger = get_logger(__name__)
+
+# Added to the root mean square that advantages are divided by, as TRL does: rounding errors stay small
+SMALLEST_SCALE = 1e-4
+# The default rate of the critic's own parameters, as a multiple of the policy's
+CRITIC_RATE = 10.0
 
 
 class ActorCriticTrainer(TrainerBase, GRPOTrainer):
@@ -305,9 +311,11 @@ class ActorCriticTrainer(TrainerBase, GRPOTrainer):
             policy, self.critic, args, self.accelerator, self.notices, self.num_generations, self._is_vlm
         )
         self.compact.check_always(balances_experts=self.aux_loss_enabled)
-        # These two outlive a rollout: the coefficient of the KL in the reward, and the end of epochs by `target_kl`
+        # These outlive a rollout: the coefficient of the KL in the reward, the end of epochs by `target_kl`, the
+        # weights of what returns are compared with, and the number of tokens
         self.kl_controller = token_mdp.KLController(args.kl_in_reward, args.kl_target, args.kl_horizon)
         self.trust_region = TrustRegion(args.target_kl, self.accelerator.device)
+        self.baseline, self.num_tokens = Baseline(self.accelerator), PastMean()
         # These tell of rollouts, and decide nothing
         self.recorder = Recorder(args.output_dir, self.accelerator.process_index)
         self.throughput = Throughput()
@@ -345,7 +353,8 @@ class ActorCriticTrainer(TrainerBase, GRPOTrainer):
 
     @property
     def _companion_settings(self):
-        return {"lr": self.args.critic_learning_rate}
+        rate = self.args.critic_learning_rate
+        return {"lr": CRITIC_RATE * self.args.learning_rate if rate is None else rate}
 
     def create_scheduler(self, num_training_steps, optimizer=None):
         warmup, is_given = self.args.critic_warmup_steps, self.lr_scheduler is not None
@@ -387,7 +396,8 @@ class ActorCriticTrainer(TrainerBase, GRPOTrainer):
             self._tokenizer,
             self._model.get_input_embeddings().num_embeddings,
             lambda prompts: self._tokenize_prompts(prompts)[0],
-            self.args,
+            self._targets_of,
+            self.args.truncation,
         )
         if learning_rate is None:
             learning_rate = HEAD_RATE if self.critic.trunk is None else self._companion_settings["lr"]
@@ -403,6 +413,7 @@ class ActorCriticTrainer(TrainerBase, GRPOTrainer):
         """Resets what outlives a rollout, before training from `step` on; a checkpoint may restore some of it."""
         self._step, self._buffered_inputs = 0, None
         self.trust_region = TrustRegion(self.args.target_kl, self.accelerator.device)
+        self.baseline, self.num_tokens = Baseline(self.accelerator), PastMean()
         self.recorder.begin(step, moves_files=self.args.save_rollouts and self.args.should_save)
 
     # --- A step, within which the parent calls what follows ---
@@ -491,6 +502,8 @@ class ActorCriticTrainer(TrainerBase, GRPOTrainer):
         with scoring, masking, keeping:
             batch = super()._generate_and_score_completions(inputs)
         rollout = self._begun(batch)
+        if self.critic is not None and is_training:
+            forward = self._take_units(rollout, forward)
         if forward is None and plan.statistics_take_pass and is_training:
             forward = self._scored(batch)
         if forward is not None or not plan.credit_takes_forward:
@@ -522,7 +535,12 @@ class ActorCriticTrainer(TrainerBase, GRPOTrainer):
     @property
     def _has_batch_statistics(self) -> bool:
         """True if a completion's advantages depend on other completions of the generation batch."""
-        return self.args.whiten_advantages
+        return self.args.scale_advantages or self._has_baseline
+
+    @property
+    def _has_baseline(self) -> bool:
+        """True if returns are compared with those of other completions, too."""
+        return self.args.gate_critic
 
     def _generate(self, prompts):
         if self.turns is not None:
@@ -662,7 +680,28 @@ class ActorCriticTrainer(TrainerBase, GRPOTrainer):
             rewards = batch["advantages"].masked_fill(rewards.isnan(), math.nan)
         rollout = Rollout.begun(batch, rewards, self.rewarded.token_rewards, terminated)
         self._log_rollout(rollout, batch["num_items_in_batch"])
+        if self.model.training:
+            # Losses that are divided by the number of tokens are so by that of past rollouts: divided by its own, a
+            # rollout of few tokens would weigh more, and whatever is added to all rewards would pay for short texts
+            num_tokens = batch["num_items_in_batch"].float()
+            batch["num_items_in_batch"] = self.num_tokens.before(num_tokens, learns=True)
         return rollout
+
+    def _take_units(self, rollout: Rollout, forward: Forward | None) -> Forward | None:
+        """
+        Gives the critic the units of the rewards, before the rollout's first forward with gradient, and returns the one
+        that the parent asked for before there were rewards, with values in these units.
+        """
+        head = self.critic.value_head
+        if self.is_deepspeed_enabled and head.has_units:
+            return forward  # which keeps weights of its own, and would undo the change
+        rewards = self._rewards_of(rollout)
+        _, mean, var = self._global_moments(self.returns_of(rewards, rollout.chosen, None), rollout.chosen)
+        old_mean, old_std = head.mean.clone(), head.std.clone()
+        begins = head.take_units(mean, var)
+        if forward is None or not begins:
+            return forward
+        return forward._replace(values=head.mean + head.std * (forward.values - old_mean) / old_std)
 
     def _log_rollout(self, rollout: Rollout, num_tokens: torch.Tensor) -> None:
         metrics, num_rows = self._metrics[self._mode], len(rollout.rewards)
@@ -690,22 +729,14 @@ class ActorCriticTrainer(TrainerBase, GRPOTrainer):
             lengths = rollout.completion_mask.sum(dim=1, keepdim=True)
             final_values = self._state_values(values).gather(1, lengths).squeeze(1)
             bootstrap = torch.where(rollout.terminated, 0, final_values)
-        rewards = token_mdp.rewards_of_completions(
-            rollout.rewards,
-            rollout.terminated,
-            mask,
-            self.args.truncation,
-            self.args.missing_eos_penalty,
-            rollout.token_rewards,
-        )
+        rewards = self._rewards_of(rollout)
         if rollout.ref_logps is not None and logps is not None:
             rewards = token_mdp.kl_penalized(rewards, logps, rollout.ref_logps, mask, self.kl_controller.coef)
             self._observe_kl(rollout, logps)
 
         # Detached: a view, kept in the rollout, would keep the forward's graph
         values = None if values is None else values[:, :-1].detach()
-        advantages, returns = self.compute_advantages(rewards, values, mask, bootstrap)
-        credit = Credit(advantages, returns, None if values is None else self._fitted(values))
+        credit = self._estimated(rollout, rewards, values, bootstrap)
         rollout = replace(rollout, credit=credit)
         self._log_all(credit_metrics(credit, mask, self.accelerator))
         if self.log_completions:
@@ -714,15 +745,55 @@ class ActorCriticTrainer(TrainerBase, GRPOTrainer):
             self.recorder.add_credit(rollout, rewards)
             if logps is not None:
                 self.recorder.add_logps(rollout, logps)
-        if self.args.whiten_advantages:
-            _, mean, var = self._global_moments(advantages, mask)
-            credit = replace(credit, advantages=token_mdp.masked_whiten(advantages, mask, mean, var))
+        if self.args.scale_advantages:
+            _, mean_square, _ = self._global_moments(credit.advantages.square(), mask)
+            credit = credit.scaled(1 / (mean_square.sqrt() + SMALLEST_SCALE))
         return replace(rollout, credit=credit)
+
+    def _rewards_of(self, rollout: Rollout) -> torch.Tensor:
+        """Returns the rewards of tokens, `(B, T)`, before any KL."""
+        return token_mdp.rewards_of_completions(
+            rollout.rewards,
+            rollout.terminated,
+            rollout.chosen,
+            self.args.truncation,
+            self.args.missing_eos_penalty,
+            rollout.token_rewards,
+        )
 
     @staticmethod
     def _state_values(values: torch.Tensor) -> torch.Tensor:
         """Picks V(s_t), `(B, T+1)`, out of the critic's values."""
         return values
+
+    def _estimated(
+        self, rollout: Rollout, rewards: torch.Tensor, values: torch.Tensor | None, bootstrap: torch.Tensor | None
+    ) -> Credit:
+        """Estimates the credit of tokens, with the critic's values as far as they are of use."""
+        baseline = self._baseline_of(rollout, rewards, values, bootstrap)
+        advantages, returns = self.compute_advantages(rewards, baseline, rollout.chosen, bootstrap)
+        return Credit(advantages, returns, values)
+
+    def _baseline_of(
+        self, rollout: Rollout, rewards: torch.Tensor, values: torch.Tensor | None, bootstrap: torch.Tensor | None
+    ) -> torch.Tensor | None:
+        """Returns the baseline of each token, `(B, T)`, from state values and the returns of other completions."""
+        if not self._has_baseline:
+            return values
+        returns = self.returns_of(rewards, rollout.chosen, bootstrap)
+        is_training = self.model.training
+        group_size = self.num_generations if is_training else self.num_generations_eval
+        baseline, metrics = self.baseline(returns, values, rollout.chosen, rollout.index, group_size, is_training)
+        self._log_all(metrics)
+        return baseline
+
+    def returns_of(self, rewards: torch.Tensor, mask: torch.Tensor, bootstrap: torch.Tensor | None) -> torch.Tensor:
+        """Returns what was earned from each token on, `(B, T)`, by sampling alone."""
+        return token_mdp.discounted_returns(rewards, mask, self.args.gamma, bootstrap)
+
+    def _targets_of(self, rewards: torch.Tensor, mask: torch.Tensor, kl: torch.Tensor) -> torch.Tensor:
+        """Returns what the critic is fitted to where nothing is known but what was sampled, `(B, T)`."""
+        return self.returns_of(rewards, mask, None)
 
     def compute_advantages(
         self,
@@ -734,6 +805,9 @@ class ActorCriticTrainer(TrainerBase, GRPOTrainer):
         """
         Estimates advantages of the policy and targets of the critic, `(B, T)` each, from the arguments (and in the
         terms) of [`~trl_ext.token_mdp.generalized_advantage_estimate`]. Override this for another estimator.
+
+        `values` are the critic's as far as they have explained returns so far, blended with the mean returns of other
+        completions (see [`~trl_ext.token_mdp.baseline`]); the critic's own with `gate_critic=False`.
         """
         args = self.args
         lam_policy = args.lam if args.lam_policy is None else args.lam_policy
@@ -801,7 +875,7 @@ class ActorCriticTrainer(TrainerBase, GRPOTrainer):
             return loss, None
         values, credit = self._fitted(forward.values[:, :-1]), rollout.credit
         losses = token_mdp.value_loss(values, credit.returns, credit.values, self.args.cliprange_value)
-        losses = torch.where(rollout.chosen, losses, 0)
+        losses = torch.where(rollout.chosen, losses, 0) / self.critic.value_head.std.square()
         return loss + self.args.vf_coef * losses.sum() / num_tokens, losses
 
     def _tokens_per_window(self, inputs) -> torch.Tensor:
@@ -862,6 +936,15 @@ class ActorCriticTrainer(TrainerBase, GRPOTrainer):
         super()._load_rng_state(checkpoint)
         if checkpoint is not None:
             load_state(self, checkpoint)
+
+    def state_of_rollouts(self) -> dict:
+        """Returns what is remembered of past rollouts, for a checkpoint."""
+        return {"baseline": self.baseline.state_dict(), "num_tokens": self.num_tokens.value}
+
+    def load_state_of_rollouts(self, state: dict) -> None:
+        """Takes up what [`state_of_rollouts`] has returned."""
+        self.baseline.load_state_dict(state["baseline"])
+        self.num_tokens.value = state["num_tokens"]
 
     def _card_content(self):
         return policy_card(self)

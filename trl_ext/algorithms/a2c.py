@@ -9,7 +9,7 @@ Reference: Mnih et al. 2016, https://huggingface.co/papers/1602.01783, whose syn
 """
 
 import textwrap
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from ..actor_critic.config import ActorCriticConfig, check_on_policy
 from ..actor_critic.trainer import ActorCriticTrainer
@@ -20,8 +20,6 @@ from ..training.arguments import document_fields
 @dataclass
 class A2CConfig(ActorCriticConfig):
     """Configuration of [`A2CTrainer`]."""
-
-    lam: float = field(default=1.0, metadata={"help": "Lambda of generalized advantage estimation."})
 
     def __post_init__(self):
         super().__post_init__()

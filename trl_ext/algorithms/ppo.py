@@ -3,7 +3,7 @@ Proximal policy optimization (PPO): several epochs of minibatches on each rollou
 
     L_t = -min( rho_t A_t, clip(rho_t, 1 - epsilon, 1 + epsilon) A_t ),   rho_t = pi(a_t|s_t) / pi_old(a_t|s_t)
 
-with A_t from generalized advantage estimation, whitened over the global batch. In TRL's terms, epochs are
+with A_t from generalized advantage estimation, scaled over the global batch. In TRL's terms, epochs are
 `num_iterations`, minibatches are `steps_per_generation / gradient_accumulation_steps`, and the clip range is `epsilon`
 (and `epsilon_high`).
 
@@ -25,14 +25,10 @@ class PPOConfig(ActorCriticConfig):
     """Configuration of [`PPOTrainer`]."""
 
     num_iterations: int = field(default=4, metadata={"help": "Epochs over each rollout."})
-    whiten_advantages: bool = field(
-        default=True,
-        metadata={"help": "Shift and scale advantages to mean 0, variance 1 over the global generation batch."},
-    )
 
 
 class PPOTrainer(ActorCriticTrainer):
-    """[`ActorCriticTrainer`] with the defaults of PPO: several epochs on each rollout and whitened advantages."""
+    """[`ActorCriticTrainer`] with the defaults of PPO: several epochs on each rollout."""
 
     _tag_names = ["trl", "trl_ext", "ppo"]
     _name = "PPO"

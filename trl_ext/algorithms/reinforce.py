@@ -4,7 +4,8 @@ REINFORCE on the token MDP: the Monte-Carlo policy gradient.
     grad J = E[ sum_t grad log pi(a_t|s_t) (G_t - b) ]
 
 with G_t the discounted return from token t on, or (`one_step_mdp`) the reward of the whole completion taken as one
-action. The baseline b is 0, the mean return of the batch, or the value function.
+action. The baseline b is 0, the mean return of other completions, or that and a value function
+([`~trl_ext.token_mdp.baseline`]).
 
 Reference: Williams 1992, https://doi.org/10.1007/BF00992696; Sutton & Barto 2018, section 13.3-13.4.
 """
@@ -37,9 +38,9 @@ class ReinforceConfig(ActorCriticConfig):
     baseline: str = field(
         default="batch_mean",
         metadata={
-            "help": "What is subtracted from the returns: `'none'`, `'batch_mean'` (over the chosen tokens of the global "
-            "generation batch) or `'value'` (the critic, of the prompt with `one_step_mdp`). Without `'value'` there "
-            "is no critic.",
+            "help": "What is subtracted from the returns: `'none'`, `'batch_mean'` (of the other completions of the global "
+            "generation batch, and of the prompt) or `'value'` (the critic, too, of the prompt with `one_step_mdp`). "
+            "Without `'value'` there is no critic.",
             "choices": ["none", "batch_mean", "value"],
         },
     )
@@ -94,20 +95,19 @@ class ReinforceTrainer(ActorCriticTrainer):
         return self.args.baseline == "value"
 
     @property
-    def _has_batch_statistics(self):
-        return self.args.baseline == "batch_mean" or super()._has_batch_statistics
+    def _has_baseline(self):
+        return self.args.baseline == "batch_mean" or (self.args.baseline == "value" and super()._has_baseline)
+
+    def returns_of(self, rewards, mask, bootstrap):
+        if self.args.one_step_mdp:
+            return token_mdp.one_step_returns(rewards, mask, bootstrap)
+        return super().returns_of(rewards, mask, bootstrap)
+
+    def _baseline_of(self, rollout, rewards, values, bootstrap):
+        if values is not None and self.args.one_step_mdp:  # the value of the prompt is that of the one action
+            values = token_mdp.first_own_token(values, rollout.chosen).unsqueeze(1).expand_as(values)
+        return super()._baseline_of(rollout, rewards, values, bootstrap)
 
     def compute_advantages(self, rewards, values, mask, bootstrap):
-        if self.args.one_step_mdp:
-            returns = token_mdp.one_step_returns(rewards, mask, bootstrap)
-        else:
-            returns = token_mdp.discounted_returns(rewards, mask, self.args.gamma, bootstrap)
-        baseline = torch.zeros_like(returns)
-        if self.args.baseline == "batch_mean":
-            _, mean, _ = self._global_moments(returns, mask)
-            baseline = mean.expand_as(returns)
-        elif self.args.baseline == "value" and self.args.one_step_mdp:
-            baseline = token_mdp.first_own_token(values, mask).unsqueeze(1).expand_as(returns)
-        elif self.args.baseline == "value":
-            baseline = values
-        return torch.where(mask, returns - baseline, 0), returns
+        returns = self.returns_of(rewards, mask, bootstrap)
+        return torch.where(mask, returns if values is None else returns - values, 0), returns

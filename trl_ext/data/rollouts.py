@@ -21,7 +21,7 @@ ROLLOUT_COLUMNS = {
     "terminated": "whether it ended by itself; if not, it was cut",
     "rewards": "what the estimator saw: dense rewards, the KL penalty of `kl_in_reward`, and the rest of the score (as "
     "`scale_rewards` and `truncation` leave it) on the last own token",
-    "advantages": "how much better than expected the token was, before whitening",
+    "advantages": "how much better than expected the token was, before they are scaled",
     "returns": "what the critic is fitted to",
     "values": "what the critic said before the update: V(s_t), or Q(s_t, a_t) of Q actor-critic; null without a critic",
     "kl": "k1 to the reference, log pi - log pi_ref, in nats; null without a reference",
