@@ -174,6 +174,7 @@ def settings(tmp_path, **overrides):
         "output_dir": str(tmp_path),
         "per_device_train_batch_size": 4,
         "per_device_eval_batch_size": 4,
+        "num_generations": 1,
         "max_completion_length": 6,
         "max_steps": 2,
         "learning_rate": 1e-2,
@@ -191,7 +192,7 @@ def settings(tmp_path, **overrides):
 
 def ranking_settings(tmp_path, **overrides):
     """[`settings`] of the trainers that do not generate."""
-    own = {"max_completion_length", "critic_learning_rate"}
+    own = {"num_generations", "max_completion_length", "critic_learning_rate"}
     return {name: value for name, value in settings(tmp_path).items() if name not in own} | overrides
 
 

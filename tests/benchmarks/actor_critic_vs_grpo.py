@@ -85,7 +85,7 @@ CONTENDERS = {
     "grpo-1epoch-4micro": Contender("grpo", accumulation=4),
     "a2c-1epoch-4micro": Contender("a2c", accumulation=4, baseline="grpo-1epoch-4micro"),
     "ppo-1epoch-4micro-unwhitened": Contender(
-        "ppo", accumulation=4, baseline="grpo-1epoch-4micro", overrides={"whiten_advantages": False}
+        "ppo", accumulation=4, baseline="grpo-1epoch-4micro", overrides={"scale_advantages": False}
     ),
     "grpo-2epochs-4micro": Contender("grpo", num_iterations=2, accumulation=4),
     "ppo-2epochs-4micro": Contender("ppo", num_iterations=2, accumulation=4, baseline="grpo-2epochs-4micro"),

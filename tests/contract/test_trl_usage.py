@@ -329,7 +329,7 @@ def test_a_rollout_func_is_given_prompts_by_half_a_trainer(use_vllm):
 @pytest.mark.parametrize("num_iterations", [1, 2])
 def test_vllm_is_never_sent_the_critic(policy_path, prompts, tmp_path, num_iterations):
     # Two rollouts, of which the second, too, has the pass that corrects what the engine says of its sampling
-    own = {"num_iterations": num_iterations, "max_steps": 2 * num_iterations, "whiten_advantages": False}
+    own = {"num_iterations": num_iterations, "max_steps": 2 * num_iterations, "scale_advantages": False}
     trainer = ppo(policy_path, tmp_path, prompts, **own)
     sent = []
 
@@ -418,7 +418,7 @@ def test_the_loss_of_a_batch_made_by_hand_is_the_parents(policy_path, prompts, t
     own = settings(tmp_path, loss_type=loss_type, importance_sampling_level="sequence")
     ours = PPOTrainer(policy_path, variety, PPOConfig(**own), prompts)
     del own["critic_learning_rate"]
-    theirs = GRPOTrainer(policy_path, variety, GRPOConfig(**own, num_generations=2), prompts)
+    theirs = GRPOTrainer(policy_path, variety, GRPOConfig(**own | {"num_generations": 2}), prompts)
     losses = []
     for trainer in (ours, theirs):
         trainer.model.eval()

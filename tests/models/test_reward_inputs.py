@@ -413,7 +413,9 @@ def test_prefix_rewards_leave_the_advantages_of_a_critic_that_starts_there(
             reward_weights=[1.5],
             gamma=gamma,
             truncation=truncation,
-            whiten_advantages=False,
+            lam=0.95,
+            gate_critic=False,  # the proposition is of a critic that is believed
+            scale_advantages=False,
         )
         model = build_reward_model(bos_tokenizer, reward_input=note)
         given = {"reward_processing_classes": bos_tokenizer}

@@ -86,6 +86,7 @@ def test_reinforce_with_a_python_reward(folder, policy_path, run_recipe):
         *(RECIPES / "actor_critic.py", "--algorithm", "reinforce", *FAST),
         *("--model_name_or_path", policy_path, "--dataset_name", "prompts.jsonl", "--output_dir", "out"),
         *("--reward_funcs", "my_rewards.count_letters", "--max_completion_length", 4, "--save_rollouts"),
+        *("--num_generations", 1),
         cwd=folder,
     )
     assert changed(
