@@ -330,15 +330,20 @@ def test_models_with_states_are_masked_by_all_they_have_read(tokenizer, tmp_path
     (batch,) = trainer.rollouts
     always = torch.tensor(tokenizer.all_special_ids)
     policy.eval()
+    inside = []
     for row in range(len(batch["completion_ids"])):
         ids, start = sequence_of(batch, row)
         with torch.no_grad():
             logits = policy(input_ids=ids).logits[0, start - 1 : -1].float()
         allowed, tokens = nucleus(logits, 0.3, 1, always), ids[0, start:]
+        inside += [
+            sum(p for p, is_in in zip(*x, strict=True) if is_in) for x in zip(logits.softmax(-1), allowed, strict=True)
+        ]
         assert allowed.gather(1, tokens.unsqueeze(1)).all() and not allowed.all()
         expected = masked_log_probs(logits, allowed, tokens)[0]
         torch.testing.assert_close(batch["old_per_token_logps"][row][: len(tokens)], expected, atol=1e-4, rtol=1e-4)
     assert trainer.state.log_history[0]["mask/forced"] == 0
+    assert trainer.state.log_history[0]["mask/inside"] == pytest.approx(sum(inside).item() / len(inside), abs=1e-4)
     again = [message for message in caplog.messages if "reads the whole text again for each token" in message]
     assert len(again) == (family == "recurrent")
 

@@ -92,7 +92,7 @@ def test_rows_and_metrics_are_the_same(request, folder, runs):
 def test_rows_say_of_which_trainer_they_are(of_actor_critics):
     """The claims about which run has a metric."""
     has = {name: {run for run, names in of_actor_critics.items() if name in names} for name in documented_names()}
-    assert has["mask/forced"] == {"nlpo"}
+    assert has["mask/forced"] == has["mask/inside"] == {"nlpo"}
     assert has["frac_reward_zero_std"] == {"reinforce"}  # several completions per prompt
     assert has["explained_variance"] == {*RUNS} - {"reinforce"}  # which has no critic
     assert has["target_kl_exceeded"] == has["value_clip_ratio"] == {"ppo"}

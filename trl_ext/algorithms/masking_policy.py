@@ -239,7 +239,9 @@ class MaskedScoring(HeadScoring):
         super().__init__(model, temperature)
         self._is_active = False
         self.mask = mask
-        self.forced = torch.zeros(2)  # sampled tokens that the mask, when computed again, left out; and all tokens
+        self.seen = torch.zeros(
+            3
+        )  # sampled tokens that the mask, computed again, left out; pi's mass inside; all tokens
 
     @contextmanager
     def active(self) -> Iterator[None]:
@@ -259,7 +261,14 @@ class MaskedScoring(HeadScoring):
         # Kernels of a whole sequence and of one token at a time differ, and one log of 0 would spoil the batch
         allowed.scatter_(1, tokens.unsqueeze(1), True)
         logits = logits_of(self.model, hidden_states) / self.temperature
-        return *masked_log_probs(logits, allowed, tokens), forced
+        inside = torch.where(allowed, logits.detach().float().softmax(dim=-1), 0).sum(dim=-1)
+        return *masked_log_probs(logits, allowed, tokens), forced, inside
 
-    def _keep_further(self, forced):
-        self.forced += torch.tensor([forced.sum().item(), len(forced)])
+    def _keep_further(self, forced, inside):
+        self.seen += torch.tensor([forced.sum().item(), inside.sum().item(), len(forced)])
+
+    def metrics(self) -> dict[str, float]:
+        """Returns the means over the tokens that were scored since this was last asked; none of no token."""
+        *sums, count = self.seen.tolist()
+        self.seen.zero_()
+        return {f"mask/{name}": x / count for name, x in zip(("forced", "inside"), sums, strict=True) if count > 0}

@@ -14,6 +14,10 @@ Departures from the paper's own implementation (RL4LMs):
 3. The snapshot is part of a checkpoint and restored with it.
 4. Evaluation samples from pi, unless `mask_in_eval`.
 
+The mass that pi has outside the nucleus has neither gradient nor KL: neither pi~ nor its KL to the reference's depends on
+it. It moves with what the logits share alone, until the snapshot is renewed and what has become likely is inside.
+`mask/inside` logs the mass inside, which is about `top_p_mask` of a snapshot that was just renewed.
+
 Reference: Ramamurthy et al. 2023, https://huggingface.co/papers/2210.01241, section 4 and algorithm 1.
 """
 
@@ -178,11 +182,9 @@ class NLPOTrainer(PPOTrainer):
         scoring = self._masked_scoring[-1 if model is self.ref_model else 0]
         with scoring.active():
             outputs = super()._get_per_token_logps_and_entropies(model, *args, **kwargs)
-        mode = "train" if self.model.training else "eval"
-        forced, total = scoring.forced.tolist()
-        scoring.forced.zero_()
-        if total > 0:
-            self._metrics[mode]["mask/forced"].append(forced / total)
+        metrics = scoring.metrics()
+        if model is not self.ref_model:
+            self._log_all(metrics)
         return outputs
 
     # --- Checkpoints ---
