@@ -26,6 +26,7 @@ PPO = {
     "num_iterations": 2,  # so that the checkpoint falls between two updates on one rollout
     "kl_in_reward": 0.1,
     "max_completion_length": 12,
+    "adam_epsilon": 1e-4,  # or Adam makes much of the rounding in gradients of next to nothing
     "generation_kwargs": {"do_sample": False},  # the same completions, however many processes there are
 }
 CASES = {

@@ -23,6 +23,7 @@ import torch
 from accelerate.logging import get_logger
 from datasets import Dataset
 from peft import PeftModel
+from torch.distributed.fsdp import FSDPModule
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel
 from trl import GRPOTrainer
@@ -693,8 +694,12 @@ class ActorCriticTrainer(TrainerBase, GRPOTrainer):
         that the parent asked for before there were rewards, with values in these units.
         """
         head = self.critic.value_head
-        if self.is_deepspeed_enabled and head.has_units:
-            return forward  # which keeps weights of its own, and would undo the change
+        keeps_weights = self.is_deepspeed_enabled or (self.is_fsdp_enabled and not self.accelerator.is_fsdp2)
+        if keeps_weights and head.has_units:
+            return forward  # DeepSpeed and FSDP1 have weights of their own, and would undo the change
+        for module in self._model.modules():  # FSDP2 leaves whole weights in place of its own, after a forward
+            if isinstance(module, FSDPModule):
+                module.reshard()
         rewards = self._rewards_of(rollout)
         _, mean, var = self._global_moments(self.returns_of(rewards, rollout.chosen, None), rollout.chosen)
         old_mean, old_std = head.mean.clone(), head.std.clone()
@@ -939,12 +944,16 @@ class ActorCriticTrainer(TrainerBase, GRPOTrainer):
 
     def state_of_rollouts(self) -> dict:
         """Returns what is remembered of past rollouts, for a checkpoint."""
-        return {"baseline": self.baseline.state_dict(), "num_tokens": self.num_tokens.value}
+        # Sharded weights are restored by FSDP, which knows nothing of the units that they are in
+        units = {} if self.critic is None else self.critic.value_head.units
+        return {"baseline": self.baseline.state_dict(), "num_tokens": self.num_tokens.value, "units": units}
 
     def load_state_of_rollouts(self, state: dict) -> None:
         """Takes up what [`state_of_rollouts`] has returned."""
         self.baseline.load_state_dict(state["baseline"])
         self.num_tokens.value = state["num_tokens"]
+        if self.critic is not None:
+            self.critic.value_head.units = state["units"]
 
     def _card_content(self):
         return policy_card(self)
