@@ -131,6 +131,7 @@ def train_policy(task: Task, paths: dict[str, str], tokenizer, seed: int) -> PPO
             missing_eos_penalty=1.0,  # a review should come to its end
             kl_in_reward=task.kl_in_reward,
             learning_rate=3e-4,  # large, for the model is tiny
+            critic_detach=False,  # so small a trunk has to learn what the critic needs to know
             warmup_steps=10,
             logging_steps=EPOCHS * MINIBATCHES,  # one entry per rollout
             **common_settings(paths["policy"], seed),

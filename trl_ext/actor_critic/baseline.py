@@ -69,9 +69,10 @@ class PastRollouts:
         weights = token_mdp.least_squares_weights(past)
         if learns:
             self.moments.learn(moments)
-        share = token_mdp.explained_by_weights(moments, weights).item()
-        past_share = token_mdp.explained_by_weights(past, torch.ones_like(weights)).clamp(min=0).item()
-        return Weighed(weights, share, past_share)
+        share, past_share = token_mdp.explained_by_weights(
+            torch.stack([moments, past]), torch.stack([weights, torch.ones_like(weights)])
+        ).tolist()
+        return Weighed(weights, share, max(past_share, 0.0))
 
 
 class Baseline:

@@ -199,10 +199,14 @@ def least_squares_weights(moments: torch.Tensor, ridge: float = RIDGE) -> torch.
 
 
 def explained_by_weights(moments: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """Returns the share of y's squares that sum_k w_k x_k explains, `(...)` of moments `(..., K + 1, K + 1)`; 0 if y is 0."""
-    remainder = torch.cat([-weights, torch.ones_like(weights[:1])])
+    """
+    Returns the share of y's squares that sum_k w_k x_k explains, `(...)` of moments `(..., K + 1, K + 1)` and weights
+    `(..., K)`; 0 if y is 0.
+    """
+    remainder = torch.cat([-weights, torch.ones_like(weights[..., :1])], dim=-1).unsqueeze(-1)
+    left = (remainder.mT @ moments @ remainder)[..., 0, 0]
     total = moments[..., -1, -1]
-    return torch.where(total > 0, 1 - remainder @ moments @ remainder / total.clamp(min=1e-30), 0)
+    return torch.where(total > 0, 1 - left / total.clamp(min=1e-30), 0)
 
 
 def combine_features(means: torch.Tensor, features: list[torch.Tensor], weights: torch.Tensor) -> torch.Tensor:
