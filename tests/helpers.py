@@ -342,7 +342,8 @@ def launch(num_processes, script, *arguments, config_file=None, **environment):
     command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
     command += [str(TESTS / "processes" / script), *map(str, arguments)]
     run = subprocess.run(command, capture_output=True, text=True, env=script_environment() | environment)
-    if "(SIGABRT)" in run.stderr:  # seen once in some 30 runs on one machine, in gloo; a fault of ours would come again
+    # Seen once in some 30 runs, while gloo waited; a fault of ours would come again
+    if "(SIGABRT)" in run.stderr:
         warnings.warn(f"A process of {script} was aborted; it is run again.\n{run.stderr[-40000:]}", stacklevel=2)
         run = subprocess.run(command, capture_output=True, text=True, env=script_environment() | environment)
     assert run.returncode == 0, run.stderr[-40000:]  # whole: the process that fell first wrote before the others

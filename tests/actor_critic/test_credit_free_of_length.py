@@ -48,3 +48,15 @@ def test_neither_an_offset_nor_the_scale_of_rewards_matters(tokenizer, prompts, 
     assert any(not torch.allclose(plain[name], start[name], atol=1e-4) for name in plain)
     for name, weight in plain.items():
         torch.testing.assert_close(other[name], weight, atol=3e-4, rtol=0)
+
+
+@algorithms
+def test_a_rollout_that_nobody_scored_is_not_remembered_as_returns_of_0(tokenizer, prompts, tmp_path, algorithm):
+    def unscored(completions, **kwargs):
+        return [None] * len(completions)
+
+    config_class, trainer_class = ALGORITHMS[algorithm]
+    args = config_class(**settings(tmp_path, max_steps=config_class.num_iterations))
+    trainer = trainer_class(build_policy(tokenizer), unscored, args, prompts, processing_class=tokenizer)
+    trainer.train()
+    assert trainer.baseline.means.value is None and trainer.baseline.past.moments.value is None

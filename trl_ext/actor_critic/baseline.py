@@ -6,9 +6,7 @@ import torch
 from accelerate import Accelerator
 
 from .. import token_mdp
-
-
-FORGETTING = 0.1  # share by which a rollout replaces those before it
+from ..critic.heads import FORGETTING
 
 
 class PastMean:
@@ -121,6 +119,7 @@ class Baseline:
         of_steps = self.accelerator.pad_across_processes(token_mdp.step_totals(returns, mask))
         of_steps = self.accelerator.reduce(of_steps, reduction="sum")
         rows = self.accelerator.process_index * len(index) + index
+        learns = learns and totals[:, 0].sum().item() > 0  # a rollout in which nothing counts says nothing
 
         means = token_mdp.mean_of_totals(totals)
         origins = torch.stack([origin, *torch.zeros_like(means[1:])])

@@ -44,7 +44,7 @@ class Decisions:
         return means.new_zeros(*self.mask.shape, table.size(1)).masked_scatter(self.mask.unsqueeze(-1), means)
 
 
-FORGETTING = 0.1  # share by which a rollout replaces those before it in the units of values
+FORGETTING = 0.1  # share by which a rollout replaces those before it in what is remembered of them
 UNITS = {"mean": 0.0, "std": 1.0, "num_rollouts": 0.0}  # before the first
 
 
