@@ -341,12 +341,16 @@ def launch(num_processes, script, *arguments, config_file=None, **environment):
         command += ["--multi_gpu"] if num_processes > 1 else ["--cpu"]
     command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
     command += [str(TESTS / "processes" / script), *map(str, arguments)]
-    run = subprocess.run(command, capture_output=True, text=True, env=script_environment() | environment)
+
+    def run():
+        return subprocess.run(command, capture_output=True, text=True, env=script_environment() | environment)
+
+    done = run()
     # Seen once in some 30 runs, while gloo waited; a fault of ours would come again
-    if "(SIGABRT)" in run.stderr:
-        warnings.warn(f"A process of {script} was aborted; it is run again.\n{run.stderr[-40000:]}", stacklevel=2)
-        run = subprocess.run(command, capture_output=True, text=True, env=script_environment() | environment)
-    assert run.returncode == 0, run.stderr[-40000:]  # whole: the process that fell first wrote before the others
+    if "(SIGABRT)" in done.stderr:
+        warnings.warn(f"A process of {script} was aborted; it is run again.\n{done.stderr[-40000:]}", stacklevel=2)
+        done = run()
+    assert done.returncode == 0, done.stderr[-40000:]  # whole: the process that fell first wrote before the others
 
 
 def run_snippets(folder):

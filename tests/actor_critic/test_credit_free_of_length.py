@@ -4,6 +4,7 @@ import pytest
 import torch
 from helpers import build_policy, settings, variety
 
+from trl_ext import A2CConfig, A2CTrainer
 from trl_ext.algorithms import ALGORITHMS
 
 
@@ -60,3 +61,20 @@ def test_a_rollout_that_nobody_scored_is_not_remembered_as_returns_of_0(tokenize
     trainer = trainer_class(build_policy(tokenizer), unscored, args, prompts, processing_class=tokenizer)
     trainer.train()
     assert trainer.baseline.means.value is None and trainer.baseline.past.moments.value is None
+
+
+def test_a_rollout_that_nobody_scored_does_not_move_the_units_of_values(tokenizer, prompts, tmp_path):
+    rollouts = []
+
+    def scored_at_first(completion_ids, **kwargs):
+        rollouts.append(completion_ids)
+        return variety(completion_ids) if len(rollouts) == 1 else [None] * len(completion_ids)
+
+    def units_after(max_steps):
+        rollouts.clear()
+        args = A2CConfig(**settings(tmp_path, max_steps=max_steps))
+        trainer = A2CTrainer(build_policy(tokenizer), scored_at_first, args, prompts, processing_class=tokenizer)
+        trainer.train()
+        return trainer.critic.value_head.units
+
+    assert units_after(2) == units_after(1) and units_after(1)["mean"] != 0

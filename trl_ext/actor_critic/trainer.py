@@ -701,7 +701,9 @@ class ActorCriticTrainer(TrainerBase, GRPOTrainer):
             if isinstance(module, FSDPModule):
                 module.reshard()
         rewards = self._rewards_of(rollout)
-        _, mean, var = self._global_moments(self.returns_of(rewards, rollout.chosen, None), rollout.chosen)
+        count, mean, var = self._global_moments(self.returns_of(rewards, rollout.chosen, None), rollout.chosen)
+        if count == 0:  # nothing was scored
+            return forward
         old_mean, old_std = head.mean.clone(), head.std.clone()
         begins = head.take_units(mean, var)
         if forward is None or not begins:
